@@ -1,0 +1,73 @@
+# `make demo` and `make test` need nothing but Python >= 3.11 and a C++17 compiler: each makes
+# .venv when it is missing, installs what it needs when that is stale, and runs.
+# The other targets are the checks that .ci/run calls one by one.
+
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+WORKERS ?= 2
+
+# Build environments obey the same pins: older pips read the first name there, newer ones the second.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc native/include/chainrule/*.hpp)
+install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test dev lint types doctest slow clients notebooks sanitize bench
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo  ## train a small network with every chain; table and demo.png
+	$(BIN)/chainrule demo
+
+test: $(VENV)/.test  ## tests and doctests with coverage, without the slow ones
+	$(PYTEST) --doctest-modules src tests -m "not slow and not clients" -n $(WORKERS) \
+	  --cov --cov-report=term
+
+dev: $(VENV)/.dev  ## install everything that the targets below need
+
+lint: $(VENV)/.dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+doctest: $(VENV)/.dev  ## the docstrings' examples alone
+	$(PYTEST) --doctest-modules src
+
+slow: $(VENV)/.dev  ## the tests that `make test` leaves out
+	$(PYTEST) -m slow -n $(WORKERS)
+
+clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge
+	$(PYTEST) -m clients
+
+notebooks: $(VENV)/.dev  ## execute every notebook
+	$(BIN)/python notebooks/run.py
+
+sanitize: $(VENV)/.dev  ## address and undefined-behaviour sanitizers over the kernel
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/sanitize.sh
+
+bench: $(VENV)/.dev  ## the speed ratios of the README
+	for script in benchmarks/speed/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(INPUTS) | $(BIN)/python
+	$(call install,demo)
+	@touch $@
+
+$(VENV)/.test: $(INPUTS) | $(BIN)/python
+	$(call install,test)
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.dev: $(INPUTS) | $(BIN)/python
+	$(call install,dev)
+	@touch $(VENV)/.demo $(VENV)/.test $@
