@@ -1,0 +1,169 @@
+"""STAM and STAMLite: a first-moment decay that follows how varied the gradient is, over Adam's or one RMS a tensor."""
+
+from typing import Any
+
+import optax
+
+from chainrule.transforms import (
+    adaptive_beta1,
+    chain,
+    decoupled_weight_decay,
+    live,
+    scale_by_adam,
+    scale_by_tensor_rms,
+    zero_nonfinite,
+)
+
+
+@live(static=("debias", "state_dtype", "nu_dtype", "mask"))
+def stam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1_base: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | None = 0.01,
+    adapt_strength: float = 0.2,
+    tau_decay: float = 0.99,
+    fallback_threshold: float = 100.0,
+    *,
+    debias: bool = True,
+    debias_eps: float = 0.0,
+    max_abs: float | None = 2.0**48,
+    state_dtype: Any = None,
+    nu_dtype: Any = None,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""STAM: Adam whose first-moment decay falls where the residual of the gradient is varied.
+
+    | link | atom | equation |
+    |---|---|---|
+    | safe gradient | `zero_nonfinite` | g~ = clip(g) where finite, else 0 |
+    | first moment | `adaptive_beta1` | mu = b1 mu + (1 - b1) g~, b1 = clip(b1_base (1 - a s)) |
+    | direction | `scale_by_adam(b1=None)` | u = mu_hat / (sqrt(nu_hat) + eps) |
+    | decay | `decoupled_weight_decay` | u + weight_decay p |
+    | rate | `optax.scale_by_learning_rate` | -learning_rate u |
+
+    Every numeric argument is live: see `chainrule.set_hyperparams`. The state has AdamW's size.
+
+    Args:
+      learning_rate: a number, scalar array or schedule, at least 0.
+      b1_base: largest decay of the first moment, in [0.5, 1).
+      b2: decay of the second moment and of the residual's, in [0, 1).
+      eps: added to the denominator, at least 0.
+      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update` needs no parameters.
+      adapt_strength: how far b1 may fall below `b1_base`, relatively, in [0, 0.5].
+      tau_decay: decay of the mean absolute residual, in [0, 1).
+      fallback_threshold: b1 is `b1_base` where the variance of the residual reaches this many times its squared mean.
+      debias: debias the two residual EMAs; the repository does not (`False`).
+      debias_eps: added to Adam's bias corrections; the repository adds its eps (`debias_eps=eps`).
+      max_abs: clamp on gradient entries before they are squared; the repository has none (`None`).
+      state_dtype: dtype of the first moment, default the parameter's.
+      nu_dtype: dtype of the second moment, default the parameter's.
+      mask: which parameters decay, as in `optax.adamw`.
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: an argument outside its range; `update` without parameters while there is decay.
+
+    >>> import jax.numpy as jnp
+    >>> tx = stam(learning_rate=0.1, weight_decay=None)
+    >>> u, state = tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))
+    >>> u.round(4).tolist()
+    [-0.1..., 0.1...]
+
+    References:
+      STAM, package `stam-optimizer` 0.1.0.
+    """
+    return chain(
+        zero_nonfinite(max_abs),
+        adaptive_beta1(
+            b1_base,
+            adapt_strength,
+            b2=b2,
+            tau_decay=tau_decay,
+            fallback_threshold=fallback_threshold,
+            debias=debias,
+            state_dtype=state_dtype,
+        ),
+        scale_by_adam(b1=None, b2=b2, eps=eps, debias_eps=debias_eps, nu_dtype=nu_dtype),
+        decoupled_weight_decay(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+@live(static=("state_dtype", "stat_dtype", "mask"))
+def stam_lite(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1_base: float = 0.9,
+    eps: float = 1e-8,
+    weight_decay: float | None = 0.01,
+    adapt_strength: float = 0.2,
+    moment_decay: float = 0.99,
+    b1_update_interval: int = 5,
+    *,
+    debias_eps: float = 0.0,
+    max_abs: float | None = 2.0**48,
+    state_dtype: Any = None,
+    stat_dtype: Any = "float32",
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""STAMLite: STAM with one second moment a tensor, half of AdamW's state.
+
+    | link | atom | equation |
+    |---|---|---|
+    | safe gradient | `zero_nonfinite` | g~ = clip(g) where finite, else 0 |
+    | first moment | `adaptive_beta1(signal="moments")` | mu = b1 mu + (1 - b1) g~, b1 renewed every k updates |
+    | direction | `scale_by_tensor_rms` | u = mu_hat / (sqrt(nu_hat) + eps), nu = EMA(mean g~^2) |
+    | decay | `decoupled_weight_decay` | u + weight_decay p |
+    | rate | `optax.scale_by_learning_rate` | -learning_rate u |
+
+    Every numeric argument is live: see `chainrule.set_hyperparams`.
+
+    Args:
+      learning_rate: a number, scalar array or schedule, at least 0.
+      b1_base: largest decay of the first moment, in [0.5, 1).
+      eps: added to the denominators, at least 0.
+      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update` needs no parameters.
+      adapt_strength: how far b1 may fall below `b1_base`, relatively, in [0, 0.5].
+      moment_decay: decay of the mean and mean square of each tensor's gradient, in [0, 1).
+      b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
+      debias_eps: added to the bias corrections; the repository adds its eps (`debias_eps=eps`).
+      max_abs: clamp on gradient entries before they are squared; the repository has none (`None`).
+      state_dtype: dtype of the first moment, default the parameter's.
+      stat_dtype: dtype of the scalars; the repository stores them in `state_dtype`, where bfloat16 stalls them.
+      mask: which parameters decay, as in `optax.adamw`.
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: an argument outside its range; `update` without parameters while there is decay.
+
+    >>> import jax.numpy as jnp
+    >>> tx = stam_lite(learning_rate=0.1, weight_decay=None)
+    >>> u, state = tx.update(jnp.array([3.0, -4.0]), tx.init(jnp.zeros(2)))
+    >>> u.round(3).tolist()
+    [-0.085..., 0.113...]
+
+    References:
+      STAM, package `stam-optimizer` 0.1.0.
+    """
+    return chain(
+        zero_nonfinite(max_abs),
+        adaptive_beta1(
+            b1_base,
+            adapt_strength,
+            signal="moments",
+            moment_decay=moment_decay,
+            eps=eps,
+            b1_update_interval=b1_update_interval,
+            debias_eps=debias_eps,
+            state_dtype=state_dtype,
+            stat_dtype=stat_dtype,
+        ),
+        scale_by_tensor_rms(moment_decay, eps, debias_eps=debias_eps, stat_dtype=stat_dtype),
+        decoupled_weight_decay(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,37 @@
+"""An algebra of gradient transformations: published optimizers as chains of small atoms, in JAX and in torch.
+
+    import chainrule, optax
+    tx = chainrule.chains.casmo(learning_rate=3e-4)
+    tx = optax.chain(chainrule.transforms.adaptive_beta1(), chainrule.transforms.scale_by_adam())
+    optimizer = chainrule.TorchBridge(tx, model.parameters())
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from chainrule import chains, transforms
+from chainrule.transforms import chain, hyperparams, metrics, named_chain, set_hyperparams
+
+if TYPE_CHECKING:
+    from chainrule.bridges.torch_optim import TorchBridge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TorchBridge",
+    "chain",
+    "chains",
+    "hyperparams",
+    "metrics",
+    "named_chain",
+    "set_hyperparams",
+    "transforms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is an extra: it is imported when its bridge is asked for, not before.
+    if name == "TorchBridge":
+        from chainrule.bridges.torch_optim import TorchBridge
+
+        return TorchBridge
+    raise AttributeError(f"module 'chainrule' has no attribute {name!r}")

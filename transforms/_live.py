@@ -1,0 +1,217 @@
+"""Hyperparameters that live in the state: float32 arrays by name, set between steps without a recompile."""
+
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_params
+
+
+class LiveState(NamedTuple):
+    """State of a chain with live hyperparameters; read and set them with `hyperparams` and `set_hyperparams`."""
+
+    count: jax.Array
+    """int32 scalar: updates made, the argument of schedules."""
+    hyperparams: dict[str, jax.Array]
+    """Each numeric argument of the chain by name, float32 (a schedule: its value at the last update)."""
+    inner_state: optax.OptState
+    """The state of the links."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (numbers.Real, np.ndarray, jax.Array)) and not isinstance(value, bool)
+
+
+def live(
+    *, static: tuple[str, ...] = ()
+) -> Callable[[Callable[..., optax.GradientTransformation]], Callable[..., optax.GradientTransformationExtraArgs]]:
+    """Makes every numeric argument of a chain live: held in the state as float32, whatever the parameters' dtype.
+
+    A number or array becomes an entry of `LiveState.hyperparams`; a callable is a schedule, called with the number of
+    updates made before this one. Everything else (`None`, strings, booleans, and what `static` names) is structure, fixed
+    at construction. The chain is built once at construction, so that its atoms check their bounds there, and again while
+    tracing, with the arrays of the state for arguments. The final updates are cast to the dtype of the gradients.
+
+    Args:
+      static: names of arguments that are structure although they are numbers or callables (a number of iterations, the
+        length of a buffer, an inner chain, a predicate).
+
+    Returns:
+      A decorator for functions that return a gradient transformation.
+
+    >>> @live(static=("nesterov",))
+    ... def sgd(learning_rate=0.1, decay=0.9, nesterov=False):
+    ...     return optax.chain(optax.trace(decay, nesterov), optax.scale_by_learning_rate(learning_rate))
+    >>> state = sgd().init(jnp.ones(2))
+    >>> sorted(state.hyperparams)
+    ['decay', 'learning_rate']
+    >>> set_hyperparams(state, learning_rate=1.0).hyperparams["learning_rate"].item()
+    1.0
+    """
+
+    def decorate(factory):
+        signature = inspect.signature(factory)
+        unknown = set(static) - set(signature.parameters)
+        assert not unknown, f"{factory.__name__} has no arguments {unknown}"
+
+        @functools.wraps(factory)
+        def make(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            numeric, schedules, structure = {}, {}, {}
+            for name, value in bound.arguments.items():
+                if name in static:
+                    structure[name] = value
+                elif callable(value):
+                    schedules[name] = value
+                elif _is_number(value):
+                    numeric[name] = value
+                else:
+                    structure[name] = value
+            check_bounds(factory.__name__, **numeric)
+            # Built here once for the errors; a schedule is not evaluated until there is a count.
+            factory(**structure, **numeric, **{name: jnp.float32(0.5) for name in schedules})
+
+            def init(params):
+                check_params(factory.__name__, params)
+                count = jnp.zeros((), jnp.int32)
+                values = {name: jnp.asarray(value, jnp.float32) for name, value in numeric.items()}
+                values |= {name: jnp.asarray(schedule(count), jnp.float32) for name, schedule in schedules.items()}
+                return LiveState(count, values, factory(**structure, **values).init(params))
+
+            def update(updates, state, params=None, **extra_args):
+                _check_structure(factory.__name__, updates, params)
+                values = dict(state.hyperparams)
+                for name, schedule in schedules.items():
+                    values[name] = jnp.asarray(schedule(state.count), jnp.float32)
+                links = optax.with_extra_args_support(factory(**structure, **values))
+                new, inner_state = links.update(updates, state.inner_state, params, **extra_args)
+                new = jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates)
+                return new, LiveState(optax.safe_increment(state.count), values, inner_state)
+
+            return optax.GradientTransformationExtraArgs(init, update)
+
+        return make
+
+    return decorate
+
+
+def _check_structure(owner: str, updates: Any, params: Any) -> None:
+    if params is None:
+        return
+    got, expected = jax.tree.structure(updates), jax.tree.structure(params)
+    if got != expected:
+        raise ValueError(f"{owner}: the gradients must have the structure of the parameters, {expected}, got {got}")
+    pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True)
+    for (path, update), param in pairs:
+        if jnp.shape(update) != jnp.shape(param):
+            raise ValueError(
+                f"{owner}: the gradient of {jax.tree_util.keystr(path) or 'the parameter'} has shape "
+                f"{jnp.shape(update)}, the parameter has shape {jnp.shape(param)}"
+            )
+
+
+def _owners(state: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:
+    """The states with a field `hyperparams` inside `state`, outermost first, each with its path."""
+    found = []
+    fields: Any = ()
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        if isinstance(getattr(state, "hyperparams", None), Mapping):
+            found.append((path, state.hyperparams))  # pyright: ignore[reportAttributeAccessIssue]
+        fields = state._asdict().items()  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(state, Mapping):
+        fields = state.items()
+    elif isinstance(state, (tuple, list)):
+        fields = enumerate(state)
+    for name, child in fields:
+        found += _owners(child, f"{path}.{name}" if path else str(name))
+    return found
+
+
+def _names(state: Any) -> dict[str, tuple[str, str]]:
+    """Public name of every live hyperparameter -> (path of its owner, its key there)."""
+    owners = _owners(state)
+    keys = [key for _, values in owners for key in values]
+    return {
+        (key if keys.count(key) == 1 or not path else f"{path}.{key}"): (path, key)
+        for path, values in owners
+        for key in values
+    }
+
+
+def hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
+    """The live hyperparameters in `state`, by name.
+
+    Args:
+      state: the state of any gradient transformation; those of `optax.inject_hyperparams` count too.
+
+    Returns:
+      A dict from name to scalar array. A name that two nested chains share is the outermost one's; the inner one's is
+      preceded by the path of its state, as in `"inner_state.0.learning_rate"`.
+
+    >>> import chainrule
+    >>> state = chainrule.chains.adam(learning_rate=0.01).init(jnp.ones(2))
+    >>> round(float(hyperparams(state)["learning_rate"]), 6)
+    0.01
+    """
+    owners = dict(_owners(state))
+    return {name: owners[path][key] for name, (path, key) in _names(state).items()}
+
+
+def set_hyperparams(state: optax.OptState, **values: Any) -> Any:
+    """A copy of `state` with live hyperparameters set; the compiled step is reused as it is.
+
+    A hyperparameter that was given as a schedule is overwritten by its schedule at the next update.
+
+    Args:
+      state: the state of any gradient transformation.
+      **values: numbers or scalar arrays by the names that `hyperparams` lists (`**{"0.b1": 0.8}` for a path).
+
+    Returns:
+      The new state, of the same structure, shapes and dtypes.
+
+    Raises:
+      KeyError: no hyperparameter has that name.
+      ValueError: a number lies outside the bounds of its name, or has the wrong shape.
+
+    >>> import chainrule
+    >>> state = chainrule.chains.adam().init(jnp.ones(2))
+    >>> set_hyperparams(state, b1=1.5)
+    Traceback (most recent call last):
+      ...
+    ValueError: set_hyperparams: `b1` must be in [0, 1), got 1.5
+    """
+    names = _names(state)
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        raise KeyError(f"set_hyperparams: no hyperparameter {unknown[0]!r} in this state; it has {sorted(names)}")
+    check_bounds("set_hyperparams", **{names[name][1]: value for name, value in values.items()})
+    for name, value in values.items():
+        state = _replace(state, *names[name], name, value)
+    return state
+
+
+def _replace(state: Any, path: str, key: str, name: str, value: Any) -> Any:
+    if path:
+        head, _, rest = path.partition(".")
+        if isinstance(state, tuple) and hasattr(state, "_fields"):
+            child = _replace(getattr(state, head), rest, key, name, value)
+            return state._replace(**{head: child})  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(state, Mapping):
+            index = next(k for k in state if str(k) == head)
+            return type(state)({**state, index: _replace(state[index], rest, key, name, value)})  # pyright: ignore[reportCallIssue]
+        children = list(state)
+        children[int(head)] = _replace(children[int(head)], rest, key, name, value)
+        return type(state)(children)
+    old = state.hyperparams[key]
+    new = jnp.asarray(value, old.dtype)
+    if new.shape != old.shape:
+        raise ValueError(f"set_hyperparams: `{name}` has shape {old.shape}, got {new.shape}")
+    return state._replace(hyperparams={**state.hyperparams, key: new})

@@ -1,0 +1,58 @@
+"""What a state knows about the training run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def state_bytes(state: optax.OptState) -> int:
+    """Bytes of all arrays in `state`.
+
+    >>> state_bytes(optax.scale_by_adam().init(jnp.zeros(100)))
+    804
+    """
+    return sum(jnp.asarray(leaf).nbytes if not hasattr(leaf, "nbytes") else leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def metrics(state: optax.OptState) -> dict[str, Any]:
+    """What the links of a chain know of the run: AGAR and confidence, b1, alignment and mask rate, tiers, gate scale.
+
+    Each atom's state names the fields worth showing in its class attribute `metric_fields`.
+
+    Args:
+      state: the state of any gradient transformation.
+
+    Returns:
+      A dict from metric name to a scalar, or to a tree of scalars (one a parameter), and `"state_bytes"`, an int. A name
+      that two links share is numbered from the second on (`"b1_2"`). Works under `jit`.
+
+    >>> import chainrule
+    >>> tx = chainrule.chains.stam()
+    >>> params = {"w": jnp.ones(4)}
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> sorted(metrics(state))
+    ['b1', 'nonfinite', 'nonfinite_total', 'state_bytes']
+    """
+    found: dict[str, Any] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            shown = getattr(type(node), "metric_fields", ())
+            for name in shown:
+                same = sum(1 for key in found if key == name or key.startswith(f"{name}_") and key[len(name) + 1 :].isdigit())
+                found[f"{name}_{same + 1}" if same else name] = getattr(node, name)
+            for name, child in node._asdict().items():  # pyright: ignore[reportAttributeAccessIssue]
+                if name not in shown:
+                    visit(child)
+        elif isinstance(node, Mapping):
+            for child in node.values():
+                visit(child)
+        elif isinstance(node, (tuple, list)):
+            for child in node:
+                visit(child)
+
+    visit(state)
+    return {**found, "state_bytes": state_bytes(state)}

@@ -1,0 +1,39 @@
+"""Arithmetic that several atoms share. All of it computes in float32 at least."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def up(x: jax.Array) -> jax.Array:
+    """`x` in the dtype in which atoms compute: its own, but float32 for half precision."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def ema(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    """decay * old + (1 - decay) * new."""
+    return decay * up(old) + (1 - decay) * up(new)
+
+
+def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
+    """1 - decay**count, the weight an EMA that started at zero has given to what it saw.
+
+    Computed as -expm1(count * log(decay)): 1 - decay**count loses half of float32's digits for decay near one.
+
+    Args:
+      decay: a number or scalar array in [0, 1).
+      count: the number of steps seen, at least 1.
+
+    >>> print(f"{bias_correction(0.999, 2):.9f}")
+    0.001999000
+    """
+    # A Python number has its logarithm taken in float64 here, at trace time.
+    log = jnp.log(decay) if isinstance(decay, jax.Array) else jnp.log(jnp.float32(decay))
+    return -jnp.expm1(count * log)
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """|x|^2, real for complex x."""
+    x = up(x)
+    return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x

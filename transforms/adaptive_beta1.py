@@ -1,0 +1,169 @@
+r"""A first moment whose decay b1 follows how varied the gradient is, tensor by tensor.
+
+    residual (STAM):     r = g - mu_{t-1};  sigma = EMA_{b2}(mean r^2);  tau = EMA_{td}(mean |r|);  z = sigma / (tau^2 + 1e-8)
+    moments (STAMLite):  m1 = EMA_{md}(mean g);  m2 = EMA_{md}(mean g^2);  z = max(m2 - m1^2, 0) / (m2 + eps)
+    both:                s = z / (1 + z);  b1 = clip(b1_base (1 - a s), max(1/2, b1_base (1 - a)), b1_base)
+                         mu_t = b1 mu_{t-1} + (1 - b1) g
+
+Source: the STAM repository, version 0.1.0. Departure: `debias` divides the EMAs of the residual signal, whose horizons differ, by
+1 - decay^t; without it z starts at ten times its value and b1 near 0.735 whatever the gradient. b1 falls back to b1_base where
+the signal is not finite or, in the residual form, sigma >= fallback_threshold (tau^2 + 1e-8).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
+from chainrule.transforms._momentum_leaf import MomentumLeaf
+from chainrule.transforms._numerics import bias_correction, ema, up
+
+
+class AdaptiveBeta1State(NamedTuple):
+    """State of `adaptive_beta1`. The scalars are one a parameter, in `stat_dtype`."""
+
+    count: jax.Array
+    """int32 scalar: updates made."""
+    mu: optax.Updates
+    """First moment, like the parameters, in `state_dtype`."""
+    b1: optax.Updates
+    """Decay used in the last update."""
+    b1_prod: optax.Updates
+    """Product of all decays used: 1 - b1_prod is the weight that `mu` has given to gradients."""
+    first: optax.Updates
+    """`"residual"`: tau, EMA of mean |r|; `"moments"`: EMA of mean g."""
+    second: optax.Updates
+    """`"residual"`: sigma, EMA of mean r^2; `"moments"`: EMA of mean g^2."""
+
+    metric_fields = ("b1",)
+
+
+def adaptive_beta1(
+    b1_base: jax.typing.ArrayLike = 0.9,
+    adapt_strength: jax.typing.ArrayLike = 0.2,
+    *,
+    signal: str = "residual",
+    b2: jax.typing.ArrayLike = 0.999,
+    tau_decay: jax.typing.ArrayLike = 0.99,
+    fallback_threshold: jax.typing.ArrayLike = 100.0,
+    moment_decay: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-8,
+    b1_update_interval: jax.typing.ArrayLike = 1,
+    debias: bool = True,
+    debias_eps: jax.typing.ArrayLike = 0.0,
+    state_dtype: Any = None,
+    stat_dtype: Any = jnp.float32,
+) -> optax.GradientTransformation:
+    r"""Keeps a first moment with a per-tensor adaptive decay and hands it on with the raw gradient.
+
+    $$b_1 = \mathrm{clip}\big(b_{base}(1 - a\,s),\ \max(\tfrac12, b_{base}(1-a)),\ b_{base}\big), \quad s = z/(1+z)$$
+
+    The updates it returns are momentum leaves, which `scale_by_adam` and `scale_by_tensor_rms` of this package read;
+    any other link raises a `TypeError` that says so.
+
+    Args:
+      b1_base: largest decay, in [0.5, 1).
+      adapt_strength: a, how far b1 may fall below `b1_base`, relatively, in [0, 0.5].
+      signal: `"residual"` (STAM) or `"moments"` (STAMLite).
+      b2: decay of sigma, in [0, 1) (residual).
+      tau_decay: decay of tau, in [0, 1) (residual).
+      fallback_threshold: b1 is `b1_base` where sigma reaches this many times tau^2, positive (residual).
+      moment_decay: decay of the two EMAs, in [0, 1) (moments).
+      eps: added to the denominator of z, at least 0 (moments).
+      b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
+      debias: divide the EMAs by 1 - decay^t before z.
+      debias_eps: added to that divisor, at least 0 (the STAMLite repository uses its eps here).
+      state_dtype: dtype of `mu`, default the parameter's.
+      stat_dtype: dtype of the scalars, default float32 (EMAs with decay 0.99 stall in bfloat16).
+
+    Returns:
+      A `optax.GradientTransformation`.
+
+    Raises:
+      ValueError: an argument outside its range.
+      TypeError: a parameter that is not real floating point.
+
+    >>> from chainrule.transforms import scale_by_adam
+    >>> tx = optax.chain(adaptive_beta1(), scale_by_adam())
+    >>> u, state = tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))
+    >>> u.round(4).tolist()
+    [1.0, -1.0]
+    >>> 0.72 <= float(state[0].b1) <= 0.9
+    True
+
+    References:
+      STAM, package `stam-optimizer` 0.1.0.
+    """
+    check_bounds(
+        "adaptive_beta1",
+        b1_base=b1_base,
+        adapt_strength=adapt_strength,
+        b2=b2,
+        tau_decay=tau_decay,
+        fallback_threshold=fallback_threshold,
+        moment_decay=moment_decay,
+        eps=eps,
+        b1_update_interval=b1_update_interval,
+        debias_eps=debias_eps,
+    )
+    check_choice("adaptive_beta1", "signal", signal, ("residual", "moments"))
+    residual = signal == "residual"
+    first_decay, second_decay = (tau_decay, b2) if residual else (moment_decay, moment_decay)
+
+    def init(params):
+        check_params("adaptive_beta1", params, real=True)
+
+        def scalars(value):
+            return jax.tree.map(lambda _: jnp.asarray(value, stat_dtype), params)
+
+        return AdaptiveBeta1State(
+            count=jnp.zeros((), jnp.int32),
+            mu=zeros_like("adaptive_beta1", params, state_dtype),
+            b1=scalars(b1_base),
+            b1_prod=scalars(1.0),
+            first=scalars(0.0),
+            second=scalars(0.0),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        renew = state.count % jnp.asarray(b1_update_interval, jnp.int32) == 0
+
+        def mean(x):
+            return jnp.sum(x) / max(x.size, 1)  # zero-size leaves have the mean 0
+
+        def first_stat(g, mu):
+            return mean(jnp.abs(up(g) - up(mu))) if residual else mean(up(g))
+
+        def second_stat(g, mu):
+            x = up(g) - up(mu) if residual else up(g)
+            return mean(x * x)
+
+        def decay(old_b1, first, second):
+            if debias:
+                first = first / (bias_correction(first_decay, count) + debias_eps)
+                second = second / (bias_correction(second_decay, count) + debias_eps)
+            if residual:
+                scale = first * first + 1e-8
+                z = second / scale
+                fall_back = ~jnp.isfinite(second) | (second >= fallback_threshold * scale)
+            else:
+                z = jnp.maximum(second - first * first, 0) / (second + eps)
+                fall_back = ~jnp.isfinite(z)
+            lowest = jnp.maximum(0.5, b1_base * (1 - adapt_strength))
+            adapted = jnp.clip(b1_base * (1 - adapt_strength * z / (1 + z)), lowest, b1_base)
+            return jnp.where(renew, jnp.where(fall_back, b1_base, adapted), up(old_b1))
+
+        first = jax.tree.map(lambda g, mu, s: ema(first_decay, s, first_stat(g, mu)), updates, state.mu, state.first)
+        second = jax.tree.map(lambda g, mu, s: ema(second_decay, s, second_stat(g, mu)), updates, state.mu, state.second)
+        b1 = jax.tree.map(decay, state.b1, first, second)
+        mu = jax.tree.map(ema, b1, state.mu, updates)
+        b1_prod = jax.tree.map(lambda prod, b1: up(prod) * b1, state.b1_prod, b1)
+        leaves = jax.tree.map(lambda mu, g, prod: MomentumLeaf(mu, g, 1 - prod), mu, updates, b1_prod)
+        stored = optax.tree.cast_like((mu, b1, b1_prod, first, second), tuple(state)[1:])
+        return leaves, AdaptiveBeta1State(count, *stored)
+
+    return optax.GradientTransformation(init, update)

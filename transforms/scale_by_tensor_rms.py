@@ -1,0 +1,90 @@
+r"""Divides each tensor by one number: the root of a running mean of its squared gradient.
+
+    nu_t = decay nu_{t-1} + (1 - decay) mean(g_t^2)  (a scalar a tensor),   u_t = g_t / (sqrt(nu_t / (1 - decay^t)) + eps)
+
+With a momentum leaf of `adaptive_beta1` the numerator is its bias-corrected moment. Source: STAMLite, repository version 0.1.0.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_params
+from chainrule.transforms._momentum_leaf import MomentumLeaf
+from chainrule.transforms._numerics import abs_sq, bias_correction, ema, up
+
+
+class ScaleByTensorRmsState(NamedTuple):
+    """State of `scale_by_tensor_rms`."""
+
+    count: jax.Array
+    """int32 scalar: updates made."""
+    mean_square: optax.Updates
+    """EMA of the mean square of each tensor's gradient: a scalar a parameter, in `stat_dtype`."""
+
+
+def scale_by_tensor_rms(
+    decay: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    debias_eps: jax.typing.ArrayLike = 0.0,
+    stat_dtype: Any = jnp.float32,
+) -> optax.GradientTransformation:
+    r"""Scales each tensor by the inverse root mean square of its gradients.
+
+    $$u_t = \frac{g_t}{\sqrt{\nu_t / (1 - \beta^t)} + \epsilon},\quad \nu_t = \beta\nu_{t-1} + (1-\beta)\,\overline{g_t^2}$$
+
+    Args:
+      decay: decay of the mean square, in [0, 1).
+      eps: added to the denominator, at least 0.
+      debias_eps: added to \(1 - \beta^t\) and to the divisor of a momentum leaf, at least 0 (the repository's eps).
+      stat_dtype: dtype of the mean squares.
+
+    Returns:
+      A `optax.GradientTransformation`.
+
+    Raises:
+      ValueError: an argument outside its range.
+      TypeError: a parameter that is not floating point.
+
+    >>> tx = scale_by_tensor_rms()
+    >>> u, _ = tx.update(jnp.array([3.0, -4.0]), tx.init(jnp.zeros(2)))
+    >>> u.round(3).tolist()
+    [0.849, -1.131]
+
+    References:
+      STAM, package `stam-optimizer` 0.1.0.
+    """
+    check_bounds("scale_by_tensor_rms", decay=decay, eps=eps, debias_eps=debias_eps)
+
+    def init(params):
+        check_params("scale_by_tensor_rms", params)
+        return ScaleByTensorRmsState(
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros((), stat_dtype), params)
+        )
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        correction = bias_correction(decay, count) + debias_eps
+
+        def gradient(u):
+            return u.grad if isinstance(u, MomentumLeaf) else u
+
+        def numerator(u):
+            return u.mu / (u.correction + debias_eps) if isinstance(u, MomentumLeaf) else up(u)
+
+        def mean_square(u, old):
+            g = gradient(u)
+            return ema(decay, old, jnp.sum(abs_sq(g)) / max(g.size, 1))
+
+        def direction(u, square):
+            return (numerator(u) / (jnp.sqrt(square / correction) + eps)).astype(gradient(u).dtype)
+
+        squares = jax.tree.map(mean_square, updates, state.mean_square)
+        new = jax.tree.map(direction, updates, squares)
+        return new, ScaleByTensorRmsState(count, optax.tree.cast_like(squares, state.mean_square))
+
+    return optax.GradientTransformation(init, update)
