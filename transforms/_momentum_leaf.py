@@ -11,7 +11,13 @@ _REMEDY = (
 )
 
 
-class MomentumLeaf:
+class _ExplainedInErrors(type):
+    # JAX names the type where a jitted function meets a value it cannot take; its own TypeError then has the remedy.
+    def __str__(cls) -> str:
+        return f"{cls.__name__}: {_REMEDY};"
+
+
+class MomentumLeaf(metaclass=_ExplainedInErrors):
     """A first moment with its raw gradient and bias correction; one leaf of the updates, between two links.
 
     It is deliberately no pytree node: `jax.tree.map` in a transform that does not know it meets the object itself, and
@@ -50,5 +56,5 @@ def _refuse(self: MomentumLeaf, *_: Any) -> NoReturn:
 for _operator in ("add", "sub", "mul", "truediv", "pow", "matmul", "floordiv", "mod"):
     setattr(MomentumLeaf, f"__{_operator}__", _refuse)
     setattr(MomentumLeaf, f"__r{_operator}__", _refuse)
-for _operator in ("neg", "abs", "lt", "le", "gt", "ge", "float", "bool", "array"):
+for _operator in ("neg", "abs", "lt", "le", "gt", "ge", "float", "bool", "array", "format"):
     setattr(MomentumLeaf, f"__{_operator}__", _refuse)
