@@ -1,6 +1,6 @@
 """The named optimizers: each a chain of atoms, nothing else."""
 
-from chainrule.chains.adam import adam
+from chainrule.chains.adam import adam, nadam
 from chainrule.chains.stam import stam, stam_lite
 
-__all__ = ["adam", "stam", "stam_lite"]
+__all__ = ["adam", "nadam", "stam", "stam_lite"]

@@ -5,6 +5,7 @@ from chainrule.transforms._live import LiveState, hyperparams, live, set_hyperpa
 from chainrule.transforms._metrics import metrics, state_bytes
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms.adaptive_beta1 import AdaptiveBeta1State, adaptive_beta1
+from chainrule.transforms.cautious import CautiousState, cautious
 from chainrule.transforms.decoupled_weight_decay import decoupled_weight_decay
 from chainrule.transforms.scale_by_adam import ScaleByAdamState, scale_by_adam
 from chainrule.transforms.scale_by_tensor_rms import ScaleByTensorRmsState, scale_by_tensor_rms
@@ -12,12 +13,14 @@ from chainrule.transforms.zero_nonfinite import ZeroNonfiniteState, zero_nonfini
 
 __all__ = [
     "AdaptiveBeta1State",
+    "CautiousState",
     "LiveState",
     "MomentumLeaf",
     "ScaleByAdamState",
     "ScaleByTensorRmsState",
     "ZeroNonfiniteState",
     "adaptive_beta1",
+    "cautious",
     "chain",
     "decoupled_weight_decay",
     "hyperparams",

@@ -51,6 +51,7 @@ BOUNDS: dict[str, Interval] = {
     "eps_root": _NON_NEGATIVE,
     "debias_eps": _NON_NEGATIVE,
     "max_abs": _POSITIVE,
+    "mean_floor": Interval(0.0, 1.0, open_low=True),
     "weight_decay": _NON_NEGATIVE,
     "adapt_strength": Interval(0.0, 0.5),
     "tau_decay": _DECAY,

@@ -1,0 +1,110 @@
+r"""Keeps the entries of an update that agree in sign with the gradient, and scales them up for those it drops.
+
+    m = 1[u g > 0],    u' = u m c,    c = 1 / max(mean(m), mean_floor)   "clamped_mean" (C-AdamW)
+                                          1 / (mean(m) + eps)            "mean" (KerasOptimizers)
+                                          size / (sum(m) + 1)            "count" (C-Lion)
+                                          1                              "none"
+
+Source: Liang et al., "Cautious Optimizers: Improving Training with One Line of Code", 2024, algorithm 1, and its repository.
+Departure: the repository's C-AdamW compares the gradient with the first moment, here with the update itself. For Adam the
+two have the same sign; for a Nesterov or orthogonalised direction only the update's is the sign of the step.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_choice, require
+from chainrule.transforms._numerics import up
+from chainrule.transforms._trees import map_unmasked
+
+
+class CautiousState(NamedTuple):
+    """State of `cautious`."""
+
+    kept_fraction: optax.Updates
+    """float32 scalar for each parameter: the fraction of entries kept in the last update."""
+
+    metric_fields = ("kept_fraction",)
+
+
+def cautious(
+    normalizer: str | None = "clamped_mean",
+    *,
+    mean_floor: jax.typing.ArrayLike = 1e-3,
+    eps: jax.typing.ArrayLike = 1e-8,
+    negated: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Zeroes the entries of each update whose sign is not the gradient's.
+
+    $$u'_i = u_i\, m_i\, c, \qquad m_i = \mathbb 1[u_i\, g_i > 0]$$
+
+    It belongs before `scale_by_learning_rate`, where an update has the sign of the gradient that it descends. Put it
+    before weight decay to spare the decay, after it to mask the two together. An update that agrees with the gradient
+    nowhere becomes zero. For complex leaves \(u g\) is \(\mathrm{Re}(\bar u g)\).
+
+    Args:
+      normalizer: c, one factor a tensor: `"clamped_mean"`, `"mean"`, `"count"` or `"none"` as above. `None`: no caution,
+        the updates pass.
+      mean_floor: least mean of the mask that is divided by, positive (`"clamped_mean"`).
+      eps: added to the mean of the mask, at least 0 (`"mean"`).
+      negated: the updates already point downhill (after `scale_by_learning_rate`, or a whole optimizer): keep where
+        \(u g < 0\).
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra argument `grad`, the raw gradient.
+
+    Raises:
+      ValueError: an argument outside its range; at `update`, `grad` is missing.
+
+    >>> tx = cautious()
+    >>> g, u = jnp.array([1.0, -1.0]), jnp.array([0.5, 0.5])
+    >>> tx.update(u, tx.init(g), grad=g)[0].tolist()
+    [1.0, 0.0]
+
+    References:
+      Liang et al., https://arxiv.org/abs/2411.16085
+    """
+    check_bounds("cautious", mean_floor=mean_floor, eps=eps)
+    if normalizer is None:
+        return optax.with_extra_args_support(optax.identity())
+    check_choice("cautious", "normalizer", normalizer, ("clamped_mean", "mean", "count", "none"))
+
+    def init(params):
+        return CautiousState(jax.tree.map(lambda _: jnp.ones((), jnp.float32), params))
+
+    def update(updates, state, params=None, *, grad=None, **extra_args: Any):
+        del state, params, extra_args
+        grad = require(
+            "cautious",
+            "grad",
+            grad,
+            "use `chainrule.chain` in place of `optax.chain`, or call `update(..., grad=gradients)`",
+        )
+
+        def agrees(u, g):
+            product = (jnp.conj(u) * g).real if jnp.iscomplexobj(u) else jnp.sign(u) * jnp.sign(g)
+            return product < 0 if negated else product > 0
+
+        def factor(mask, mean):
+            if normalizer == "clamped_mean":
+                return 1 / jnp.maximum(mean, mean_floor)
+            if normalizer == "mean":
+                # One that keeps nothing multiplies zeros: any finite factor will do, also with eps = 0.
+                return 1 / jnp.where(mean > 0, mean + eps, 1)
+            return mask.size / (mean * mask.size + 1) if normalizer == "count" else 1
+
+        def fraction(mask):
+            # An int32 sum: a float32 one may stop counting at 2^24 ones.
+            return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) / max(mask.size, 1)
+
+        def kept(u, mask, mean):
+            return jnp.where(mask, up(u) * factor(mask, mean), 0).astype(u.dtype)
+
+        masks = map_unmasked(agrees, updates, grad)
+        means = map_unmasked(fraction, masks)
+        return map_unmasked(kept, updates, masks, means), CautiousState(means)
+
+    return optax.GradientTransformationExtraArgs(init, update)
