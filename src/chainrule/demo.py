@@ -1,0 +1,308 @@
+"""`chainrule demo`: every named chain against optax.adamw, on digits of which 30 % are labelled wrong.
+
+A small network is trained with each chain, from the same initial parameters, on the same wrong labels and the same
+batches. The learning rate of each is the one of a log grid with the best mean accuracy on a validation split; what is
+reported is the accuracy on a test split with clean labels. All learning rates and seeds of a chain train together, as
+two `vmap` axes of one program that is compiled once.
+"""
+
+import inspect
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from chainrule import chains
+from chainrule.transforms import state_bytes
+
+WRONG_LABELS = 0.3
+WEIGHT_DECAY = 0.01
+WIDTHS = (64, 128, 64, 10)
+BATCH = 64
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+BASELINE = "optax.adamw"
+
+Params = dict[str, dict[str, jax.Array]]
+MakeChain = Callable[[Any], optax.GradientTransformation]
+
+
+class Split(NamedTuple):
+    """Images, (n, 64) float32 in [0, 1], and labels, (n,) int32."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Data(NamedTuple):
+    """The three splits, all with clean labels: the wrong ones are drawn from the seed of each run."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+class Run(NamedTuple):
+    """What one optimizer did."""
+
+    name: str
+    learning_rate: float
+    at_edge: bool
+    """Whether the best learning rate is the first or last of the grid, so that a better one may lie outside."""
+    accuracy: np.ndarray
+    """(seeds,): clean test accuracy after the last epoch, at that learning rate."""
+    curve: np.ndarray
+    """(epochs, seeds): the same after every epoch."""
+    validation: np.ndarray
+    """(learning rates,): mean validation accuracy after the last epoch."""
+    seconds: float
+    """Training all learning rates and seeds, without compilation."""
+    compile_seconds: float
+    state_bytes: int
+    """Of one run."""
+
+
+def load_digits() -> Data:
+    """scikit-learn's 1797 handwritten digits, always split in the same way: 997 to train, 300, 500."""
+    from sklearn.datasets import load_digits as load
+
+    images, labels = load(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images = jnp.asarray(images[order] / 16, jnp.float32)
+    labels = jnp.asarray(labels[order], jnp.int32)
+    return Data(
+        *(
+            Split(images[part], labels[part])
+            for part in (slice(800, None), slice(300), slice(300, 800))
+        )
+    )
+
+
+def candidates() -> dict[str, MakeChain]:
+    """Everything to compare, as functions of a learning rate: the baseline and whatever `chains` names.
+
+    A chain whose first argument has no default wraps another one, and is applied to the baseline.
+    """
+
+    def baseline(learning_rate):
+        return optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY)
+
+    found: dict[str, MakeChain] = {BASELINE: baseline}
+    for name in chains.__all__:
+        factory = getattr(chains, name)
+        parameters = inspect.signature(factory).parameters
+        if next(iter(parameters.values())).default is inspect.Parameter.empty:
+            found[f"{name}(adamw)"] = lambda lr, factory=factory: factory(baseline(lr))
+        else:
+            decay = {"weight_decay": WEIGHT_DECAY} if "weight_decay" in parameters else {}
+            found[name] = lambda lr, factory=factory, decay=decay: factory(lr, **decay)
+    return found
+
+
+def init_params(key: jax.Array) -> Params:
+    """He-normal weights and zero biases of a network with `WIDTHS`."""
+    layers = {}
+    names = [*(f"hidden_{i + 1}" for i in range(len(WIDTHS) - 2)), "output"]
+    for name, fan_in, fan_out in zip(names, WIDTHS[:-1], WIDTHS[1:], strict=True):
+        key, subkey = jax.random.split(key)
+        kernel = jax.random.normal(subkey, (fan_in, fan_out)) * jnp.sqrt(2 / fan_in)
+        layers[name] = {"kernel": kernel, "bias": jnp.zeros(fan_out)}
+    return layers
+
+
+def logits(params: Params, images: jax.Array) -> jax.Array:
+    """The network's outputs, (n, 10)."""
+    *hidden, output = params.values()
+    for layer in hidden:
+        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
+    return images @ output["kernel"] + output["bias"]
+
+
+def accuracy(params: Params, split: Split) -> jax.Array:
+    """The fraction of `split` that the network gets right."""
+    return jnp.mean(jnp.argmax(logits(params, split.images), -1) == split.labels)
+
+
+def wrong_labels(key: jax.Array, labels: jax.Array) -> jax.Array:
+    """`labels` with 30 % of them replaced by another class, drawn uniformly."""
+    chosen, other = jax.random.split(key)
+    shift = jax.random.randint(other, labels.shape, 1, 10)
+    return jnp.where(
+        jax.random.uniform(chosen, labels.shape) < WRONG_LABELS, (labels + shift) % 10, labels
+    )
+
+
+def train(
+    name: str, make: MakeChain, data: Data, rates: tuple[float, ...], seeds: int, epochs: int
+) -> Iterator[Run | None]:
+    """Trains every learning rate and seed at once; yields None after each epoch, and the `Run` at the end."""
+
+    def init(rate, seed):
+        params = init_params(jax.random.key(seed))
+        return params, make(rate).init(params)
+
+    def run_epoch(carry, rate, seed, epoch):
+        tx = optax.with_extra_args_support(make(rate))
+        labels = wrong_labels(jax.random.fold_in(jax.random.key(seed), 1), data.train.labels)
+        order = jax.random.permutation(
+            jax.random.fold_in(jax.random.key(seed), 2 + epoch), len(labels)
+        )
+        order = order[: len(labels) // BATCH * BATCH].reshape(-1, BATCH)
+
+        def step(carry, rows):
+            params, state = carry
+
+            def loss(params):
+                outputs = logits(params, data.train.images[rows])
+                return optax.softmax_cross_entropy_with_integer_labels(outputs, labels[rows]).mean()
+
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        carry, _ = jax.lax.scan(step, carry, order)
+        return carry, (accuracy(carry[0], data.validation), accuracy(carry[0], data.test))
+
+    grid = [(rate, seed) for rate in rates for seed in range(seeds)]
+    all_rates, all_seeds = (
+        jnp.asarray([rate for rate, _ in grid]),
+        jnp.asarray([seed for _, seed in grid]),
+    )
+    start = time.perf_counter()
+    carry = jax.jit(jax.vmap(init))(all_rates, all_seeds)
+    program = jax.jit(jax.vmap(run_epoch, in_axes=(0, 0, 0, None)), donate_argnums=0)
+    compiled = program.lower(carry, all_rates, all_seeds, 0).compile()
+    compile_seconds = time.perf_counter() - start
+
+    start, history = time.perf_counter(), []
+    for epoch in range(epochs):
+        carry, accuracies = compiled(carry, all_rates, all_seeds, epoch)
+        history.append(np.asarray(accuracies).reshape(2, len(rates), seeds))
+        yield None
+    seconds = time.perf_counter() - start
+
+    validation, test = np.stack(history, 1)  # each (epochs, learning rates, seeds)
+    final = validation[-1].mean(-1)
+    best = int(np.argmax(final))
+    one_state = jax.tree.map(lambda leaf: leaf[0], carry[1])
+    yield Run(
+        name=name,
+        learning_rate=rates[best],
+        at_edge=best in (0, len(rates) - 1),
+        accuracy=test[-1, best],
+        curve=test[:, best],
+        validation=final,
+        seconds=seconds,
+        compile_seconds=compile_seconds,
+        state_bytes=state_bytes(one_state),
+    )
+
+
+def draw(runs: list[Run], path: pathlib.Path) -> None:
+    """Saves one panel per chain: accuracy by epoch, mean and spread over seeds, with the baseline's mean in grey."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.5 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    baseline = 100 * runs[0].curve.mean(1)
+    epochs = np.arange(1, len(baseline) + 1)
+    for axis, run in zip(axes, runs, strict=False):
+        mean, spread = 100 * run.curve.mean(1), 100 * run.curve.std(1)
+        axis.plot(epochs, baseline, color="0.55", linewidth=1.2, linestyle="--", label=BASELINE)
+        axis.fill_between(
+            epochs, mean - spread, mean + spread, color="tab:blue", alpha=0.2, linewidth=0
+        )
+        axis.plot(epochs, mean, color="tab:blue", linewidth=1.6)
+        axis.set_title(f"{run.name}   {mean[-1]:.1f} %   lr {run.learning_rate:g}", fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(runs) :]:
+        axis.remove()
+    lowest = min(100 * run.curve[len(epochs) // 4 :].mean(1).min() for run in runs)
+    axes[0].set_ylim(max(0, 5 * (lowest // 5)), 100)
+    axes[0].legend(fontsize=8, loc="lower right")
+    figure.supxlabel("epoch", fontsize=10)
+    figure.supylabel("accuracy on clean test labels (%)", fontsize=10)
+    figure.suptitle(
+        f"digits, {WRONG_LABELS:.0%} of the training labels wrong: mean and standard deviation over "
+        f"{runs[0].curve.shape[1]} seeds",
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def report(runs: list[Run], rates: tuple[float, ...]) -> dict[str, Any]:
+    """What `--json` saves."""
+    return {
+        "wrong_labels": WRONG_LABELS,
+        "learning_rates": rates,
+        "versions": {"jax": jax.__version__, "optax": optax.__version__},
+        "runs": [
+            {
+                key: value.tolist() if isinstance(value, np.ndarray) else value
+                for key, value in run._asdict().items()
+            }
+            for run in runs
+        ],
+    }
+
+
+def main(
+    *, quick: bool, seeds: int, epochs: int, out: pathlib.Path, json_path: pathlib.Path | None
+) -> None:
+    """Trains everything behind a progress bar, prints the table, saves the figure."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    console = Console()
+    data = load_digits()
+    rates = LEARNING_RATES[1:-1:2] if quick else LEARNING_RATES
+    makers = candidates()
+    columns = [
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+    ]
+    runs: list[Run] = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(makers) * epochs)
+        for name, make in makers.items():
+            progress.update(task, description=name)
+            for run in train(name, make, data, rates, seeds, epochs):
+                if run is None:
+                    progress.advance(task)
+                else:
+                    runs.append(run)
+        progress.update(task, description="done")
+
+    table = Table(
+        title=f"digits, {WRONG_LABELS:.0%} wrong labels, {len(rates)} learning rates x {seeds} seeds, {epochs} epochs",
+        caption="* best learning rate at an edge of the grid",
+    )
+    table.add_column("chain")
+    for heading in ("clean test accuracy", "learning rate", "seconds", "state vs AdamW"):
+        table.add_column(heading, justify="right")
+    for run in runs:
+        table.add_row(
+            run.name,
+            f"{100 * run.accuracy.mean():.1f} ± {100 * run.accuracy.std(ddof=1 if seeds > 1 else 0):.1f} %",
+            f"{run.learning_rate:g}" + ("*" if run.at_edge else " "),
+            f"{run.seconds:.1f}",
+            f"{run.state_bytes / runs[0].state_bytes:.3f}x",
+        )
+    console.print(table)
+    draw(runs, out)
+    console.print(f"figure: {out}")
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(report(runs, rates), indent=1))
+        console.print(f"numbers: {json_path}")

@@ -1,0 +1,43 @@
+"""The package as it is installed: version, typing marker, what an import pulls in."""
+
+import importlib.metadata
+import importlib.resources
+import subprocess
+import sys
+
+import chainrule
+
+
+def imported_by(statement):
+    code = f"import sys; {statement}; print(*sorted(m for m in sys.modules if '.' not in m))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return set(result.stdout.split())
+
+
+def test_version_is_the_installed_one():
+    assert chainrule.__version__ == importlib.metadata.version("chainrule")
+
+
+def test_type_information_is_shipped():
+    assert importlib.resources.files("chainrule").joinpath("py.typed").is_file()
+
+
+def test_every_public_name_exists():
+    for module in (chainrule, chainrule.chains, chainrule.transforms):
+        assert all(hasattr(module, name) for name in module.__all__), module.__name__
+
+
+def test_the_core_imports_no_other_framework():
+    assert imported_by("import chainrule").isdisjoint(
+        {"torch", "keras", "tensorflow", "flax", "chex", "sklearn"}
+    )
+
+
+def test_the_rooms_are_not_importable_on_their_own():
+    code = "import importlib.util as u; print([n for n in ('transforms', 'bridges') if u.find_spec(n)])"
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
