@@ -1,0 +1,25 @@
+"""The recorded variants that are not followed, each with its reason.
+
+Reasons are bugs that nobody can want and that therefore have no argument; the corrected behaviour has a test of its own.
+Names are matched with `fnmatch`. `test_complete.py` fails if a variant is neither followed nor listed here, and if a row
+matches nothing.
+"""
+
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+
+class NotFollowed(NamedTuple):
+    file: str
+    variant: str
+    reason: str
+
+
+NOT_FOLLOWED: list[NotFollowed] = []
+
+
+def reason_not_to_follow(file: str, variant: str) -> str | None:
+    for row in NOT_FOLLOWED:
+        if fnmatch(file, row.file) and fnmatch(variant, row.variant):
+            return row.reason
+    return None
