@@ -5,9 +5,9 @@ r"""Keeps the entries of an update that agree in sign with the gradient, and sca
                                           size / (sum(m) + 1)            "count" (C-Lion)
                                           1                              "none"
 
-Source: Liang et al., "Cautious Optimizers: Improving Training with One Line of Code", 2024, algorithm 1, and its repository.
-Departure: the repository's C-AdamW compares the gradient with the first moment, here with the update itself. For Adam the
-two have the same sign; for a Nesterov or orthogonalised direction only the update's is the sign of the step.
+Source: Liang et al., "Cautious Optimizers: Improving Training with One Line of Code", 2024, algorithm 1, and its
+repository. Departure: the repository's C-AdamW compares the gradient with the first moment, here with the update. For
+Adam the two have one sign; for a Nesterov or orthogonalised direction only the update's is the sign of the step.
 """
 
 from typing import Any, NamedTuple
@@ -46,8 +46,8 @@ def cautious(
     nowhere becomes zero. For complex leaves \(u g\) is \(\mathrm{Re}(\bar u g)\).
 
     Args:
-      normalizer: c, one factor a tensor: `"clamped_mean"`, `"mean"`, `"count"` or `"none"` as above. `None`: no caution,
-        the updates pass.
+      normalizer: c, one factor a tensor: `"clamped_mean"`, `"mean"`, `"count"` or `"none"` as above. `None`: no
+        caution, the updates pass.
       mean_floor: least mean of the mask that is divided by, positive (`"clamped_mean"`).
       eps: added to the mean of the mask, at least 0 (`"mean"`).
       negated: the updates already point downhill (after `scale_by_learning_rate`, or a whole optimizer): keep where
