@@ -1,0 +1,269 @@
+"""From a jaxpr to an ``torch.fx.Graph``, one equation at a time.
+
+While building, a value is a graph node, a Python scalar (a literal, or what folding literals
+gave), or ``Full``, a constant array that is one scalar everywhere. Scalars stay Python scalars as
+long as a torch function takes them, so that Inductor and ``torch._foreach_*`` see scalars.
+
+Where the semantics need a tensor, ``Builder.tensor`` makes one. The rules that say what a
+primitive becomes are in ``elementwise``, ``structural``, ``numeric`` and ``control``, collected
+in ``table``.
+"""
+
+import operator
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import torch
+from jax.extend import core
+from torch import fx
+
+from chainrule.bridges.lowering.convert import MASKS, is_key, to_torch, torch_dtype
+from chainrule.bridges.lowering.errors import UnsupportedPrimitive
+
+Scalar: TypeAlias = bool | int | float | complex
+
+
+class Full(NamedTuple):
+    """A constant array holding one scalar everywhere."""
+
+    value: Scalar
+    aval: Any
+
+
+Value: TypeAlias = fx.Node | Scalar | Full
+Rule: TypeAlias = Callable[..., "Value | Sequence[Value]"]
+
+
+class Place(NamedTuple):
+    """Where an equation came from."""
+
+    link: str  # the optax link, "" when no frame of the traceback is one
+    source: str  # "file:line" of the innermost frame outside JAX
+
+
+def scalar(value: Any, dtype: Any) -> Scalar:
+    """``value``, rounded to ``dtype``, as a Python scalar."""
+    array = np.asarray(value).astype(dtype)
+    if array.dtype == np.bool_:
+        return bool(array)
+    if jax.numpy.issubdtype(array.dtype, np.integer):
+        return int(array)
+    if jax.numpy.issubdtype(array.dtype, np.complexfloating):
+        return complex(array)
+    return float(array)
+
+
+_JAX_FILES = tuple(os.path.dirname(os.path.abspath(m.__file__)) + os.sep for m in (jax, np))
+# `scale_by_adam.<locals>.update_fn`, `adaptive_beta1.<locals>.update`, `MultiSteps.update`
+_LINK = re.compile(r"(?:^|\.)(\w+)\.(?:<locals>\.)?_?update\w*(?:\.|$)")
+_PLACES: dict[Any, Place] = {}
+
+
+def place_of(eqn: core.JaxprEqn) -> Place:
+    """The innermost optax link, and the innermost line outside JAX, in an equation's traceback."""
+    traceback = eqn.source_info.traceback
+    if traceback is None:
+        return Place("", "")
+    if traceback not in _PLACES:
+        frames = [f for f in traceback.frames if not f.file_name.startswith(_JAX_FILES)]
+        found = (_LINK.search(f.function_name) for f in frames)
+        link = next((match[1] for match in found if match), "")
+        source = ""
+        if frames:
+            file = frames[0].file_name.replace(os.sep, "/").split("/site-packages/")[-1]
+            source = f"{file}:{frames[0].line_num}"
+        if len(_PLACES) > 100_000:  # tracebacks keep frames alive
+            _PLACES.clear()
+        _PLACES[traceback] = Place(link, source)
+    return _PLACES[traceback]
+
+
+class Shared(NamedTuple):
+    """What a graph and its sub-graphs (branches, loop bodies) have in common."""
+
+    table: dict[str, Rule]
+    elementwise: frozenset[str]
+    device: torch.device
+    live: dict[core.Jaxpr, list[core.JaxprEqn]]
+    subgraphs: dict[Any, fx.GraphModule]
+    folded: dict[Any, Scalar]
+
+
+class Builder:
+    """Holds one fx graph under construction; rules emit into it."""
+
+    def __init__(self, shared: Shared):
+        self.shared = shared
+        self.device = shared.device
+        self.graph = fx.Graph()
+        self.root: dict[str, Any] = {}
+        self.place = Place("", "")
+        self._attributes: dict[int, tuple[Any, fx.Node]] = {}
+
+    # ---- emitting --------------------------------------------------------------------------
+
+    def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``call_function`` node that remembers where its equation came from."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta.update(link=self.place.link, source=self.place.source, leaf=None)
+        return node
+
+    def items(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """The elements of a node that returns a tuple."""
+        return [self.emit(operator.getitem, node, i) for i in range(count)]
+
+    def tensor(self, value: Value, aval: Any = None) -> fx.Node:
+        """A node for ``value``; a scalar becomes a 0-d tensor of ``aval``'s dtype."""
+        if isinstance(value, fx.Node):
+            return value
+        if isinstance(value, Full):
+            value, aval = value
+            shape = tuple(aval.shape)
+        else:
+            shape = ()
+        dtype = torch_dtype(aval.dtype)
+        node = self.emit(torch.full, shape, value, dtype=dtype, device=self.device)
+        node.meta["aval"] = aval if aval.shape == shape else aval.update(shape=shape)
+        return node
+
+    def constant(self, array: Any) -> Value:
+        """A closed-over array: a Python scalar when 0-d, else a buffer of the module."""
+        if not is_key(array.dtype) and np.ndim(array) == 0:
+            return scalar(array, array.dtype)
+        if id(array) not in self._attributes:
+            name = f"constant_{len(self.root)}"
+            self.root[name] = to_torch(array, self.device)
+            self._attributes[id(array)] = (array, self._attribute(name))
+        return self._attributes[id(array)][1]
+
+    def module(self, jaxpr: core.ClosedJaxpr) -> fx.Node:
+        """A reference to the sub-graph of a branch or loop body."""
+        graphs = self.shared.subgraphs
+        if jaxpr.jaxpr not in graphs:
+            graphs[jaxpr.jaxpr] = build(jaxpr, self.shared)
+        if id(jaxpr.jaxpr) not in self._attributes:
+            name = f"body_{len(self.root)}"
+            self.root[name] = graphs[jaxpr.jaxpr]
+            self._attributes[id(jaxpr.jaxpr)] = (jaxpr.jaxpr, self._attribute(name))
+        return self._attributes[id(jaxpr.jaxpr)][1]
+
+    def _attribute(self, name: str) -> fx.Node:
+        node = self.graph.create_node("get_attr", name)
+        node.meta.update(link="", source="", leaf=None)
+        return node
+
+    def wrap(self, node: fx.Node, aval: Any) -> fx.Node:
+        """``node`` with the bits an unsigned dtype does not have cleared (see ``convert``)."""
+        name = "" if is_key(aval.dtype) else aval.dtype.name
+        return self.emit(torch.bitwise_and, node, MASKS[name]) if name in MASKS else node
+
+    def unsupported(self, eqn: core.JaxprEqn, detail: str = "") -> UnsupportedPrimitive:
+        """The error for an equation that has no lowering."""
+        return UnsupportedPrimitive(eqn.primitive.name, *self.place, detail)
+
+    # ---- walking ---------------------------------------------------------------------------
+
+    def inline(
+        self, jaxpr: core.Jaxpr, constants: Sequence[Any], operands: Sequence[Value]
+    ) -> list[Value]:
+        """Emit the equations of ``jaxpr`` here; returns the values of its outputs."""
+        env: dict[core.Var, Value] = dict(zip(jaxpr.invars, operands, strict=True))
+        env |= {v: self.constant(c) for v, c in zip(jaxpr.constvars, constants, strict=True)}
+
+        def read(atom: core.Var | core.Literal) -> Value:
+            if isinstance(atom, core.Literal):
+                return scalar(atom.val, atom.aval.dtype)
+            return env[atom]
+
+        outer = self.place
+        for eqn in self._live(jaxpr):
+            # JAX caches jitted functions: inside one, a traceback is that of its first caller.
+            self.place = outer if outer.link else place_of(eqn)
+            values = self._apply(eqn, [read(v) for v in eqn.invars])
+            for var, value in zip(eqn.outvars, values, strict=True):
+                if isinstance(value, fx.Node):
+                    value.meta.setdefault("aval", var.aval)
+                env[var] = value
+        self.place = outer
+        return [read(v) for v in jaxpr.outvars]
+
+    def _live(self, jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+        if jaxpr not in self.shared.live:
+            needed = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+            kept = []
+            for eqn in reversed(jaxpr.eqns):
+                if eqn.effects or not needed.isdisjoint(eqn.outvars):
+                    needed.update(v for v in eqn.invars if isinstance(v, core.Var))
+                    kept.append(eqn)
+            self.shared.live[jaxpr] = kept[::-1]
+        return self.shared.live[jaxpr]
+
+    def _apply(self, eqn: core.JaxprEqn, operands: list[Value]) -> Sequence[Value]:
+        name = eqn.primitive.name
+        rule = self.shared.table.get(name)
+        if rule is None:
+            raise self.unsupported(eqn)
+        if name in self.shared.elementwise:
+            if not any(isinstance(x, fx.Node) for x in operands):
+                return [self._fold(eqn, operands)]
+            operands = self._narrow(eqn, operands)
+        out = rule(self, eqn, *operands)
+        return out if isinstance(out, list | tuple) and not isinstance(out, Full) else [out]
+
+    def _fold(self, eqn: core.JaxprEqn, operands: Sequence[Value]) -> Value:
+        """An elementwise equation of constants only, evaluated by JAX itself."""
+        scalars = tuple(x.value if isinstance(x, Full) else x for x in operands)
+        dtypes = tuple(v.aval.dtype for v in eqn.invars)
+        key = (eqn.primitive.name, repr(eqn.params), repr(scalars), dtypes)
+        aval = eqn.outvars[0].aval
+        if key not in self.shared.folded:
+            arrays = [np.asarray(x, d) for x, d in zip(scalars, dtypes, strict=True)]
+            with jax.ensure_compile_time_eval():
+                value = eqn.primitive.bind(*arrays, **eqn.params)
+            self.shared.folded[key] = scalar(value, aval.dtype)
+        value = self.shared.folded[key]
+        return Full(value, aval) if aval.shape else value
+
+    def _narrow(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
+        """Constants and broadcast scalars as scalars, if another operand has the full shape."""
+        shape = eqn.outvars[0].aval.shape
+        sources = [
+            x.value if isinstance(x, Full) else x.meta.get("broadcast_of") if isinstance(x, fx.Node) else None
+            for x in operands
+        ]
+        full = [
+            isinstance(x, fx.Node) and source is None and v.aval.shape == shape
+            for x, source, v in zip(operands, sources, eqn.invars, strict=True)
+        ]
+        if not any(full):  # one operand must keep the shape
+            for i, v in enumerate(eqn.invars):
+                if sources[i] is not None and v.aval.shape == shape:
+                    sources[i] = None
+                    break
+        narrowed = [x if source is None else source for x, source in zip(operands, sources, strict=True)]
+        return [self.tensor(x) if isinstance(x, Full) else x for x in narrowed]
+
+
+def build(jaxpr: core.ClosedJaxpr, shared: Shared, names: Sequence[str] = ()) -> fx.GraphModule:
+    """The GraphModule of a closed jaxpr: flat tensors in, a tuple of flat tensors out."""
+    from chainrule.bridges.lowering.simplify import own_outputs, simplify
+
+    builder = Builder(shared)
+    inputs: list[Value] = []
+    for i, var in enumerate(jaxpr.jaxpr.invars):
+        node = builder.graph.placeholder(names[i] if names else f"x{i}")
+        node.meta.update(aval=var.aval, link="", source="", leaf=None)
+        inputs.append(node)
+    outputs = builder.inline(jaxpr.jaxpr, jaxpr.consts, inputs)
+    nodes = [
+        builder.tensor(x, v.aval) for x, v in zip(outputs, jaxpr.jaxpr.outvars, strict=True)
+    ]
+    builder.graph.output(tuple(nodes))
+    simplify(builder.graph)
+    own_outputs(builder.graph)
+    return fx.GraphModule(builder.root, builder.graph)
+

@@ -1,0 +1,14 @@
+"""The one table: what every supported JAX primitive becomes in torch.
+
+A rule is ``rule(builder, eqn, *operands)``. It emits fx nodes and returns the value, or the
+sequence of values, of the equation's outputs. A primitive that is not here raises
+``UnsupportedPrimitive``.
+"""
+
+from chainrule.bridges.lowering.builder import Rule
+from chainrule.bridges.lowering.control import CONTROL
+from chainrule.bridges.lowering.elementwise import ELEMENTWISE
+from chainrule.bridges.lowering.numeric import NUMERIC
+from chainrule.bridges.lowering.structural import STRUCTURAL
+
+TABLE: dict[str, Rule] = {**ELEMENTWISE, **STRUCTURAL, **NUMERIC, **CONTROL}
