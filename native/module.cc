@@ -1,14 +1,25 @@
-// The Python module chainrule.native._kernel.
+// The Python module chainrule.native._kernel: its two doors and what was built.
 #include <pybind11/pybind11.h>
+
+#include "chainrule/kernels.hpp"
+#include "chainrule/parallel.hpp"
+#include "doors.hpp"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_kernel, m) {
-  m.doc() = "Kernel of chainrule's tier update and quantised state.";
+  m.doc() = "Kernel of chainrule's tier update and block-quantised state.";
+  chainrule::add_numpy_door(m);
+  m.def("xla_targets", &chainrule::xla_targets);
   m.def("info", [] {
+    const chainrule::KernelChoices& choices = chainrule::kernel_choices();
+    py::list instruction_sets;
+    for (int i = 0; i < choices.count; ++i) instruction_sets.append(choices.kernels[i]->instruction_set);
     py::dict facts;
-    facts["compiler"] = __VERSION__;
-    facts["standard"] = static_cast<long>(__cplusplus);
+    facts["compiler"] = CHAINRULE_COMPILER;
+    facts["instruction_sets"] = instruction_sets;
+    facts["instruction_set"] = chainrule::kernels().instruction_set;
+    facts["threads"] = chainrule::default_threads();
     return facts;
   });
 }

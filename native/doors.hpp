@@ -1,0 +1,14 @@
+// What the two doors give the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace chainrule {
+
+// tier2, tier1, tier0, statistics, quantize, ... over NumPy arrays and raw memory.
+void add_numpy_door(pybind11::module_& module);
+
+// {name: capsule} of the XLA FFI handlers.
+pybind11::dict xla_targets();
+
+}  // namespace chainrule

@@ -1,0 +1,200 @@
+// Many tensors in one parallel loop: large tensors are cut into pieces, small ones packed together.
+//
+// Pieces are cut at the same elements however many threads there are, and sums are taken piece by piece
+// in ascending order, so no result depends on the number of threads.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "chainrule/kernels.hpp"
+
+namespace chainrule {
+
+// Runs body(0) ... body(tasks - 1), claimed in ascending order, and returns when all have ended.
+using Loop = std::function<void(std::int64_t tasks, const std::function<void(std::int64_t)>& body)>;
+
+// Elements of a task: large enough to hide the hand-over, small enough to balance two threads.
+constexpr std::int64_t kGrain = 65536;
+
+struct Piece {
+  std::int64_t tensor, begin, end;
+  bool first_pass;
+};
+
+class Plan {
+ public:
+  // Cuts a tensor at multiples of `unit`. `passes` 2 lists its pieces twice, unless it is one piece.
+  void add(std::int64_t tensor, std::int64_t size, std::int64_t unit = 1, int passes = 1) {
+    const std::int64_t step = unit >= kGrain ? unit : kGrain / unit * unit;
+    for (int pass = size > step ? passes : 1; pass > 0; --pass) {
+      for (std::int64_t begin = 0; begin < size; begin += step) {
+        const std::int64_t end = size - begin < step ? size : begin + step;
+        if (open_ == 0) starts_.push_back(static_cast<std::int64_t>(pieces_.size()));
+        pieces_.push_back({tensor, begin, end, pass > 1});
+        open_ += end - begin;
+        if (open_ >= kGrain / 2) open_ = 0;
+      }
+    }
+  }
+
+  template <class Body>
+  void run(const Loop& loop, Body body) const {
+    const auto tasks = static_cast<std::int64_t>(starts_.size());
+    loop(tasks, [&](std::int64_t task) {
+      const auto next = static_cast<std::size_t>(task) + 1;
+      const auto stop = next < starts_.size() ? static_cast<std::size_t>(starts_[next]) : pieces_.size();
+      for (auto i = static_cast<std::size_t>(starts_[next - 1]); i < stop; ++i) body(pieces_[i]);
+    });
+  }
+
+ private:
+  std::vector<Piece> pieces_;
+  std::vector<std::int64_t> starts_;
+  std::int64_t open_ = 0;
+};
+
+inline void run_tier2(const std::vector<Tier2>& tensors, const Loop& loop) {
+  Plan plan;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    plan.add(static_cast<std::int64_t>(i), tensors[i].gradient.size);
+  }
+  const Kernels& k = kernels();
+  plan.run(loop, [&](const Piece& piece) {
+    k.tier2(tensors[static_cast<std::size_t>(piece.tensor)], piece.begin, piece.end);
+  });
+}
+
+inline void run_tier2_quantized(const std::vector<Tier2Quantized>& tensors, const Loop& loop) {
+  Plan plan;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    // Two blocks are an even number of elements: no byte of codes is shared between pieces.
+    plan.add(static_cast<std::int64_t>(i), tensors[i].update.gradient.size, 2 * tensors[i].mu.block);
+  }
+  const Kernels& k = kernels();
+  plan.run(loop, [&](const Piece& piece) {
+    k.tier2_quantized(tensors[static_cast<std::size_t>(piece.tensor)], piece.begin, piece.end);
+  });
+}
+
+inline void run_requantize(const std::vector<Requantize>& tensors, bool decode, const Loop& loop) {
+  Plan plan;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    plan.add(static_cast<std::int64_t>(i), tensors[i].values.size, 2 * tensors[i].codes.block);
+  }
+  const auto kernel = decode ? kernels().dequantize : kernels().quantize;
+  plan.run(loop, [&](const Piece& piece) {
+    kernel(tensors[static_cast<std::size_t>(piece.tensor)], piece.begin, piece.end);
+  });
+}
+
+inline void run_sign(const std::vector<SignStep>& tensors, const Loop& loop) {
+  Plan plan;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    plan.add(static_cast<std::int64_t>(i), tensors[i].gradient.size);
+  }
+  const Kernels& k = kernels();
+  plan.run(loop, [&](const Piece& piece) {
+    k.sign_step(tensors[static_cast<std::size_t>(piece.tensor)], piece.begin, piece.end);
+  });
+}
+
+// The partial sums of one tensor while its runs are added up.
+class Gathering {
+ public:
+  explicit Gathering(const Buffer& gradient)
+      : gradient_(gradient),
+        partials_(static_cast<std::size_t>((gradient.size + kStatisticsRun - 1) / kStatisticsRun)),
+        missing_(gradient.size) {}
+
+  // Adds elements [begin, end), begin a multiple of kStatisticsRun; true for the call that completes.
+  bool add(const Kernels& k, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t run = begin; run < end; run += kStatisticsRun) {
+      const std::int64_t stop = end - run < kStatisticsRun ? end : run + kStatisticsRun;
+      partials_[static_cast<std::size_t>(run / kStatisticsRun)] = k.partial_statistics(gradient_, run, stop);
+    }
+    return missing_.fetch_sub(end - begin) == end - begin;
+  }
+
+  Statistics total() const {
+    return CHAINRULE_ISA::total_statistics(partials_.data(), static_cast<std::int64_t>(partials_.size()), gradient_.size);
+  }
+
+ private:
+  const Buffer gradient_;
+  std::vector<Partial> partials_;
+  std::atomic<std::int64_t> missing_;
+};
+
+inline std::vector<Statistics> run_statistics(const std::vector<Buffer>& gradients, const Loop& loop) {
+  Plan plan;
+  std::deque<Gathering> gatherings;
+  for (std::size_t i = 0; i < gradients.size(); ++i) {
+    plan.add(static_cast<std::int64_t>(i), gradients[i].size, kStatisticsRun);
+    gatherings.emplace_back(gradients[i]);
+  }
+  const Kernels& k = kernels();
+  std::vector<Statistics> totals(gradients.size());
+  plan.run(loop, [&](const Piece& piece) {
+    const auto i = static_cast<std::size_t>(piece.tensor);
+    if (gatherings[i].add(k, piece.begin, piece.end)) totals[i] = gatherings[i].total();
+  });
+  return totals;
+}
+
+// Tier 1: the magnitude c, then the step. `mean_magnitude` below 0 is found from the gradient.
+struct Tier1 {
+  SignStep step;
+  float* magnitude = nullptr;
+  double decay = 0, mean_magnitude = -1;
+  bool scale_decay = false;  // c multiplies the weight decay too, as in the reference
+
+  void update_magnitude(double mean) {
+    // Without the old value when its weight is 0: it may be anything on the first step.
+    const double old = decay == 0 ? 0 : decay * static_cast<double>(*magnitude);
+    *magnitude = static_cast<float>(old + (1 - decay) * mean);
+    step.magnitude = static_cast<double>(*magnitude);
+    if (scale_decay) step.weight_decay *= step.magnitude;
+  }
+};
+
+inline void run_tier1(std::vector<Tier1>& tensors, const Loop& loop) {
+  struct Progress {
+    explicit Progress(const Buffer& gradient) : gathering(gradient) {}
+    Gathering gathering;
+    std::atomic<bool> ready{false};
+  };
+  Plan plan;
+  std::deque<Progress> progress;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    Tier1& t = tensors[i];
+    progress.emplace_back(t.step.gradient);
+    const bool known = t.mean_magnitude >= 0;
+    plan.add(static_cast<std::int64_t>(i), t.step.gradient.size, kStatisticsRun, known ? 1 : 2);
+    if (known) {
+      t.update_magnitude(t.mean_magnitude);
+      progress.back().ready.store(true);
+    }
+  }
+  const Kernels& k = kernels();
+  plan.run(loop, [&](const Piece& piece) {
+    Tier1& t = tensors[static_cast<std::size_t>(piece.tensor)];
+    Progress& now = progress[static_cast<std::size_t>(piece.tensor)];
+    const bool alone = piece.begin == 0 && piece.end == t.step.gradient.size;
+    if ((piece.first_pass || alone) && !now.ready.load(std::memory_order_acquire)) {
+      if (now.gathering.add(k, piece.begin, piece.end)) {
+        t.update_magnitude(now.gathering.total().mean_magnitude);
+        now.ready.store(true, std::memory_order_release);
+      }
+    }
+    if (piece.first_pass) return;
+    while (!now.ready.load(std::memory_order_acquire)) std::this_thread::yield();
+    k.sign_step(t.step, piece.begin, piece.end);
+  });
+}
+
+}  // namespace chainrule

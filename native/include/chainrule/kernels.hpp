@@ -1,0 +1,30 @@
+// The kernels of one instruction set, and the choice among those compiled in.
+#pragma once
+
+#include "chainrule/quant4.hpp"
+#include "chainrule/tier_update.hpp"
+
+namespace chainrule {
+
+// Each runs on elements [begin, end) of one tensor.
+struct Kernels {
+  const char* instruction_set;
+  void (*tier2)(const Tier2&, std::int64_t begin, std::int64_t end);
+  void (*tier2_quantized)(const Tier2Quantized&, std::int64_t begin, std::int64_t end);
+  void (*sign_step)(const SignStep&, std::int64_t begin, std::int64_t end);
+  Partial (*partial_statistics)(const Buffer&, std::int64_t begin, std::int64_t end);
+  void (*quantize)(const Requantize&, std::int64_t begin, std::int64_t end);
+  void (*dequantize)(const Requantize&, std::int64_t begin, std::int64_t end);
+};
+
+// All that were compiled and that this processor runs, the widest first; the last is the baseline.
+struct KernelChoices {
+  const Kernels* kernels[4] = {};
+  int count = 0;
+};
+const KernelChoices& kernel_choices();
+
+// The widest, or what CHAINRULE_ISA names ("baseline", "x86_64_v3", ...).
+const Kernels& kernels();
+
+}  // namespace chainrule

@@ -1,0 +1,237 @@
+// COSMIC's three tiers, and the statistics its tiers and its gate are decided from.
+//
+//   tier 2   mu = b1 mu + (1 - b1) g,  mu_long = b1_long mu_long + (1 - b1_long) g,
+//            nu = b2 nu + (1 - b2) g^2,  m = blend mu + (1 - blend) mu_long,
+//            d = (m / c1) / (sqrt(nu / c2) + eps)
+//   tier 1   d = c sign(g),  c = decay c + (1 - decay) mean|g|  (c is found by the caller)
+//   tier 0   d = sign(g)
+//   step     u = -rate wd p - rate d,  then p += u or u is handed out
+//
+// Source: github Kranium2002/COSMIC at 96f1a8c. Departure: both corrections are the caller's. A gradient
+// that is not finite spreads as IEEE arithmetic says. Compiled without contraction to fused multiply-adds,
+// so the bits are the same on every instruction set.
+#pragma once
+
+#include <cmath>
+
+#include "chainrule/element.hpp"
+
+namespace chainrule {
+
+// What divides the momentum. `magnitude` (|g| + eps) and `none` are the two things the reference does
+// when b2 is 0: its fused and its unfused code.
+enum class Denominator : std::uint8_t { root, magnitude, none };
+
+// One tensor of a call. Written: mu, nu, mu_long if present, and `output`, or `parameter` without one.
+struct Tier2 {
+  Buffer parameter;  // absent: weight_decay is not applied
+  Buffer gradient;
+  Buffer output;  // receives u; may be the gradient's own memory
+  Buffer mu;
+  Buffer mu_long;  // absent: blend is 1
+  Buffer nu;       // absent unless the denominator is the root
+  Denominator denominator = Denominator::root;
+  double rate = 0, weight_decay = 0;
+  double b1 = 0, b1_long = 0, blend = 1, b2 = 0, eps = 0;
+  double mu_correction = 1, nu_correction = 1;
+};
+
+// Tier 0, and tier 1 once its magnitude c is known.
+struct SignStep {
+  Buffer parameter;
+  Buffer gradient;
+  Buffer output;
+  double rate = 0, weight_decay = 0, magnitude = 1;
+};
+
+// Sums of a run of at most kStatisticsRun elements, in float64.
+struct Partial {
+  double magnitude = 0, sum = 0, square = 0, peak = 0;
+};
+constexpr std::int64_t kStatisticsRun = 16384;
+
+struct Statistics {
+  double mean_magnitude = 0, mean_square = 0, variance = 0, peak = 0;
+};
+
+namespace CHAINRULE_ISA {
+
+struct Tier2Coefficients {
+  float b1, b1_rest, b1_long, b1_long_rest, blend, blend_rest, b2, b2_rest, eps, mu_scale, root_scale;
+
+  explicit Tier2Coefficients(const Tier2& t)
+      : b1(static_cast<float>(t.b1)),
+        b1_rest(static_cast<float>(1 - t.b1)),
+        b1_long(static_cast<float>(t.b1_long)),
+        b1_long_rest(static_cast<float>(1 - t.b1_long)),
+        blend(static_cast<float>(t.blend)),
+        blend_rest(static_cast<float>(1 - t.blend)),
+        b2(static_cast<float>(t.b2)),
+        b2_rest(static_cast<float>(1 - t.b2)),
+        eps(static_cast<float>(t.eps)),
+        mu_scale(static_cast<float>(1 / t.mu_correction)),
+        root_scale(static_cast<float>(1 / std::sqrt(t.nu_correction))) {}
+};
+
+inline float magnitude_of(float x) { return from_bits(to_bits(x) & 0x7fffffffu); }
+
+// NaN stays NaN, zero stays zero.
+inline float signed_magnitude(float x, float magnitude) {
+  return x > 0 ? magnitude : x < 0 ? -magnitude : x;
+}
+
+inline void update_ema(std::int64_t n, float* ema, const float* g, float decay, float rest) {
+  CHAINRULE_INDEPENDENT
+  for (std::int64_t i = 0; i < n; ++i) ema[i] = decay * ema[i] + rest * g[i];
+}
+
+// Calls write(i, d) with tier 2's direction d of each of n elements, and updates nu on the way.
+template <class Write>
+inline void divide(Denominator denominator, std::int64_t n, const float* momentum, const float* g,
+                   float* nu, const Tier2Coefficients& c, Write write) {
+  const float mu_scale = c.mu_scale, eps = c.eps;
+  if (denominator == Denominator::root) {
+    const float b2 = c.b2, b2_rest = c.b2_rest, root_scale = c.root_scale;
+    CHAINRULE_INDEPENDENT
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float second = b2 * nu[i] + b2_rest * (g[i] * g[i]);
+      nu[i] = second;
+      write(i, mu_scale * momentum[i] / (std::sqrt(second) * root_scale + eps));
+    }
+  } else if (denominator == Denominator::magnitude) {
+    CHAINRULE_INDEPENDENT
+    for (std::int64_t i = 0; i < n; ++i) {
+      write(i, mu_scale * momentum[i] / (magnitude_of(g[i]) + eps));
+    }
+  } else {
+    CHAINRULE_INDEPENDENT
+    for (std::int64_t i = 0; i < n; ++i) write(i, mu_scale * momentum[i]);
+  }
+}
+
+// Turns the directions that each(write) produces into the step: the parameter moved, or u handed out.
+template <class Step, class Each>
+inline void finish(const Step& t, std::int64_t begin, std::int64_t n, Each each) {
+  float parameter_scratch[kTile], output_scratch[kTile];
+  const float rate = static_cast<float>(t.rate);
+  const float decay = static_cast<float>(t.rate * t.weight_decay);
+  float* p = t.parameter ? load(t.parameter, begin, n, parameter_scratch) : nullptr;
+  if (!t.output) {
+    each([=](std::int64_t i, float d) { p[i] = (p[i] - decay * p[i]) - rate * d; });
+    store(t.parameter, begin, n, p);
+    return;
+  }
+  float* u = place(t.output, begin, output_scratch);
+  if (p != nullptr && decay != 0) {
+    each([=](std::int64_t i, float d) { u[i] = -(decay * p[i]) - rate * d; });
+  } else {
+    each([=](std::int64_t i, float d) { u[i] = -rate * d; });
+  }
+  store(t.output, begin, n, u);
+}
+
+// The part of tier 2 after the momentum, for elements [begin, begin + n).
+inline void finish_tier2(const Tier2& t, const Tier2Coefficients& c, std::int64_t begin,
+                         std::int64_t n, const float* momentum, const float* g) {
+  float nu_scratch[kTile];
+  float* nu = t.nu ? load(t.nu, begin, n, nu_scratch) : nullptr;
+  finish(t, begin, n, [&](auto write) { divide(t.denominator, n, momentum, g, nu, c, write); });
+  if (nu != nullptr) store(t.nu, begin, n, nu);
+}
+
+inline void blend(std::int64_t n, float* momentum, const float* mu, const float* mu_long,
+                  const Tier2Coefficients& c) {
+  const float share = c.blend, rest = c.blend_rest;
+  CHAINRULE_INDEPENDENT
+  for (std::int64_t i = 0; i < n; ++i) momentum[i] = share * mu[i] + rest * mu_long[i];
+}
+
+inline void tier2(const Tier2& t, std::int64_t begin, std::int64_t end) {
+  float g_scratch[kTile], mu_scratch[kTile], long_scratch[kTile], momentum[kTile];
+  const Tier2Coefficients c(t);
+  for (std::int64_t tile = begin; tile < end; tile += kTile) {
+    const std::int64_t n = end - tile < kTile ? end - tile : kTile;
+    const float* g = load(t.gradient, tile, n, g_scratch);
+    float* mu = load(t.mu, tile, n, mu_scratch);
+    update_ema(n, mu, g, c.b1, c.b1_rest);
+    store(t.mu, tile, n, mu);
+    if (t.mu_long) {
+      float* mu_long = load(t.mu_long, tile, n, long_scratch);
+      update_ema(n, mu_long, g, c.b1_long, c.b1_long_rest);
+      store(t.mu_long, tile, n, mu_long);
+      blend(n, momentum, mu, mu_long, c);
+      mu = momentum;
+    }
+    finish_tier2(t, c, tile, n, mu, g);
+  }
+}
+
+inline void sign_step(const SignStep& t, std::int64_t begin, std::int64_t end) {
+  float g_scratch[kTile];
+  const float magnitude = static_cast<float>(t.magnitude);
+  for (std::int64_t tile = begin; tile < end; tile += kTile) {
+    const std::int64_t n = end - tile < kTile ? end - tile : kTile;
+    const float* g = load(t.gradient, tile, n, g_scratch);
+    finish(t, tile, n, [&](auto write) {
+      CHAINRULE_INDEPENDENT
+      for (std::int64_t i = 0; i < n; ++i) write(i, signed_magnitude(g[i], magnitude));
+    });
+  }
+}
+
+// Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order.
+inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, std::int64_t end) {
+  constexpr int kLanes = 8;
+  float scratch[kTile];
+  double magnitude[kLanes] = {}, sum[kLanes] = {}, square[kLanes] = {};
+  float peak[kLanes] = {};
+  for (std::int64_t tile = begin; tile < end; tile += kTile) {
+    const std::int64_t n = end - tile < kTile ? end - tile : kTile;
+    const float* g = load(gradient, tile, n, scratch);
+    const auto add = [&](int lane, float x) {
+      const double wide = x;
+      const float size = magnitude_of(x);
+      magnitude[lane] += static_cast<double>(size);
+      sum[lane] += wide;
+      square[lane] += wide * wide;
+      peak[lane] = size > peak[lane] ? size : peak[lane];
+    };
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) add(lane, g[i + lane]);
+    }
+    for (int lane = 0; i < n; ++i, ++lane) add(lane, g[i]);
+  }
+  Partial total;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    total.magnitude += magnitude[lane];
+    total.sum += sum[lane];
+    total.square += square[lane];
+    total.peak = static_cast<double>(peak[lane]) > total.peak ? static_cast<double>(peak[lane]) : total.peak;
+  }
+  return total;
+}
+
+// The statistics of n elements from the partials of their runs, summed in ascending order.
+inline Statistics total_statistics(const Partial* partials, std::int64_t runs, std::int64_t n) {
+  Partial total;
+  for (std::int64_t run = 0; run < runs; ++run) {
+    total.magnitude += partials[run].magnitude;
+    total.sum += partials[run].sum;
+    total.square += partials[run].square;
+    total.peak = partials[run].peak > total.peak ? partials[run].peak : total.peak;
+  }
+  Statistics result;
+  if (n == 0) return result;
+  const double count = static_cast<double>(n);
+  const double mean = total.sum / count;
+  result.mean_magnitude = total.magnitude / count;
+  result.mean_square = total.square / count;
+  const double variance = result.mean_square - mean * mean;
+  result.variance = variance < 0 ? 0 : variance;
+  result.peak = std::isnan(total.magnitude) ? total.magnitude : total.peak;
+  return result;
+}
+
+}  // namespace CHAINRULE_ISA
+}  // namespace chainrule

@@ -1,0 +1,310 @@
+// The kernel as XLA FFI handlers for the CPU: inside jit, on XLA's own intra-operation threads.
+//
+// A handler takes a (tensors, k) float32 table of numbers, then its roles one after another, each with
+// all tensors. What it writes are results, and those that update an operand must share its memory
+// (input_output_aliases); the wrappers in xla.py see to shapes and dtypes.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "chainrule/batch.hpp"
+#include "chainrule/parallel.hpp"
+#include "doors.hpp"
+#include "xla/ffi/api/ffi.h"
+
+namespace py = pybind11;
+namespace ffi = xla::ffi;
+
+namespace chainrule {
+namespace {
+
+Buffer buffer_of(const ffi::AnyBuffer& b) {
+  const ffi::DataType type = b.element_type();
+  const Element element = type == ffi::DataType::BF16  ? Element::bfloat16
+                          : type == ffi::DataType::F16 ? Element::float16
+                          : type == ffi::DataType::U8  ? Element::uint8
+                                                       : Element::float32;
+  static std::uint32_t nothing[1];  // an empty tensor is present, whatever its pointer
+  const auto size = static_cast<std::int64_t>(b.element_count());
+  return {size > 0 ? b.untyped_data() : nothing, size, element};
+}
+
+// One call's operands and results, read role after role: each role is a run of `tensors` buffers.
+class Roles {
+ public:
+  Roles(ffi::RemainingArgs& operands, ffi::RemainingRets& results, std::int64_t tensors)
+      : operands_(operands), results_(results), tensors_(static_cast<std::size_t>(tensors)) {}
+
+  std::vector<Buffer> operand(bool present = true) {
+    std::vector<Buffer> role(tensors_);
+    for (std::size_t i = 0; present && i < tensors_; ++i) {
+      const auto buffer = operands_.get<ffi::AnyBuffer>(next_operand_++);
+      complete_ = complete_ && buffer.has_value();
+      if (buffer.has_value()) role[i] = buffer_of(*buffer);
+    }
+    return role;
+  }
+
+  std::vector<Buffer> result(bool present = true) {
+    std::vector<Buffer> role(tensors_);
+    for (std::size_t i = 0; present && i < tensors_; ++i) {
+      auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
+      complete_ = complete_ && buffer.has_value();
+      if (buffer.has_value()) role[i] = buffer_of(**buffer);
+    }
+    return role;
+  }
+
+  // An operand that the next result updates in place.
+  std::vector<Buffer> updated(bool present = true) {
+    const std::vector<Buffer> before = operand(present), after = result(present);
+    for (std::size_t i = 0; i < tensors_; ++i) {
+      aliased_ = aliased_ && before[i].data == after[i].data && before[i].size == after[i].size;
+    }
+    return after;
+  }
+
+  // To be asked before anything is written.
+  ffi::Error problem() const {
+    if (!complete_ || next_operand_ != operands_.size() || next_result_ != results_.size()) {
+      return ffi::Error::InvalidArgument("chainrule: wrong number of operands or results");
+    }
+    if (!aliased_) return ffi::Error::Internal("chainrule: a state operand does not share its result's memory");
+    return ffi::Error::Success();
+  }
+
+ private:
+  ffi::RemainingArgs& operands_;
+  ffi::RemainingRets& results_;
+  std::size_t tensors_, next_operand_ = 0, next_result_ = 0;
+  bool complete_ = true, aliased_ = true;
+};
+
+Loop loop_on(ffi::ThreadPool& pool) {
+  const int threads = static_cast<int>(std::max<std::int64_t>(pool.num_threads(), 1));
+  return [&pool, threads](std::int64_t tasks, const std::function<void(std::int64_t)>& body) {
+    parallel_for(tasks, threads, [&pool](auto task) { pool.Schedule(std::move(task)); }, body);
+  };
+}
+
+using Table = ffi::Buffer<ffi::F32, 2>;
+using Magnitudes = ffi::Buffer<ffi::F32, 1>;
+using Keys = ffi::Buffer<ffi::U32, 2>;
+
+// The columns of the table of a tier-2 step, in the order that xla.py lays them out.
+constexpr std::int64_t kTier2Columns = 9;
+
+std::vector<Tier2> tier2_tensors(const Table& table, std::int32_t denominator,
+                                 const std::vector<Buffer>& gradients, const std::vector<Buffer>& nu,
+                                 const std::vector<Buffer>& parameters, const std::vector<Buffer>& updates) {
+  std::vector<Tier2> tensors(gradients.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const float* numbers = table.typed_data() + static_cast<std::int64_t>(i) * kTier2Columns;
+    Tier2& t = tensors[i];
+    t.parameter = parameters[i];
+    t.gradient = gradients[i];
+    t.output = updates[i];
+    t.nu = nu[i];
+    t.denominator = static_cast<Denominator>(denominator);
+    t.rate = static_cast<double>(numbers[0]);
+    t.weight_decay = static_cast<double>(numbers[1]);
+    t.b1 = static_cast<double>(numbers[2]);
+    t.b1_long = static_cast<double>(numbers[3]);
+    t.blend = static_cast<double>(numbers[4]);
+    t.b2 = static_cast<double>(numbers[5]);
+    t.eps = static_cast<double>(numbers[6]);
+    t.mu_correction = static_cast<double>(numbers[7]);
+    t.nu_correction = static_cast<double>(numbers[8]);
+  }
+  return tensors;
+}
+
+// Operands: table, gradients, mu, [mu_long], [nu], [parameters]. Results: updates, mu, [mu_long], [nu].
+ffi::Error tier2(ffi::ThreadPool pool, Table table, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                 std::int32_t denominator, bool has_long, bool has_parameters) {
+  Roles roles(operands, results, table.dimensions()[0]);
+  const bool has_nu = static_cast<Denominator>(denominator) == Denominator::root;
+  const auto gradients = roles.operand(), updates = roles.result();
+  const auto mu = roles.updated(), mu_long = roles.updated(has_long), nu = roles.updated(has_nu);
+  const auto parameters = roles.operand(has_parameters);
+  if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
+  auto tensors = tier2_tensors(table, denominator, gradients, nu, parameters, updates);
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i].mu = mu[i];
+    tensors[i].mu_long = mu_long[i];
+  }
+  run_tier2(tensors, loop_on(pool));
+  return ffi::Error::Success();
+}
+
+// Codes beside the tensors they belong to; a block beyond the tensor's end is the whole tensor.
+Codes codes_of(const Buffer& packed, const Buffer& scales, std::int64_t size, std::int64_t block,
+               std::int32_t bits) {
+  return {packed, scales, size, std::min(block, std::max<std::int64_t>(size, 1)), bits};
+}
+
+// As tier2, with codes and scales in the place of mu and of mu_long.
+ffi::Error tier2_quantized(ffi::ThreadPool pool, Table table, ffi::RemainingArgs operands,
+                           ffi::RemainingRets results, std::int32_t denominator, bool has_long,
+                           bool has_parameters, std::int64_t block, std::int32_t bits,
+                           bool start_at_gradient) {
+  Roles roles(operands, results, table.dimensions()[0]);
+  const bool has_nu = static_cast<Denominator>(denominator) == Denominator::root;
+  const auto gradients = roles.operand(), updates = roles.result();
+  const auto codes = roles.updated(), scales = roles.updated();
+  const auto long_codes = roles.updated(has_long), long_scales = roles.updated(has_long);
+  const auto nu = roles.updated(has_nu), parameters = roles.operand(has_parameters);
+  if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
+  const auto steps = tier2_tensors(table, denominator, gradients, nu, parameters, updates);
+  std::vector<Tier2Quantized> tensors(steps.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::int64_t size = gradients[i].size;
+    tensors[i] = {steps[i], codes_of(codes[i], scales[i], size, block, bits),
+                  codes_of(long_codes[i], long_scales[i], size, block, bits), start_at_gradient};
+  }
+  run_tier2_quantized(tensors, loop_on(pool));
+  return ffi::Error::Success();
+}
+
+// Operands: table (rate, weight decay, decay, mean magnitude or -1), magnitudes, gradients, [parameters].
+// Results: magnitudes, updates.
+ffi::Error tier1(ffi::ThreadPool pool, Table table, Magnitudes old_magnitudes,
+                 ffi::RemainingArgs operands, ffi::Result<Magnitudes> magnitudes,
+                 ffi::RemainingRets results, bool scale_decay, bool has_parameters) {
+  Roles roles(operands, results, table.dimensions()[0]);
+  const auto gradients = roles.operand(), updates = roles.result();
+  const auto parameters = roles.operand(has_parameters);
+  if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
+  std::vector<Tier1> tensors(gradients.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const float* numbers = table.typed_data() + 4 * i;
+    Tier1& t = tensors[i];
+    t.step = {parameters[i], gradients[i], updates[i], static_cast<double>(numbers[0]),
+              static_cast<double>(numbers[1])};
+    t.magnitude = magnitudes->typed_data() + i;
+    *t.magnitude = old_magnitudes.typed_data()[i];
+    t.decay = static_cast<double>(numbers[2]);
+    t.mean_magnitude = static_cast<double>(numbers[3]);
+    t.scale_decay = scale_decay;
+  }
+  run_tier1(tensors, loop_on(pool));
+  return ffi::Error::Success();
+}
+
+// Operands: gradients. Result: a row of mean |g|, mean g^2, variance and max |g| for each.
+ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result<Table> table) {
+  std::vector<Buffer> gradients;
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    const auto buffer = operands.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return buffer.error();
+    gradients.push_back(buffer_of(*buffer));
+  }
+  float* row = table->typed_data();
+  for (const Statistics& s : run_statistics(gradients, loop_on(pool))) {
+    for (const double value : {s.mean_magnitude, s.mean_square, s.variance, s.peak}) {
+      *row++ = static_cast<float>(value);
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// Operands: keys (one (0, 0) a tensor when rounding to nearest), values. Results: codes, scales.
+ffi::Error quantize(ffi::ThreadPool pool, Keys keys, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results, std::int64_t block, std::int32_t bits, bool stochastic) {
+  Roles roles(operands, results, keys.dimensions()[0]);
+  const auto values = roles.operand(), codes = roles.result(), scales = roles.result();
+  if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
+  std::vector<Requantize> tensors(values.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::uint32_t* key = keys.typed_data() + 2 * i;
+    tensors[i] = {values[i], codes_of(codes[i], scales[i], values[i].size, block, bits), stochastic,
+                  {key[0], key[1]}};
+  }
+  run_requantize(tensors, false, loop_on(pool));
+  return ffi::Error::Success();
+}
+
+// Operands: codes, scales. Results: values.
+ffi::Error dequantize(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                      std::int64_t block, std::int32_t bits) {
+  Roles roles(operands, results, static_cast<std::int64_t>(results.size()));
+  const auto codes = roles.operand(), scales = roles.operand(), values = roles.result();
+  if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
+  std::vector<Requantize> tensors(values.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i] = {values[i], codes_of(codes[i], scales[i], values[i].size, block, bits)};
+  }
+  run_requantize(tensors, true, loop_on(pool));
+  return ffi::Error::Success();
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tier2_handler, tier2,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Table>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::int32_t>("denominator")
+                                  .Attr<bool>("has_long")
+                                  .Attr<bool>("has_parameters"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tier2_quantized_handler, tier2_quantized,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Table>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::int32_t>("denominator")
+                                  .Attr<bool>("has_long")
+                                  .Attr<bool>("has_parameters")
+                                  .Attr<std::int64_t>("block")
+                                  .Attr<std::int32_t>("bits")
+                                  .Attr<bool>("start_at_gradient"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(tier1_handler, tier1,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Table>()
+                                  .Arg<Magnitudes>()
+                                  .RemainingArgs()
+                                  .Ret<Magnitudes>()
+                                  .RemainingRets()
+                                  .Attr<bool>("scale_decay")
+                                  .Attr<bool>("has_parameters"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    statistics_handler, statistics,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Table>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(quantize_handler, quantize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Keys>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::int64_t>("block")
+                                  .Attr<std::int32_t>("bits")
+                                  .Attr<bool>("stochastic"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dequantize_handler, dequantize,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::int64_t>("block")
+                                  .Attr<std::int32_t>("bits"));
+
+}  // namespace
+
+py::dict xla_targets() {
+  py::dict targets;
+  const auto add = [&](const char* name, XLA_FFI_Handler* handler) {
+    targets[name] = py::capsule(reinterpret_cast<void*>(handler));
+  };
+  add("chainrule_tier2", tier2_handler);
+  add("chainrule_tier2_quantized", tier2_quantized_handler);
+  add("chainrule_tier1", tier1_handler);
+  add("chainrule_statistics", statistics_handler);
+  add("chainrule_quantize", quantize_handler);
+  add("chainrule_dequantize", dequantize_handler);
+  return targets;
+}
+
+}  // namespace chainrule
