@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc native/include/chainrule/*.hpp)
+INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc native/*.hpp native/include/chainrule/*.hpp)
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help

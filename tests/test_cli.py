@@ -1,6 +1,7 @@
 """The `chainrule` command, run as a user runs it."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 import chainrule
 from chainrule import chains
+from chainrule.cli import main
 
 
 def run(*arguments, cwd=None):
@@ -33,14 +35,27 @@ def test_show_lists_every_chain():
 
 @pytest.mark.parametrize("name", chains.__all__)
 def test_show_prints_links_and_hyperparameters(name, capsys):
-    from chainrule.cli import main
-
     assert main(["show", name]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{name}: ")
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len(rows) >= 3, "the docstring holds no table of links"
-    assert "live hyperparameters" in shown
+    sections = capsys.readouterr().out.split("\n\n")
+    assert sections[0].startswith(f"{name}: ")
+    title, *links = sections[1].splitlines()
+    assert title == "links"
+    assert len(links) >= 2, "the docstring has no table of links"
+
+
+def test_show_names_defaults(capsys):
+    assert main(["show", "stam"]) == 0
+    live, fixed = capsys.readouterr().out.split("\n\n")[2:]
+    assert ["b1_base", "0.9"] in [line.split() for line in live.splitlines()]
+    assert ["debias", "True"] in [line.split() for line in fixed.splitlines()]
+
+
+def test_readme_holds_the_tables_of_links(capsys):
+    assert main(["show", "--markdown"]) == 0
+    readme = pathlib.Path(__file__).parent.parent / "README.md"
+    assert capsys.readouterr().out.strip() in readme.read_text(), (
+        "README.md: replace the tables of links by the output of `chainrule show --markdown`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,8 +74,6 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_demo_without_its_extra_says_what_to_install(capsys, monkeypatch):
-    from chainrule.cli import main
-
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main(["demo"]) == 1
     assert "pip install 'chainrule[demo]'" in capsys.readouterr().err

@@ -11,46 +11,59 @@ import chainrule
 from chainrule import chains
 
 
-def links_table(name: str) -> str:
-    """The table of links in the docstring of a chain, as it stands there."""
-    doc = inspect.getdoc(getattr(chains, name)) or ""
-    return "\n".join(line for line in doc.splitlines() if line.startswith("|"))
+def _doc(name: str) -> tuple[str, list[list[str]]]:
+    """A chain's first line of documentation, and the cells of its table of links."""
+    lines = (inspect.getdoc(getattr(chains, name)) or "").splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in lines
+        if line.startswith("|") and set(line) - set("|-")
+    ]
+    return lines[0], rows
 
 
-def show(name: str | None) -> str:
-    """What `chainrule show [name]` prints."""
-    if name is None:
-        width = max(map(len, chains.__all__))
-        lines = [
-            (inspect.getdoc(getattr(chains, name)) or "").partition("\n")[0]
-            for name in chains.__all__
-        ]
-        return "\n".join(
-            f"{name:<{width}}  {line}" for name, line in zip(chains.__all__, lines, strict=True)
-        )
-    factory = getattr(chains, name)
-    doc = inspect.getdoc(factory) or ""
-    parameters = inspect.signature(factory).parameters
-    required = [p.name for p in parameters.values() if p.default is inspect.Parameter.empty]
-    # A chain that wraps another one is shown around the simplest there is.
-    tx = factory(*(chains.adam() for _ in required))
-    live = chainrule.hyperparams(tx.init({"w": jnp.zeros((2, 2))}))
-    sections = [f"{name}: {doc.partition(chr(10))[0]}", links_table(name)]
-    sections.append(
-        "live hyperparameters\n"
-        + "\n".join(f"  {key} = {float(value):g}" for key, value in live.items())
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  "
+        + "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )
-    fixed = {
-        p.name: p.default
-        for p in parameters.values()
-        if p.name not in live and p.name not in required
-    }
-    if fixed:
-        sections.append(
-            "fixed at construction\n"
-            + "\n".join(f"  {key} = {value!r}" for key, value in fixed.items())
-        )
-    return "\n\n".join(section for section in sections if section)
+
+
+def show_all() -> str:
+    """Every chain and the first line of its documentation."""
+    return _columns([[name, _doc(name)[0]] for name in chains.__all__])
+
+
+def show_markdown() -> str:
+    """Every chain's table of links, as the README has it."""
+    sections = []
+    for name in chains.__all__:
+        summary, (head, *rows) = _doc(name)
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+        sections.append(f"**`{name}`** {summary}\n\n{table}")
+    return "\n\n".join(sections)
+
+
+def show(name: str) -> str:
+    """One chain: its links, its live hyperparameters and its other arguments, with defaults."""
+    summary, rows = _doc(name)
+    factory = getattr(chains, name)
+    parameters = inspect.signature(factory).parameters.values()
+    wrapped = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    # A chain that wraps another one is built around the simplest there is.
+    tx = factory(*(chains.adam() for _ in wrapped))
+    live = chainrule.hyperparams(tx.init({"w": jnp.zeros((2, 2))}))
+    defaults = [[p.name, repr(p.default)] for p in parameters if p.name not in wrapped]
+    sections = [
+        ("links", rows[1:]),
+        ("wraps", [[argument] for argument in wrapped]),
+        ("live hyperparameters", [row for row in defaults if row[0] in live]),
+        ("fixed at construction", [row for row in defaults if row[0] not in live]),
+    ]
+    shown = [f"{title}\n{_columns(rows)}" for title, rows in sections if rows]
+    return "\n\n".join([f"{name}: {summary}", *shown])
 
 
 def _count(text: str) -> int:
@@ -91,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Without a name, lists the chains; with one, prints its links and its hyperparameters.",
     )
     show_parser.add_argument("chain", nargs="?", choices=chains.__all__, metavar="chain")
+    show_parser.add_argument(
+        "--markdown", action="store_true", help="every chain's table of links, for the README"
+    )
     return parser
 
 
@@ -98,7 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns its exit status."""
     arguments = _parser().parse_args(argv)
     if arguments.command == "show":
-        sys.stdout.write(show(arguments.chain) + "\n")
+        if arguments.chain is not None:
+            shown = show(arguments.chain)
+        else:
+            shown = show_markdown() if arguments.markdown else show_all()
+        sys.stdout.write(shown + "\n")
         return 0
     try:
         import matplotlib  # noqa: F401

@@ -1,0 +1,23 @@
+"""Executes every notebook of this folder, each in a fresh kernel; the first error ends the run.
+
+python notebooks/run.py           check
+python notebooks/run.py --save    also write the outputs into the notebooks
+"""
+
+import pathlib
+import sys
+import time
+
+import nbformat
+from nbclient import NotebookClient
+
+for path in sorted(pathlib.Path(__file__).parent.glob("*.ipynb")):
+    start = time.perf_counter()
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
+    client.execute()
+    if "--save" in sys.argv[1:]:
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # timestamps
+        nbformat.write(notebook, path)
+    print(f"{path.name}: {len(notebook.cells)} cells, {time.perf_counter() - start:.0f} s")
