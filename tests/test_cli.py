@@ -17,20 +17,21 @@ def run(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("show", "--help")])
-def test_help(arguments):
-    result = run(*arguments)
-    assert result.returncode == 0
-    assert result.stdout.startswith("usage: chainrule")
+def test_runs_as_a_module():
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (0, f"chainrule {chainrule.__version__}\n")
 
 
-def test_version():
-    assert run("--version").stdout == f"chainrule {chainrule.__version__}\n"
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["show", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert capsys.readouterr().out.startswith("usage: chainrule")
 
 
-def test_show_lists_every_chain():
-    listed = [line.split()[0] for line in run("show").stdout.splitlines()]
-    assert listed == chains.__all__
+def test_show_lists_every_chain(capsys):
+    assert main(["show"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == chains.__all__
 
 
 @pytest.mark.parametrize("name", chains.__all__)
@@ -61,16 +62,16 @@ def test_readme_holds_the_tables_of_links(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "required: command"),
-        (("show", "sgdd"), "invalid choice: 'sgdd'"),
-        (("demo", "--seeds", "0"), "must be at least 1, got 0"),
-        (("demo", "--epochs", "-3"), "must be at least 1, got -3"),
+        ([], "required: command"),
+        (["show", "sgdd"], "invalid choice: 'sgdd'"),
+        (["demo", "--seeds", "0"], "must be at least 1, got 0"),
+        (["demo", "--epochs", "-3"], "must be at least 1, got -3"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_demo_without_its_extra_says_what_to_install(capsys, monkeypatch):
