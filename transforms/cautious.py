@@ -72,6 +72,12 @@ def cautious(
         return optax.with_extra_args_support(optax.identity())
     check_choice("cautious", "normalizer", normalizer, ("clamped_mean", "mean", "count", "none"))
 
+    def real_pair(u, g):
+        """Two real arrays to be compared in sign."""
+        if jnp.iscomplexobj(u):
+            u, g = (jnp.conj(u) * g).real, jnp.ones_like(u.real)
+        return up(u), -up(g) if negated else up(g)
+
     def init(params):
         return CautiousState(jax.tree.map(lambda _: jnp.ones((), jnp.float32), params))
 
@@ -84,27 +90,26 @@ def cautious(
             "use `chainrule.chain` in place of `optax.chain`, or call `update(..., grad=gradients)`",
         )
 
-        def agrees(u, g):
-            product = (jnp.conj(u) * g).real if jnp.iscomplexobj(u) else jnp.sign(u) * jnp.sign(g)
-            return product < 0 if negated else product > 0
+        def fraction(u, g):
+            # (s^2 + s) / 2 is the mask in arithmetic alone, which XLA:CPU fuses into the sum; comparisons it does not.
+            u, g = real_pair(u, g)
+            s = jnp.sign(u) * jnp.sign(g)
+            return (jnp.sum(s * s + s) / (2 * max(s.size, 1))).astype(jnp.float32)
 
-        def factor(mask, mean):
+        def factor(size, mean):
             if normalizer == "clamped_mean":
                 return 1 / jnp.maximum(mean, mean_floor)
             if normalizer == "mean":
-                # One that keeps nothing multiplies zeros: any finite factor will do, also with eps = 0.
+                # Where nothing is kept the factor multiplies zeros; it must be finite, also with eps = 0.
                 return 1 / jnp.where(mean > 0, mean + eps, 1)
-            return mask.size / (mean * mask.size + 1) if normalizer == "count" else 1
+            return size / (mean * size + 1) if normalizer == "count" else 1
 
-        def fraction(mask):
-            # An int32 sum: a float32 one may stop counting at 2^24 ones.
-            return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32) / max(mask.size, 1)
+        def kept(u, g, mean):
+            a, b = real_pair(u, g)
+            mask = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))  # not a b > 0: a product of small numbers is zero
+            return jnp.where(mask, up(u) * factor(u.size, mean), 0).astype(u.dtype)
 
-        def kept(u, mask, mean):
-            return jnp.where(mask, up(u) * factor(mask, mean), 0).astype(u.dtype)
-
-        masks = map_unmasked(agrees, updates, grad)
-        means = map_unmasked(fraction, masks)
-        return map_unmasked(kept, updates, masks, means), CautiousState(means)
+        means = map_unmasked(fraction, updates, grad)
+        return map_unmasked(kept, updates, grad, means), CautiousState(means)
 
     return optax.GradientTransformationExtraArgs(init, update)
