@@ -1,0 +1,293 @@
+"""One parameter group as a chain sees it: a tree of parameters, one state, one program."""
+
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainrule.bridges.layout import Slot, live_leaves, slots
+from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
+from chainrule.bridges.lowering.runtime import InPlace, make_step
+from chainrule.bridges.program import (
+    BridgeState,
+    Extras,
+    Struct,
+    Update,
+    as_transformation,
+    settled,
+)
+from chainrule.bridges.xla_engine import is_wide, make_xla_step, used_inputs
+from chainrule.transforms._checks import check_bounds
+
+_MULTIPLIER = "lr"  # the key of the learning rate, or of the multiplier that stands in for it
+
+
+class Options(NamedTuple):
+    """What the user asked for when the bridge was made."""
+
+    chain: Any
+    compile: bool
+    engine: str
+    rounding: str | None
+
+
+def _struct(tensor: Tensor) -> Struct:
+    return Struct(tuple(tensor.shape), jnp.dtype(str(tensor.dtype).removeprefix("torch.")))
+
+
+def _key(name: str) -> str:
+    return _MULTIPLIER if name == "learning_rate" else name
+
+
+def shortest(value: Tensor) -> float | int:
+    """The Python number of a scalar tensor with as few digits as its dtype needs: 0.001, not 0.0010000000474974513."""
+    number = value.item()
+    if value.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return float(str(np.float32(number)))
+    return number
+
+
+class GroupTree:
+    """The tree, state layout and program of one parameter group.
+
+    Attributes:
+      params: the parameters in the order in which JAX flattens the tree.
+      labels: what messages call them.
+      head: the parameter that keeps what belongs to the whole group.
+      device: the device of all of them.
+      slots: the home of every leaf of the state.
+      homes: for every leaf of the state the parameter and name it is kept under; None: a live hyperparameter.
+      live: group key -> position of the hyperparameter's leaf in the state.
+      needs_value: whether the chain reads the loss.
+      lowered: the torch program, or None when XLA runs it.
+    """
+
+    def __init__(
+        self, options: Options, params: Sequence[Tensor], labels: Sequence[str], named: bool
+    ):
+        """Traces the chain; `labels` are the keys of the chain's tree if `named`."""
+        self.options = options
+        self.chain = as_transformation(options.chain)
+        places: Any = (
+            dict(zip(labels, range(len(params)), strict=True))
+            if named
+            else list(range(len(params)))
+        )
+        order, self.params_structure = jax.tree.flatten(places)
+        self.head = params[0]
+        self.params = [params[i] for i in order]
+        self.labels = [labels[i] for i in order]
+        self.device = self._one_device()
+        self._trace()
+        state = jax.tree.unflatten(self.state_structure, self.state_avals)
+        tree = (
+            jax.tree.unflatten(self.params_structure, [None] * len(params))
+            if named
+            else self.params
+        )
+        self.slots = slots(state.chain, tree)
+        if state.rounding is not None:
+            self.slots.append(Slot(None, "rounding"))
+        settable = set(self.live.values())
+        self.homes = [
+            None
+            if i in settable
+            else (self.head if slot.owner is None else self.params[slot.owner], slot.name)
+            for i, slot in enumerate(self.slots)
+        ]
+        self._live_tensors: dict[str, Tensor] = {}
+        self._filled: dict[str, Any] = {}
+        self._place()
+
+    # ---- tracing ---------------------------------------------------------------------------
+
+    def _one_device(self) -> torch.device:
+        devices = {p.device for p in self.params}
+        if len(devices) > 1:
+            raise ValueError(
+                f"TorchBridge: a parameter group lies on {' and '.join(sorted(map(str, devices)))}; a chain sees each "
+                "group as one tree, so give every device a group of its own"
+            )
+        return devices.pop()
+
+    def _trace(self) -> None:
+        self._structs = [_struct(p) for p in self.params]
+        params = jax.tree.unflatten(self.params_structure, self._structs)
+        self._init: Lowered | None = None
+        if self.options.engine == "torch":
+            self._init = lower(self.chain.init, params, device=self.device)
+            initial = jax.tree.unflatten(self._init.out_tree, self._init.out_avals)
+        else:
+            with jax.enable_x64(is_wide(params) or jax.config.jax_enable_x64):
+                initial = jax.eval_shape(self.chain.init, params)
+        rounding = Struct((2,), jnp.int32) if self.options.rounding else None
+        live = live_leaves(jax.tree.structure(initial))
+
+        multiplier = "learning_rate" not in live
+        used, self.run, self.lowered, state = self._program(
+            params, BridgeState(initial, rounding), multiplier
+        )
+        # A hyperparameter that the program does not read is a schedule's last value: not for the user to set.
+        start = 2 * len(self._structs)
+        settable = {name: leaf for name, leaf in live.items() if used[start + leaf]}
+        if not multiplier and "learning_rate" not in settable:
+            multiplier = True
+            used, self.run, self.lowered, state = self._program(
+                params, BridgeState(initial, rounding), multiplier
+            )
+        self.live = {_key(name): leaf for name, leaf in settable.items()}
+        self.multiplier = multiplier
+        self.needs_value = used[-1]
+        self.state_avals, self.state_structure = jax.tree.flatten(state)
+
+    def _program(
+        self, params: Any, state: BridgeState, multiplier: bool
+    ) -> tuple[list[bool], InPlace, Lowered | None, BridgeState]:
+        """Which flat inputs the program reads, its in-place step, its graph, and the structs of its state."""
+        update = Update(self.chain, multiplier, self.options.rounding is not None)
+        scalar = Struct((), jnp.float32)
+        extras = Extras(scalar, scalar)
+
+        def trace_lowered(state: BridgeState):
+            lowered = lower(update, params, params, state, extras, device=self.device)
+            return lowered, jax.tree.unflatten(lowered.out_tree, lowered.out_avals)[1]
+
+        def trace_xla(state: BridgeState):
+            used, result = used_inputs(update, params, params, state, extras)
+            return used, result[1]
+
+        count = len(self._structs)
+        if self.options.engine == "torch":
+            lowered, state = settled(trace_lowered, state, params)
+            targets = self._targets(count, len(jax.tree.leaves(state)))
+            used = [bool(node.users) for node in lowered.graph.graph.find_nodes(op="placeholder")]
+            return used, make_step(lowered, targets, compile=self.options.compile), lowered, state
+        used, state = settled(trace_xla, state, params)
+        targets = self._targets(count, len(jax.tree.leaves(state)))
+        return used, make_xla_step(update, (params, params, state, extras), targets), None, state
+
+    @staticmethod
+    def _targets(count: int, leaves: int) -> list[int]:
+        """New parameters renew the parameters, new state the state; the inputs are (params, grads, state, extras)."""
+        return [*range(count), *range(2 * count, 2 * count + leaves)]
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def _place(self) -> None:
+        """Makes the scalars that are no part of `optimizer.state` on the device of the parameters."""
+        for key, leaf in self.live.items():
+            dtype = torch_dtype(self.state_avals[leaf].dtype)
+            self._live_tensors[key] = torch.zeros((), dtype=dtype, device=self.device)
+        self._multiplier = torch.ones((), dtype=torch.float32, device=self.device)
+        self._value = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._filled.clear()
+
+    def move(self) -> None:
+        """Follows the parameters to another device."""
+        self.device = self._one_device()
+        self._trace()
+        self._place()
+
+    def initial_state(self) -> tuple[list[Tensor], dict[str, float | int]]:
+        """The leaves of the state that `init` makes, and the hyperparameters in it by group key."""
+        if self._init is not None:
+            leaves = list(self._init(*self.params))
+            for i in self._init.passthrough:  # a state that starts as the parameters themselves
+                leaves[i] = leaves[i].detach().clone()
+        else:
+            params = jax.tree.unflatten(self.params_structure, self._structs)
+            with jax.enable_x64(is_wide(params) or jax.config.jax_enable_x64):
+                arrays = [
+                    to_jax(p, aval) for p, aval in zip(self.params, self._structs, strict=True)
+                ]
+                state = self.chain.init(jax.tree.unflatten(self.params_structure, arrays))
+                leaves = [to_torch(leaf, self.device) for leaf in jax.tree.leaves(state)]
+        values = {key: shortest(leaves[leaf]) for key, leaf in self.live.items()}
+        if self.multiplier:
+            values[_MULTIPLIER] = 1.0
+        if self.options.rounding:
+            # int32 keeps the low bits of the seed that torch.manual_seed set
+            seed = (torch.initial_seed() & 0x7FFF_FFFF, 0)
+            leaves.append(torch.tensor(seed, dtype=torch.int32, device=self.device))
+        leaves = [
+            leaf.to(torch_dtype(aval.dtype))
+            for leaf, aval in zip(leaves, self.state_avals, strict=True)
+        ]
+        return leaves, values
+
+    def leaves(self, state: dict[Tensor, dict[str, Tensor]]) -> list[Tensor]:
+        """The leaves of the chain's state, from the optimizer's."""
+        leaves = [state[home[0]][home[1]] if home else None for home in self.homes]
+        for key, leaf in self.live.items():
+            leaves[leaf] = self._live_tensors[key]
+        return leaves  # pyright: ignore[reportReturnType]
+
+    # ---- hyperparameters -------------------------------------------------------------------
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the group that the program reads."""
+        return [*self.live, *([_MULTIPLIER] if self.multiplier else [])]
+
+    def sync(self, group: dict[str, Any], owner: str) -> None:
+        """Fills the program's scalars with the values of the group, where they changed.
+
+        Raises:
+          TypeError: a value is no number.
+          ValueError: a value is out of bounds.
+        """
+        self.sync_betas(group)
+        for key in self.keys:
+            value = group[key]
+            target = self._live_tensors[key] if key in self.live else self._multiplier
+            if isinstance(value, Tensor):
+                target.copy_(value.detach().reshape(()))
+                self._filled.pop(key, None)
+            elif value != self._filled.get(key):
+                if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                    raise TypeError(f"{owner}: `{key}` must be a number or a tensor, got {value!r}")
+                name = key.rpartition(".")[2]
+                check_bounds(owner, **{"learning_rate" if name == _MULTIPLIER else name: value})
+                target.fill_(value)
+                self._filled[key] = value
+
+    @property
+    def has_betas(self) -> bool:
+        """Whether the group has `betas`, torch's name for the pair (b1, b2), which its schedulers cycle."""
+        return "b1" in self.live and "b2" in self.live
+
+    def sync_betas(self, group: dict[str, Any]) -> None:
+        """Makes `betas` and the pair (b1, b2) agree: `betas` counts if it changed since the last call."""
+        if not self.has_betas:
+            return
+        if "betas" in self._filled and group["betas"] != self._filled["betas"]:
+            group["b1"], group["b2"] = group["betas"]
+        group["betas"] = self._filled["betas"] = (group["b1"], group["b2"])
+
+    def extras(self, loss: Any) -> list[Tensor]:
+        """The last two inputs of the program.
+
+        Raises:
+          ValueError: the chain reads the loss, and there is none, or it is no scalar.
+        """
+        if self.needs_value:
+            if loss is None:
+                raise ValueError(
+                    "TorchBridge: this chain reads the loss (`value`); call `step(closure)` with a closure that "
+                    "evaluates the model, calls backward and returns the loss"
+                )
+            if isinstance(loss, Tensor):
+                if loss.numel() != 1:
+                    shape = tuple(loss.shape)
+                    raise ValueError(
+                        f"TorchBridge: the closure must return a scalar loss, got shape {shape}"
+                    )
+                self._value.copy_(loss.detach().reshape(()))
+            else:
+                self._value.fill_(loss)
+        return [self._multiplier, self._value]

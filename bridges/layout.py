@@ -1,0 +1,94 @@
+"""Where each leaf of a chain's state lives in the state of a torch-like optimizer.
+
+A chain's state is one pytree; a torch optimizer keeps a dict of named tensors for every parameter. A part of the state
+that has the structure of the parameters (`mu`, say) is split over them; everything else (a step count, a random key)
+belongs to the whole group.
+"""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+
+from chainrule.transforms import hyperparams
+
+
+class Slot(NamedTuple):
+    """The home of one leaf of the state."""
+
+    owner: int | None
+    """Position of the parameter in the flattened tree; None: the leaf belongs to the group."""
+    name: str
+    """Readable, and unique among the leaves with this owner and those of the group."""
+
+
+def _part(key: Any) -> str | int:
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return key.name
+    if isinstance(key, jax.tree_util.SequenceKey):
+        return key.idx
+    return str(getattr(key, "key", key))
+
+
+def _short(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The last name of a path, with the indices that follow it."""
+    names = [i for i, part in enumerate(path) if isinstance(part, str)]
+    return path[names[-1] :] if names else path
+
+
+def slots(state: Any, params: Any) -> list[Slot]:
+    """The home of every leaf of `state`, in the order of `jax.tree.leaves(state)`.
+
+    A leaf is named by its field (`"mu"`); where two parts of the state would have one name, all of them are named by
+    their path (`"0.mu"`, `"1.mu"`).
+
+    Args:
+      state: the state of a chain, with any leaves.
+      params: the parameters it was made for: a dict by name or a list.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
+    >>> [tuple(slot) for slot in slots(optax.adam(0.1).init(params), params)]
+    [(None, 'count'), (0, 'mu'), (1, 'mu'), (0, 'nu'), (1, 'nu')]
+    """
+    keys = sorted(params) if isinstance(params, dict) else list(range(len(params)))
+    position = {key: i for i, key in enumerate(keys)}
+
+    def like_params(node: Any) -> bool:
+        if isinstance(params, dict):
+            return isinstance(node, dict) and node.keys() == params.keys()
+        return type(node) is list and len(node) == len(params)
+
+    found: list[tuple[int | None, tuple[str | int, ...], tuple[str | int, ...]]] = []
+    for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=like_params)[0]:
+        prefix = tuple(map(_part, path))
+        if not keys or not like_params(node):
+            found.append((None, prefix, ()))
+            continue
+        for inner, _ in jax.tree_util.tree_flatten_with_path(node)[0]:
+            key = inner[0].key if isinstance(params, dict) else inner[0].idx
+            found.append((position[key], prefix, tuple(map(_part, inner[1:]))))
+
+    def text(*parts: tuple[str | int, ...]) -> str:
+        return ".".join(str(part) for path in parts for part in path) or "state"
+
+    parts_of_state = {(owner is None, prefix, suffix) for owner, prefix, suffix in found}
+    uses = Counter(text(_short(prefix), suffix) for _, prefix, suffix in parts_of_state)
+    return [
+        Slot(
+            owner,
+            short if uses[short := text(_short(prefix), suffix)] == 1 else text(prefix, suffix),
+        )
+        for owner, prefix, suffix in found
+    ]
+
+
+def live_leaves(state_structure: Any) -> dict[str, int]:
+    """Name of every live hyperparameter -> position of its leaf in the flattened state.
+
+    >>> import chainrule, jax.numpy as jnp
+    >>> state = chainrule.chains.adam(weight_decay=None).init({"w": jnp.ones(2)})
+    >>> sorted(live_leaves(jax.tree.structure(state)))
+    ['b1', 'b2', 'eps', 'eps_root', 'learning_rate']
+    """
+    return hyperparams(jax.tree.unflatten(state_structure, range(state_structure.num_leaves)))  # pyright: ignore[reportReturnType]

@@ -1,0 +1,544 @@
+"""TorchBridge: any gradient transformation, ours or optax's, as a native torch optimizer."""
+
+import copy
+import pickle
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import torch
+from torch import Tensor
+
+from chainrule.bridges.explain import explain_group
+from chainrule.bridges.group_tree import GroupTree, Options, shortest
+from chainrule.bridges.lowering import to_jax, to_torch
+from chainrule.bridges.torch_adam import adam_moments
+from chainrule.transforms import metrics
+from chainrule.transforms._checks import check_choice
+
+# Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
+_TORCH_KEYS = {
+    "params", "param_names", "betas", "differentiable", "initial_lr", "max_lr", "min_lr", "swa_lr",
+    "base_momentum", "max_momentum", "initial_momentum",
+}  # fmt: skip
+
+
+class TorchBridge(torch.optim.Optimizer):
+    r"""Runs a gradient transformation as a `torch.optim.Optimizer`, without JAX at step time.
+
+    The chain is traced once for each parameter group and lowered to torch. Each group is one tree with its own state: a
+    dict by name if `params` are `named_parameters()`, so that chains route by name, else a list in order.
+
+    *Groups.* The keys of a group are the chain's live hyperparameters (`chainrule.hyperparams`; those of
+    `optax.inject_hyperparams` too), `learning_rate` under torch's name `lr`, and `betas` beside `b1` and `b2` where the
+    chain has both. They may be set at any time, by hand or by a scheduler, and take effect at the next step without a
+    retrace. A chain whose learning rate is fixed or a schedule gets `lr` as a factor on its updates, 1 at first.
+
+    *Missing gradients.* A parameter whose gradient is None in a step keeps its value and its state. Whatever belongs to
+    the group goes on: its step count, and in a chain that couples parameters (a global norm) the missing gradient
+    counts as zero. If all gradients of a group are None, the group is left alone. A parameter that is frozen when the
+    bridge is made has no state until its first gradient; then it joins its group, under the group's step count.
+
+    *State.* `optimizer.state[p]` holds the tensors that belong to `p` under the names of the chain's fields (`mu`,
+    `nu`); what belongs to the whole group (`count`) is kept with its first parameter.
+
+    *Rounding.* `rounding="stochastic"` hands the chain the gradients of bfloat16 parameters as float32, adds its
+    updates in float32 and rounds up or down at random, so that the expectation is exact. The bits are a hash of the
+    seed that `torch.manual_seed` set when the bridge was made and of the step; both are part of the state.
+
+    *Pickling* needs a chain that can be pickled, which closures cannot: give a function that makes it, such as
+    `functools.partial(optax.adamw, 1e-3)`. `copy.deepcopy` and `state_dict` take any chain.
+
+    Args:
+      chain: a gradient transformation, or a function without arguments that returns one.
+      params: parameters, parameter groups, or `named_parameters()`.
+      compile: run the step through Inductor instead of op by op.
+      engine: `"torch"`, or `"xla"`: JAX computes the step on tensors exchanged over DLPack, for chains that hold a
+        primitive without a lowering.
+      rounding: None, round to nearest, or `"stochastic"`.
+      **group_defaults: hyperparameters by the names of the group's keys, for groups that do not set them.
+
+    Raises:
+      ValueError: a key that is no hyperparameter, a value out of bounds, no or repeated parameters, several devices in
+        one group.
+      TypeError: complex parameters, DTensors, a chain whose state changes shape or that evaluates the loss itself.
+      UnsupportedPrimitive: the chain needs `engine="xla"`.
+
+    >>> import optax
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    >>> optimizer = TorchBridge(optax.inject_hyperparams(optax.sgd)(0.5, momentum=0.9), [weight])
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> weight.data
+    tensor([0., 0.])
+    >>> optimizer.param_groups[0]["lr"], optimizer.state[weight]["trace"]
+    (0.5, tensor([ 2., -4.]))
+    """
+
+    def __init__(
+        self,
+        chain: Any,
+        params: Iterable[Any],
+        *,
+        compile: bool = False,
+        engine: str = "torch",
+        rounding: str | None = None,
+        **group_defaults: Any,
+    ):
+        check_choice("TorchBridge", "engine", engine, ("torch", "xla"))
+        check_choice("TorchBridge", "rounding", rounding, (None, "stochastic"))
+        if compile and engine == "xla":
+            raise ValueError('TorchBridge: `compile` is for engine="torch"; XLA always compiles')
+        self._options = Options(chain, compile, engine, rounding)
+        self._trees: list[GroupTree | None] = []
+        self._members: list[list[Tensor]] = []
+        super().__init__(params, dict(group_defaults))
+
+    # ---- groups ----------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, with a tree and a state of its own.
+
+        Args:
+          param_group: `{"params": ..., **hyperparameters}`.
+
+        Raises:
+          ValueError: see the class; the optimizer is unchanged.
+        """
+        params = param_group.get("params")
+        if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
+            param_group["params"] = list(params)
+        given = set(param_group)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        added = False
+        try:
+            self._adopt(group, given)
+            added = True
+        finally:
+            if not added:
+                self.param_groups.pop()
+
+    def _adopt(self, group: dict[str, Any], given: set[str]) -> None:
+        owner = f"TorchBridge: param group {len(self._trees)}"
+        params, labels = group["params"], self._labels(group)
+        _check_params(params, labels)
+        members = [p for p in params if p.requires_grad] or params
+        tree = self._make_tree(group, members) if members else None
+        leaves: list[Tensor] = []
+        values: dict[str, Any] = self.defaults
+        if tree:
+            leaves, values = tree.initial_state()
+        if tree and tree.has_betas:
+            if "betas" in group and not given & {"b1", "b2"}:
+                group["b1"], group["b2"] = group["betas"]
+            values["betas"] = group["betas"] = (
+                group.get("b1", values["b1"]),
+                group.get("b2", values["b2"]),
+            )
+        for key, value in group.items():
+            if (
+                key not in values
+                and key not in _TORCH_KEYS
+                and isinstance(value, (int, float, Tensor))
+            ):
+                raise ValueError(
+                    f"{owner}: `{key}` is no live hyperparameter of this chain; they are {sorted(values)}. A chain of "
+                    "chainrule.chains or optax.inject_hyperparams(...) exposes its own"
+                )
+        for key, value in values.items():
+            group.setdefault(key, value)
+            self.defaults.setdefault(key, value)
+        if tree:
+            tree.sync(group, owner)
+            self._store(tree, leaves)
+        self._trees.append(tree)
+        self._members.append(list(members))
+
+    def _labels(self, group: dict[str, Any]) -> list[str]:
+        names = group.get("param_names")
+        return list(names) if names is not None else [str(i) for i in range(len(group["params"]))]
+
+    def _make_tree(self, group: dict[str, Any], members: list[Tensor]) -> GroupTree:
+        label = dict(zip(group["params"], self._labels(group), strict=True))
+        return GroupTree(
+            self._options, members, [label[p] for p in members], "param_names" in group
+        )
+
+    def _tree(self, index: int) -> GroupTree | None:
+        """The tree of a group; made again after unpickling."""
+        if self._trees[index] is None and self._members[index]:
+            self._trees[index] = self._make_tree(self.param_groups[index], self._members[index])
+        return self._trees[index]
+
+    def _store(self, tree: GroupTree, leaves: list[Tensor]) -> None:
+        for home, leaf in zip(tree.homes, leaves, strict=True):
+            if home:
+                self.state[home[0]][home[1]] = leaf
+
+    def _grow(self, index: int, members: list[Tensor]) -> None:
+        """Takes parameters into the tree of a group; what the others remember stays."""
+        old, group = self._tree(index), self.param_groups[index]
+        new = self._make_tree(group, [p for p in group["params"] if p in set(members)])
+        leaves, values = new.initial_state()
+        known = dict(zip(old.homes, old.leaves(self.state), strict=True)) if old else {}
+        for i, (home, slot) in enumerate(zip(new.homes, new.slots, strict=True)):
+            if home is None:
+                continue
+            before = known.get((old.head, slot.name) if old and slot.owner is None else home)
+            if before is not None and before.shape != leaves[i].shape:
+                raise ValueError(
+                    f"TorchBridge: param group {index}: state entry `{slot.name}` spans all parameters of the group, "
+                    "so none can join later; give those that are frozen at first a group of their own"
+                )
+            leaves[i] = leaves[i] if before is None else before
+        for key, value in values.items():
+            group.setdefault(key, value)
+        if old and old.head is not new.head:
+            for slot in old.slots:
+                if slot.owner is None:
+                    self.state[old.head].pop(slot.name, None)
+        self._store(new, leaves)
+        self._trees[index], self._members[index] = new, new.params
+
+    # ---- the step --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates all parameters that have a gradient.
+
+        Args:
+          closure: evaluates the model, calls backward and returns the loss, which the chain receives as `value`.
+
+        Returns:
+          What the closure returned, or None.
+
+        Raises:
+          RuntimeError: a gradient that is sparse or of another dtype than its parameter.
+          ValueError: a hyperparameter out of bounds; no closure for a chain that reads the loss. Nothing has been
+            written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
+        for work in ready:
+            if work is not None:
+                run, inputs = work
+                run(inputs)
+        return loss
+
+    def _prepare(
+        self, index: int, loss: Any
+    ) -> tuple[Callable[[list[Tensor]], None], list[Tensor]] | None:
+        """The program of a group and its inputs; None if no parameter has a gradient."""
+        group, tree = self.param_groups[index], self._tree(index)
+        if tree is None or len(tree.params) < len(group["params"]):
+            members = set(self._members[index])
+            joining = [p for p in group["params"] if p not in members and p.grad is not None]
+            if joining:
+                _check_gradients(
+                    joining, [p.grad for p in joining], [f"{tuple(p.shape)}" for p in joining]
+                )
+                self._grow(index, [*members, *joining])
+                tree = self._tree(index)
+            if tree is None:
+                return None
+        grads: list[Any] = [p.grad for p in tree.params]
+        absent = [i for i, g in enumerate(grads) if g is None]
+        if len(absent) == len(grads):
+            return None
+        _check_gradients(tree.params, grads, tree.labels)
+        if tree.params[0].device != tree.device:
+            tree.move()
+            self._store(tree, [leaf.to(tree.device) for leaf in tree.leaves(self.state)])
+        tree.sync(group, f"TorchBridge: param group {index}")
+        extras = tree.extras(loss)
+        params, leaves = tree.params, tree.leaves(self.state)
+        if absent:
+            # The program runs on copies of what shall stay, which are then forgotten.
+            kept = set(absent)
+            params = [p.detach().clone() if i in kept else p for i, p in enumerate(params)]
+            grads = [
+                torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)
+            ]
+            leaves = [
+                leaf.clone() if slot.owner in kept else leaf
+                for leaf, slot in zip(leaves, tree.slots, strict=True)
+            ]
+        return tree.run, [*params, *grads, *leaves, *extras]
+
+    # ---- saving and loading ----------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`: tensors and numbers only, for any way of saving."""
+        for tree, group in zip(self._trees, self.param_groups, strict=True):
+            if tree:
+                tree.sync_betas(group)
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copies a state dict of the same chain and shapes into this optimizer; going on equals not having stopped.
+
+        Args:
+          state_dict: what `state_dict` returned.
+
+        Raises:
+          ValueError: the state dict is another chain's or has other shapes; the message names the entry, and the
+            optimizer is unchanged.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+        plan: list[tuple[Tensor, Tensor]] = []
+        for index, saved in enumerate(saved_groups):
+            plan += self._read(index, saved, state_dict["state"])
+        for target, value in plan:
+            target.copy_(value)
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            fixed = {key: group[key] for key in ("params", "param_names") if key in group}
+            self.param_groups[index] = {**group, **saved, **fixed}
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _read(
+        self, index: int, saved: dict[str, Any], saved_state: dict[Any, Any]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of a tensor of the state and its saved value, for one group."""
+        group = self.param_groups[index]
+        if len(saved["params"]) != len(group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+            )
+        entries = {
+            p: saved_state.get(k) or {}
+            for k, p in zip(saved["params"], group["params"], strict=True)
+        }
+        members = set(self._members[index])
+        if any(entries[p] and p not in members for p in entries):
+            self._grow(index, [p for p in entries if entries[p] or p in members])
+        tree = self._tree(index)
+        if tree is None:
+            return []
+        where = f"TorchBridge: param group {index} of the loaded state dict"
+        missing = [key for key in tree.keys if key not in saved]
+        if missing:
+            raise ValueError(
+                f"{where} has no `{missing[0]}`, a hyperparameter of this chain; is it of another chain?"
+            )
+        shared = {slot.name for slot in tree.slots if slot.owner is None}
+        label = dict(zip(group["params"], self._labels(group), strict=True))
+        names = {home for home in tree.homes if home}
+        for p, entry in entries.items():
+            for name in entry:
+                if name not in shared and (p, name) not in names:
+                    known = sorted({slot.name for slot in tree.slots})
+                    raise ValueError(
+                        f"{where}: state entry `{name}` of parameter {label[p]} is none of this chain's {known}"
+                    )
+        plan = []
+        for slot, home in zip(tree.slots, tree.homes, strict=True):
+            if home is None:
+                continue
+            p, name = home
+            # What belongs to the group was kept with its first parameter, maybe another one than here.
+            holders = (
+                [p] if slot.owner is not None else [q for q in entries if name in entries[q]] or [p]
+            )
+            if name not in entries[holders[0]]:
+                raise ValueError(
+                    f"{where}: parameter {label[p]} has no state entry `{name}`; is it of another chain?"
+                )
+            value, target = torch.as_tensor(entries[holders[0]][name]), self.state[p][name]
+            if (
+                value.shape != target.shape
+                or value.is_floating_point() != target.is_floating_point()
+            ):
+                raise ValueError(
+                    f"{where}: state entry `{name}` of parameter {label[p]} is {value.dtype} {tuple(value.shape)}, "
+                    f"expected {target.dtype} {tuple(target.shape)}"
+                )
+            plan.append((target, value))
+        return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.dumps(self._options.chain)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise pickle.PicklingError(
+                f"TorchBridge: its chain cannot be pickled ({error}); make the bridge with a function that returns the "
+                "chain, such as functools.partial(optax.adamw, 1e-3), or save its state_dict()"
+            ) from error
+        return self._without_programs()
+
+    def _without_programs(self) -> dict[str, Any]:
+        kept = {"defaults", "state", "param_groups", "_options", "_members"}
+        return {name: value for name, value in self.__dict__.items() if name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._trees = [None] * len(self.param_groups)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TorchBridge":
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self._without_programs(), memo))
+        return new
+
+    # ---- one state, two runtimes -----------------------------------------------------------
+
+    def jax_state(self) -> Any:
+        """The chain's state as JAX arrays, with which the same chain goes on in JAX.
+
+        Returns:
+          The state of the only group, or a list with the state of each.
+        """
+        states = []
+        for _, leaves, tree in self._synced():
+            with jax.enable_x64(True):
+                arrays = [to_jax(t, aval) for t, aval in zip(leaves, tree.state_avals, strict=True)]
+            states.append(jax.tree.unflatten(tree.state_structure, arrays).chain)
+        return states[0] if len(self.param_groups) == 1 else states
+
+    def load_jax_state(self, state: Any) -> None:
+        """Takes over the state of a run in JAX whose parameters are this group's tree.
+
+        Args:
+          state: as `jax_state` returns it. Parameters are not part of it.
+
+        Raises:
+          ValueError: structure or shapes differ; the message names the entry, and the optimizer is unchanged.
+        """
+        states = [state] if len(self.param_groups) == 1 else list(state)
+        plan: list[tuple[Tensor, Tensor]] = []
+        values: list[tuple[dict[str, Any], str, Any]] = []
+        for (index, leaves, tree), new in zip(self._synced(), states, strict=True):
+            owner = f"load_jax_state: param group {index}"
+            old = jax.tree.unflatten(tree.state_structure, tree.state_avals).chain
+            expected, got = jax.tree.structure(old), jax.tree.structure(new)
+            if got != expected:
+                raise ValueError(f"{owner}: expected a state of structure {expected}, got {got}")
+            keys = {leaf: key for key, leaf in tree.live.items()}
+            for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(new)):
+                tensor, aval = to_torch(value, tree.device), tree.state_avals[i]
+                if (
+                    value.shape != aval.shape
+                    or tensor.is_floating_point() != leaves[i].is_floating_point()
+                ):
+                    name = jax.tree_util.keystr(path, simple=True, separator=".")
+                    raise ValueError(
+                        f"{owner}: state entry `{name}` is {value.dtype} {value.shape}, expected {aval.dtype} "
+                        f"{aval.shape}"
+                    )
+                if i in keys:
+                    values.append((self.param_groups[index], keys[i], shortest(tensor)))
+                else:
+                    plan.append((leaves[i], tensor))
+        for target, value in plan:
+            target.copy_(value)
+        for group, key, value in values:
+            group[key] = value
+        self.state_dict()
+
+    def load_torch_adam(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the moments and step count of a `torch.optim.Adam` or `AdamW` over the same parameters.
+
+        Hyperparameters stay this bridge's: set them in its groups.
+
+        Args:
+          state_dict: the state dict of the torch optimizer.
+
+        Raises:
+          ValueError: the chain has no state with `mu` and `nu`, the shapes differ, or the parameters of a group differ
+            in their number of steps; the optimizer is unchanged.
+        """
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [
+            len(g["params"]) for g in self.param_groups
+        ]:
+            raise ValueError(
+                "load_torch_adam: the state dict has other parameter groups than this optimizer"
+            )
+        plan: list[tuple[Tensor, Tensor]] = []
+        for index, leaves, tree in self._synced():
+            saved = dict(
+                zip(self.param_groups[index]["params"], saved_groups[index]["params"], strict=True)
+            )
+            entries = [state_dict["state"].get(saved[p]) for p in tree.params]
+            plan += adam_moments(tree, leaves, entries)
+        for target, value in plan:
+            target.copy_(value)
+
+    # ---- looking inside --------------------------------------------------------------------
+
+    def metrics(self) -> Any:
+        """What the chain knows of the run: `chainrule.metrics` of its state, as torch tensors.
+
+        Returns:
+          The dict of the only group, or a list with the dict of each.
+        """
+        found = [
+            metrics(jax.tree.unflatten(tree.state_structure, leaves).chain)
+            for _, leaves, tree in self._synced()
+        ]
+        return found[0] if len(self.param_groups) == 1 else found
+
+    def explain(self) -> str:
+        """What the chain became: operations by link, bytes of the state by field, how it runs."""
+        return "\n\n".join(
+            explain_group(index, leaves, tree) for index, leaves, tree in self._synced()
+        )
+
+    def _synced(self) -> list[tuple[int, list[Tensor], GroupTree]]:
+        """Index, state and tree of every group that has parameters, with the group's values filled in."""
+        found = []
+        for index, group in enumerate(self.param_groups):
+            tree = self._tree(index)
+            if tree:
+                tree.sync(group, f"TorchBridge: param group {index}")
+                found.append((index, tree.leaves(self.state), tree))
+        return found
+
+
+def _check_params(params: list[Tensor], labels: list[str]) -> None:
+    if len(set(params)) != len(params):
+        raise ValueError("TorchBridge: a parameter appears twice in one parameter group")
+    if len(set(labels)) != len(labels):
+        raise ValueError("TorchBridge: two parameters of one group have the same name")
+    for p, label in zip(params, labels, strict=True):
+        if p.is_complex():
+            raise TypeError(
+                f"TorchBridge: parameter {label} is {p.dtype}; JAX and torch conjugate complex gradients differently, "
+                "so optimize torch.view_as_real of it"
+            )
+        if not p.is_floating_point():
+            raise TypeError(
+                f"TorchBridge: parameter {label} is {p.dtype}, expected a floating-point dtype"
+            )
+        distributed = sys.modules.get("torch.distributed.tensor")
+        if distributed is not None and isinstance(p, distributed.DTensor):
+            raise TypeError(
+                f"TorchBridge: parameter {label} is a DTensor; a chain may couple parameters, so pass full tensors, or "
+                "the local ones (`p.to_local()`) to a chain that works leaf by leaf"
+            )
+
+
+def _check_gradients(params: list[Tensor], grads: list[Any], labels: list[str]) -> None:
+    for p, g, label in zip(params, grads, labels, strict=True):
+        if g is None:
+            continue
+        if g.layout is not torch.strided:
+            raise RuntimeError(
+                f"TorchBridge does not support sparse gradients, got one for parameter {label}"
+            )
+        if g.dtype is not p.dtype:
+            raise RuntimeError(
+                f"TorchBridge: the gradient of parameter {label} is {g.dtype}, the parameter {p.dtype}; cast it first"
+            )
