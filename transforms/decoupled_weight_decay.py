@@ -2,7 +2,8 @@
 
     u'_t = u_t + weight_decay p_{t-1}
 
-Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019. Departure from optax: `None` is no link at all.
+Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019. Departures from optax: `None` is
+no link at all, and updates keep their dtype when the parameters have a wider one.
 """
 
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def decoupled_weight_decay(
                 "decoupled_weight_decay: needs the parameters; call `update(updates, state, params)`, or build the chain "
                 "with weight_decay=None"
             )
-        return decay.update(updates, state, params)
+        decayed, state = decay.update(updates, state, params)
+        return optax.tree.cast_like(decayed, updates), state
 
     return optax.GradientTransformation(decay.init, update)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds
+from chainrule.transforms._numerics import up
+from chainrule.transforms._numerics import finite
 
 
 class ZeroNonfiniteState(NamedTuple):
@@ -58,21 +60,13 @@ def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.Grad
         del params
 
         def kept(g):
-            return jnp.isfinite(g) if max_abs is None else jnp.abs(g) <= max_abs  # NaN compares false
-
-        def safe(g):
-            finite = jnp.where(jnp.isfinite(g), g, 0)
-            if max_abs is None:
-                return finite
-            if jnp.iscomplexobj(g):
-                return finite / jnp.maximum(jnp.abs(finite) / max_abs, 1)
-            return jnp.clip(finite, -max_abs, max_abs).astype(g.dtype)
+            return jnp.isfinite(g) if max_abs is None else jnp.abs(up(g)) <= max_abs  # NaN compares false
 
         touched = [jnp.sum(~kept(g), dtype=jnp.int32) for g in jax.tree.leaves(updates)]
         count = sum(touched, start=jnp.zeros((), jnp.int32))
         # Counts are non-negative, so a sum that wrapped around is smaller than what it started from.
         total = state.nonfinite_total + count
         total = jnp.where(total < count, jnp.iinfo(jnp.int32).max, total)
-        return jax.tree.map(safe, updates), ZeroNonfiniteState(count, total)
+        return jax.tree.map(lambda g: finite(g, max_abs), updates), ZeroNonfiniteState(count, total)
 
     return optax.GradientTransformation(init, update)
