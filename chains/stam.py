@@ -11,7 +11,6 @@ from chainrule.transforms import (
     live,
     scale_by_adam,
     scale_by_tensor_rms,
-    zero_nonfinite,
 )
 
 
@@ -28,7 +27,8 @@ def stam(
     *,
     debias: bool = True,
     debias_eps: float = 0.0,
-    max_abs: float | None = 2.0**48,
+    nonfinite: str = "skip",
+    max_abs: float | None = 281474976710656.0,
     state_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
@@ -37,8 +37,7 @@ def stam(
 
     | link | atom | equation |
     |---|---|---|
-    | safe gradient | `zero_nonfinite` | g~ = clip(g) where finite, else 0 |
-    | first moment | `adaptive_beta1` | mu = b1 mu + (1 - b1) g~, b1 = clip(b1_base (1 - a s)) |
+    | first moment | `adaptive_beta1` | g~ = clip(g) where finite, else 0; mu = b1 mu + (1 - b1) g~, b1 = clip(b1_base (1 - a s)) |
     | direction | `scale_by_adam(b1=None)` | u = mu_hat / (sqrt(nu_hat) + eps) |
     | decay | `decoupled_weight_decay` | u + weight_decay p |
     | rate | `optax.scale_by_learning_rate` | -learning_rate u |
@@ -56,7 +55,9 @@ def stam(
       fallback_threshold: b1 is `b1_base` where the variance of the residual reaches this many times its squared mean.
       debias: debias the two residual EMAs; the repository does not (`False`).
       debias_eps: added to Adam's bias corrections; the repository adds its eps (`debias_eps=eps`).
-      max_abs: clamp on gradient entries before they are squared; the repository has none (`None`).
+      nonfinite: a tensor whose gradient is not finite everywhere is left out of the statistics (`"skip"`, as documented), or
+        enters them with those entries zeroed (`"zero"`, as in the repository's code); the entries are zeroed either way.
+      max_abs: clamp on gradient entries before they are squared, 2^48; the repository has none (`None`).
       state_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the second moment, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
@@ -77,7 +78,6 @@ def stam(
       STAM, package `stam-optimizer` 0.1.0.
     """
     return chain(
-        zero_nonfinite(max_abs),
         adaptive_beta1(
             b1_base,
             adapt_strength,
@@ -85,6 +85,8 @@ def stam(
             tau_decay=tau_decay,
             fallback_threshold=fallback_threshold,
             debias=debias,
+            nonfinite=nonfinite,
+            max_abs=max_abs,
             state_dtype=state_dtype,
         ),
         scale_by_adam(b1=None, b2=b2, eps=eps, debias_eps=debias_eps, nu_dtype=nu_dtype),
@@ -104,7 +106,8 @@ def stam_lite(
     b1_update_interval: int = 5,
     *,
     debias_eps: float = 0.0,
-    max_abs: float | None = 2.0**48,
+    nonfinite: str = "skip",
+    max_abs: float | None = 281474976710656.0,
     state_dtype: Any = None,
     stat_dtype: Any = "float32",
     mask: Any = None,
@@ -113,8 +116,7 @@ def stam_lite(
 
     | link | atom | equation |
     |---|---|---|
-    | safe gradient | `zero_nonfinite` | g~ = clip(g) where finite, else 0 |
-    | first moment | `adaptive_beta1(signal="moments")` | mu = b1 mu + (1 - b1) g~, b1 renewed every k updates |
+    | first moment | `adaptive_beta1(signal="moments")` | g~ = clip(g) where finite, else 0; mu = b1 mu + (1 - b1) g~, b1 renewed every k updates |
     | direction | `scale_by_tensor_rms` | u = mu_hat / (sqrt(nu_hat) + eps), nu = EMA(mean g~^2) |
     | decay | `decoupled_weight_decay` | u + weight_decay p |
     | rate | `optax.scale_by_learning_rate` | -learning_rate u |
@@ -130,7 +132,9 @@ def stam_lite(
       moment_decay: decay of the mean and mean square of each tensor's gradient, in [0, 1).
       b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
       debias_eps: added to the bias corrections; the repository adds its eps (`debias_eps=eps`).
-      max_abs: clamp on gradient entries before they are squared; the repository has none (`None`).
+      nonfinite: a tensor whose gradient is not finite everywhere is left out of the statistics (`"skip"`, as documented), or
+        enters them with those entries zeroed (`"zero"`, as in the repository's code); the entries are zeroed either way.
+      max_abs: clamp on gradient entries before they are squared, 2^48; the repository has none (`None`).
       state_dtype: dtype of the first moment, default the parameter's.
       stat_dtype: dtype of the scalars; the repository stores them in `state_dtype`, where bfloat16 stalls them.
       mask: which parameters decay, as in `optax.adamw`.
@@ -151,7 +155,6 @@ def stam_lite(
       STAM, package `stam-optimizer` 0.1.0.
     """
     return chain(
-        zero_nonfinite(max_abs),
         adaptive_beta1(
             b1_base,
             adapt_strength,
@@ -160,6 +163,8 @@ def stam_lite(
             eps=eps,
             b1_update_interval=b1_update_interval,
             debias_eps=debias_eps,
+            nonfinite=nonfinite,
+            max_abs=max_abs,
             state_dtype=state_dtype,
             stat_dtype=stat_dtype,
         ),

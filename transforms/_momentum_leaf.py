@@ -27,14 +27,17 @@ class MomentumLeaf(metaclass=_ExplainedInErrors):
       mu: the first moment, in the shape of the parameter, float32 at least.
       grad: the gradient it was made from, same shape, in the gradient's dtype.
       correction: float32 scalar, 1 - prod(b1_i): the weight that `mu` has given to gradients.
+      mean_square: scalar, the mean of the squared gradient where `adaptive_beta1` measured it, else `None`; not finite
+        where the gradient as it came was not.
     """
 
-    __slots__ = ("correction", "grad", "mu")
+    __slots__ = ("correction", "grad", "mean_square", "mu")
 
-    def __init__(self, mu: jax.Array, grad: jax.Array, correction: jax.Array):
+    def __init__(self, mu: jax.Array, grad: jax.Array, correction: jax.Array, mean_square: jax.Array | None = None):
         self.mu = mu
         self.grad = grad
         self.correction = correction
+        self.mean_square = mean_square
 
     def __repr__(self) -> str:
         return f"MomentumLeaf(shape={self.mu.shape}, dtype={self.grad.dtype})"

@@ -37,3 +37,17 @@ def abs_sq(x: jax.Array) -> jax.Array:
     """|x|^2, real for complex x."""
     x = up(x)
     return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
+
+
+def finite(x: jax.Array, max_abs: Any) -> jax.Array:
+    """`x` with NaN and infinite entries zeroed and the others clamped to magnitude `max_abs` (`None`: not clamped).
+
+    >>> finite(jnp.array([1.0, jnp.nan, -5.0]), 2.0).tolist()
+    [1.0, 0.0, -2.0]
+    """
+    x = jnp.where(jnp.isfinite(x), x, 0)
+    if max_abs is None:
+        return x
+    if jnp.iscomplexobj(x):
+        return (x / jnp.maximum(jnp.abs(x) / max_abs, 1)).astype(x.dtype)
+    return jnp.clip(x, -max_abs, max_abs).astype(x.dtype)

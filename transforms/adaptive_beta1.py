@@ -7,7 +7,8 @@ r"""A first moment whose decay b1 follows how varied the gradient is, tensor by 
 
 Source: the STAM repository, version 0.1.0. Departure: `debias` divides the EMAs of the residual signal, whose horizons differ, by
 1 - decay^t; without it z starts at ten times its value and b1 near 0.735 whatever the gradient. b1 falls back to b1_base where
-the signal is not finite or, in the residual form, sigma >= fallback_threshold (tau^2 + 1e-8).
+the signal is not finite or, in the residual form, sigma >= fallback_threshold (tau^2 + 1e-8). And large entries are clamped: one
+square that overflows would set the second moments to infinity for ever.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
-from chainrule.transforms._numerics import bias_correction, ema, up
+from chainrule.transforms._numerics import bias_correction, ema, finite, up
 
 
 class AdaptiveBeta1State(NamedTuple):
@@ -36,8 +37,10 @@ class AdaptiveBeta1State(NamedTuple):
     """`"residual"`: tau, EMA of mean |r|; `"moments"`: EMA of mean g."""
     second: optax.Updates
     """`"residual"`: sigma, EMA of mean r^2; `"moments"`: EMA of mean g^2."""
+    nonfinite: optax.Updates
+    """bool scalars, one a parameter: the last gradient had entries that are not finite, or squares that overflow."""
 
-    metric_fields = ("b1",)
+    metric_fields = ("b1", "nonfinite")
 
 
 def adaptive_beta1(
@@ -53,6 +56,8 @@ def adaptive_beta1(
     b1_update_interval: jax.typing.ArrayLike = 1,
     debias: bool = True,
     debias_eps: jax.typing.ArrayLike = 0.0,
+    nonfinite: str = "skip",
+    max_abs: jax.typing.ArrayLike | None = 2.0**48,
     state_dtype: Any = None,
     stat_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
@@ -75,6 +80,11 @@ def adaptive_beta1(
       b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
       debias: divide the EMAs by 1 - decay^t before z.
       debias_eps: added to that divisor, at least 0 (the STAMLite repository uses its eps here).
+      nonfinite: entries that are NaN or infinite are always zeroed in the moment and in the gradient handed on. `"skip"`: the
+        statistics of a tensor with such entries are not taken in and its b1 is `b1_base` (as STAM documents; free of
+        charge). `"zero"`: the statistics are of the zeroed gradient (as STAM's code does; the zeroed gradient is then
+        written to memory first, which makes the step several times slower in XLA on CPU).
+      max_abs: clamp on finite entries, positive, so that squares do not overflow; `None`: none, as in the repository.
       state_dtype: dtype of `mu`, default the parameter's.
       stat_dtype: dtype of the scalars, default float32 (EMAs with decay 0.99 stall in bfloat16).
 
@@ -107,7 +117,9 @@ def adaptive_beta1(
         eps=eps,
         b1_update_interval=b1_update_interval,
         debias_eps=debias_eps,
+        max_abs=max_abs,
     )
+    check_choice("adaptive_beta1", "nonfinite", nonfinite, ("skip", "zero"))
     check_choice("adaptive_beta1", "signal", signal, ("residual", "moments"))
     residual = signal == "residual"
     first_decay, second_decay = (tau_decay, b2) if residual else (moment_decay, moment_decay)
@@ -116,7 +128,7 @@ def adaptive_beta1(
         check_params("adaptive_beta1", params, real=True)
 
         def scalars(value):
-            return jax.tree.map(lambda _: jnp.asarray(value, stat_dtype), params)
+            return jax.tree.map(lambda _: jnp.array(value, stat_dtype), params)  # a buffer of its own each
 
         return AdaptiveBeta1State(
             count=jnp.zeros((), jnp.int32),
@@ -125,6 +137,7 @@ def adaptive_beta1(
             b1_prod=scalars(1.0),
             first=scalars(0.0),
             second=scalars(0.0),
+            nonfinite=jax.tree.map(lambda _: jnp.zeros((), bool), params),
         )
 
     def update(updates, state, params=None):
@@ -135,14 +148,22 @@ def adaptive_beta1(
         def mean(x):
             return jnp.sum(x) / max(x.size, 1)  # zero-size leaves have the mean 0
 
+        safe = jax.tree.map(lambda g: finite(g, max_abs), updates)
+        measured = updates if nonfinite == "skip" else safe
+
+        # XLA:CPU fuses each difference into its own reduction only if the two are not one expression; a shared difference
+        # is written to memory, at four times the cost of both reductions. Hence g - mu in one and mu - g in the other.
         def first_stat(g, mu):
-            return mean(jnp.abs(up(g) - up(mu))) if residual else mean(up(g))
+            return mean(jnp.abs(up(mu) - up(g))) if residual else mean(up(g))
 
         def second_stat(g, mu):
-            x = up(g) - up(mu) if residual else up(g)
-            return mean(x * x)
+            return mean(jnp.square(up(g) - up(mu) if residual else up(g)))
 
-        def decay(old_b1, first, second):
+        def taken_in(decay, old, new, bad):
+            new = ema(decay, old, new)
+            return jnp.where(bad, up(old), new) if nonfinite == "skip" else new
+
+        def adapted(old_b1, first, second, bad):
             if debias:
                 first = first / (bias_correction(first_decay, count) + debias_eps)
                 second = second / (bias_correction(second_decay, count) + debias_eps)
@@ -153,17 +174,28 @@ def adaptive_beta1(
             else:
                 z = jnp.maximum(second - first * first, 0) / (second + eps)
                 fall_back = ~jnp.isfinite(z)
+            if nonfinite == "skip":
+                fall_back |= bad
             lowest = jnp.maximum(0.5, b1_base * (1 - adapt_strength))
-            adapted = jnp.clip(b1_base * (1 - adapt_strength * z / (1 + z)), lowest, b1_base)
-            return jnp.where(renew, jnp.where(fall_back, b1_base, adapted), up(old_b1))
+            b1 = jnp.clip(b1_base * (1 - adapt_strength * z / (1 + z)), lowest, b1_base)
+            return jnp.where(renew, jnp.where(fall_back, b1_base, b1), up(old_b1))
 
-        first = jax.tree.map(lambda g, mu, s: ema(first_decay, s, first_stat(g, mu)), updates, state.mu, state.first)
-        second = jax.tree.map(lambda g, mu, s: ema(second_decay, s, second_stat(g, mu)), updates, state.mu, state.second)
-        b1 = jax.tree.map(decay, state.b1, first, second)
-        mu = jax.tree.map(ema, b1, state.mu, updates)
+        firsts = jax.tree.map(first_stat, measured, state.mu)
+        seconds = jax.tree.map(second_stat, measured, state.mu)
+        bad = jax.tree.map(lambda a, b: ~(jnp.isfinite(a) & jnp.isfinite(b)), firsts, seconds)
+        first = jax.tree.map(lambda *args: taken_in(first_decay, *args), state.first, firsts, bad)
+        second = jax.tree.map(lambda *args: taken_in(second_decay, *args), state.second, seconds, bad)
+        b1 = jax.tree.map(adapted, state.b1, first, second, bad)
+        mu = jax.tree.map(ema, b1, state.mu, safe)
         b1_prod = jax.tree.map(lambda prod, b1: up(prod) * b1, state.b1_prod, b1)
-        leaves = jax.tree.map(lambda mu, g, prod: MomentumLeaf(mu, g, 1 - prod), mu, updates, b1_prod)
-        stored = optax.tree.cast_like((mu, b1, b1_prod, first, second), tuple(state)[1:])
-        return leaves, AdaptiveBeta1State(count, *stored)
+        leaves = jax.tree.map(
+            lambda mu, g, prod, square: MomentumLeaf(mu, g, 1 - prod, None if residual else square),
+            mu,
+            safe,
+            b1_prod,
+            seconds,
+        )
+        stored = optax.tree.cast_like((mu, b1, b1_prod, first, second), tuple(state)[1:-1])
+        return leaves, AdaptiveBeta1State(count, *stored, nonfinite=bad)
 
     return optax.GradientTransformation(init, update)

@@ -3,6 +3,7 @@ r"""Divides each tensor by one number: the root of a running mean of its squared
     nu_t = decay nu_{t-1} + (1 - decay) mean(g_t^2)  (a scalar a tensor),   u_t = g_t / (sqrt(nu_t / (1 - decay^t)) + eps)
 
 With a momentum leaf of `adaptive_beta1` the numerator is its bias-corrected moment. Source: STAMLite, repository version 0.1.0.
+Departure: a mean square that is not finite is left out of nu; taken in, it would freeze the tensor for ever.
 """
 
 from typing import Any, NamedTuple
@@ -77,8 +78,11 @@ def scale_by_tensor_rms(
             return u.mu / (u.correction + debias_eps) if isinstance(u, MomentumLeaf) else up(u)
 
         def mean_square(u, old):
-            g = gradient(u)
-            return ema(decay, old, jnp.sum(abs_sq(g)) / max(g.size, 1))
+            if isinstance(u, MomentumLeaf) and u.mean_square is not None:
+                new = u.mean_square
+            else:
+                new = jnp.sum(abs_sq(gradient(u))) / max(gradient(u).size, 1)
+            return jnp.where(jnp.isfinite(new), ema(decay, old, new), up(old))
 
         def direction(u, square):
             return (numerator(u) / (jnp.sqrt(square / correction) + eps)).astype(gradient(u).dtype)

@@ -15,7 +15,13 @@ class NotFollowed(NamedTuple):
     reason: str
 
 
-NOT_FOLLOWED: list[NotFollowed] = []
+NOT_FOLLOWED = [
+    NotFollowed(
+        "stamlite_edge",
+        "overflow",
+        "one square that overflows sets the tensor's mean square to infinity, and the tensor never moves again",
+    ),
+]
 
 
 def reason_not_to_follow(file: str, variant: str) -> str | None:
