@@ -21,7 +21,7 @@ from chainrule.bridges.program import (
     as_transformation,
     settled,
 )
-from chainrule.bridges.xla_engine import is_wide, make_xla_step, used_inputs
+from chainrule.bridges.xla_engine import make_xla_step, used_inputs, x64_if_wide
 from chainrule.transforms._checks import check_bounds
 
 _MULTIPLIER = "lr"  # the key of the learning rate, or of the multiplier that stands in for it
@@ -123,7 +123,7 @@ class GroupTree:
             self._init = lower(self.chain.init, params, device=self.device)
             initial = jax.tree.unflatten(self._init.out_tree, self._init.out_avals)
         else:
-            with jax.enable_x64(is_wide(params) or jax.config.jax_enable_x64):
+            with x64_if_wide(params):
                 initial = jax.eval_shape(self.chain.init, params)
         rounding = Struct((2,), jnp.int32) if self.options.rounding else None
         live = live_leaves(jax.tree.structure(initial))
@@ -201,7 +201,7 @@ class GroupTree:
                 leaves[i] = leaves[i].detach().clone()
         else:
             params = jax.tree.unflatten(self.params_structure, self._structs)
-            with jax.enable_x64(is_wide(params) or jax.config.jax_enable_x64):
+            with x64_if_wide(params):
                 arrays = [
                     to_jax(p, aval) for p, aval in zip(self.params, self._structs, strict=True)
                 ]
@@ -253,7 +253,7 @@ class GroupTree:
                     raise TypeError(f"{owner}: `{key}` must be a number or a tensor, got {value!r}")
                 name = key.rpartition(".")[2]
                 check_bounds(owner, **{"learning_rate" if name == _MULTIPLIER else name: value})
-                target.fill_(value)
+                target.fill_(float(value))
                 self._filled[key] = value
 
     @property

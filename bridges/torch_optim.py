@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.explain import explain_group
-from chainrule.bridges.group_tree import GroupTree, Options, shortest
-from chainrule.bridges.lowering import to_jax, to_torch
-from chainrule.bridges.torch_adam import adam_moments
+from chainrule.bridges.group_tree import GroupTree, Options
+from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
+from chainrule.bridges.lowering import to_jax
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
 
@@ -297,20 +297,17 @@ class TorchBridge(torch.optim.Optimizer):
         saved_groups = copy.deepcopy(state_dict["param_groups"])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
-        plan: list[tuple[Tensor, Tensor]] = []
+        plan: Plan = []
         for index, saved in enumerate(saved_groups):
             plan += self._read(index, saved, state_dict["state"])
-        for target, value in plan:
-            target.copy_(value)
+        carry_out(plan)
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             fixed = {key: group[key] for key in ("params", "param_names") if key in group}
             self.param_groups[index] = {**group, **saved, **fixed}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _read(
-        self, index: int, saved: dict[str, Any], saved_state: dict[Any, Any]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _read(self, index: int, saved: dict[str, Any], saved_state: dict[Any, Any]) -> Plan:
         """Pairs of a tensor of the state and its saved value, for one group."""
         group = self.param_groups[index]
         if len(saved["params"]) != len(group["params"]):
@@ -322,51 +319,13 @@ class TorchBridge(torch.optim.Optimizer):
             for k, p in zip(saved["params"], group["params"], strict=True)
         }
         members = set(self._members[index])
-        if any(entries[p] and p not in members for p in entries):
-            self._grow(index, [p for p in entries if entries[p] or p in members])
+        if any(entry and p not in members for p, entry in entries.items()):
+            self._grow(index, [p for p, entry in entries.items() if entry or p in members])
         tree = self._tree(index)
         if tree is None:
             return []
         where = f"TorchBridge: param group {index} of the loaded state dict"
-        missing = [key for key in tree.keys if key not in saved]
-        if missing:
-            raise ValueError(
-                f"{where} has no `{missing[0]}`, a hyperparameter of this chain; is it of another chain?"
-            )
-        shared = {slot.name for slot in tree.slots if slot.owner is None}
-        label = dict(zip(group["params"], self._labels(group), strict=True))
-        names = {home for home in tree.homes if home}
-        for p, entry in entries.items():
-            for name in entry:
-                if name not in shared and (p, name) not in names:
-                    known = sorted({slot.name for slot in tree.slots})
-                    raise ValueError(
-                        f"{where}: state entry `{name}` of parameter {label[p]} is none of this chain's {known}"
-                    )
-        plan = []
-        for slot, home in zip(tree.slots, tree.homes, strict=True):
-            if home is None:
-                continue
-            p, name = home
-            # What belongs to the group was kept with its first parameter, maybe another one than here.
-            holders = (
-                [p] if slot.owner is not None else [q for q in entries if name in entries[q]] or [p]
-            )
-            if name not in entries[holders[0]]:
-                raise ValueError(
-                    f"{where}: parameter {label[p]} has no state entry `{name}`; is it of another chain?"
-                )
-            value, target = torch.as_tensor(entries[holders[0]][name]), self.state[p][name]
-            if (
-                value.shape != target.shape
-                or value.is_floating_point() != target.is_floating_point()
-            ):
-                raise ValueError(
-                    f"{where}: state entry `{name}` of parameter {label[p]} is {value.dtype} {tuple(value.shape)}, "
-                    f"expected {target.dtype} {tuple(target.shape)}"
-                )
-            plan.append((target, value))
-        return plan
+        return from_state_dict(tree, tree.leaves(self.state), saved, entries, where)
 
     def __getstate__(self) -> dict[str, Any]:
         try:
@@ -417,35 +376,20 @@ class TorchBridge(torch.optim.Optimizer):
           ValueError: structure or shapes differ; the message names the entry, and the optimizer is unchanged.
         """
         states = [state] if len(self.param_groups) == 1 else list(state)
-        plan: list[tuple[Tensor, Tensor]] = []
-        values: list[tuple[dict[str, Any], str, Any]] = []
+        plan: Plan = []
+        values: list[tuple[dict[str, Any], dict[str, float | int]]] = []
         for (index, leaves, tree), new in zip(self._synced(), states, strict=True):
-            owner = f"load_jax_state: param group {index}"
-            old = jax.tree.unflatten(tree.state_structure, tree.state_avals).chain
-            expected, got = jax.tree.structure(old), jax.tree.structure(new)
-            if got != expected:
-                raise ValueError(f"{owner}: expected a state of structure {expected}, got {got}")
-            keys = {leaf: key for key, leaf in tree.live.items()}
-            for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(new)):
-                tensor, aval = to_torch(value, tree.device), tree.state_avals[i]
-                if (
-                    value.shape != aval.shape
-                    or tensor.is_floating_point() != leaves[i].is_floating_point()
-                ):
-                    name = jax.tree_util.keystr(path, simple=True, separator=".")
-                    raise ValueError(
-                        f"{owner}: state entry `{name}` is {value.dtype} {value.shape}, expected {aval.dtype} "
-                        f"{aval.shape}"
-                    )
-                if i in keys:
-                    values.append((self.param_groups[index], keys[i], shortest(tensor)))
-                else:
-                    plan.append((leaves[i], tensor))
-        for target, value in plan:
-            target.copy_(value)
-        for group, key, value in values:
-            group[key] = value
-        self.state_dict()
+            copies, hyperparams = from_jax(
+                tree, leaves, new, f"load_jax_state: param group {index}"
+            )
+            plan += copies
+            values.append((self.param_groups[index], hyperparams))
+        carry_out(plan)
+        for group, hyperparams in values:
+            group.update(hyperparams)
+        for index, group in enumerate(self.param_groups):
+            if tree := self._tree(index):
+                tree.sync_betas(group)
 
     def load_torch_adam(self, state_dict: dict[str, Any]) -> None:
         """Takes over the moments and step count of a `torch.optim.Adam` or `AdamW` over the same parameters.
@@ -466,15 +410,14 @@ class TorchBridge(torch.optim.Optimizer):
             raise ValueError(
                 "load_torch_adam: the state dict has other parameter groups than this optimizer"
             )
-        plan: list[tuple[Tensor, Tensor]] = []
+        plan: Plan = []
         for index, leaves, tree in self._synced():
             saved = dict(
                 zip(self.param_groups[index]["params"], saved_groups[index]["params"], strict=True)
             )
             entries = [state_dict["state"].get(saved[p]) for p in tree.params]
-            plan += adam_moments(tree, leaves, entries)
-        for target, value in plan:
-            target.copy_(value)
+            plan += from_torch_adam(tree, leaves, entries)
+        carry_out(plan)
 
     # ---- looking inside --------------------------------------------------------------------
 

@@ -21,16 +21,17 @@ from chainrule.bridges.lowering.convert import MASKS, is_key, to_jax, to_torch
 from chainrule.bridges.lowering.runtime import InPlace, write
 
 
-def is_wide(structs: Any) -> bool:
-    """Whether a leaf has 64 bits, so that JAX must run with x64."""
-    return any(
+def x64_if_wide(structs: Any) -> Any:
+    """A context in which JAX keeps 64-bit values if a leaf of `structs` has them."""
+    wide = any(
         not is_key(s.dtype) and np.dtype(s.dtype).itemsize >= 8 for s in jax.tree.leaves(structs)
     )
+    return jax.enable_x64(wide or jax.config.read("jax_enable_x64"))
 
 
 def used_inputs(fn: Callable[..., Any], *structs: Any) -> tuple[list[bool], Any]:
     """Traces `fn`: whether each flat input is used, and the structs of the result."""
-    with jax.enable_x64(is_wide(structs) or jax.config.jax_enable_x64):
+    with x64_if_wide(structs):
         jaxpr, result = jax.make_jaxpr(fn, return_shape=True)(*structs)
     read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.jaxpr.outvars}
     return [id(v) in read for v in jaxpr.jaxpr.invars], result
@@ -50,7 +51,6 @@ def make_xla_step(
       A function of the flat inputs, as `lowering.runtime.make_step` returns.
     """
     avals, structure = jax.tree.flatten(tuple(structs))
-    wide = is_wide(avals)
     by_value = [is_key(a.dtype) or np.dtype(a.dtype).name in MASKS for a in avals]
 
     @jax.jit
@@ -58,7 +58,7 @@ def make_xla_step(
         return jax.tree.leaves(fn(*jax.tree.unflatten(structure, leaves)))
 
     def step(inputs: Sequence[Tensor]) -> None:
-        with torch.no_grad(), jax.enable_x64(wide or jax.config.jax_enable_x64):
+        with torch.no_grad(), x64_if_wide(avals):
             arrays = [
                 to_jax(t, aval) if slow else jax.dlpack.from_dlpack(_plain(t))
                 for t, aval, slow in zip(inputs, avals, by_value, strict=True)

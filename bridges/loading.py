@@ -1,0 +1,189 @@
+"""States from elsewhere (a state dict, a run in JAX, torch's Adam) as copies into the state of a group.
+
+Each function checks everything and returns a plan, pairs of a tensor of the state and its new value; nothing has been
+written when it raises.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import torch
+from torch import Tensor
+
+from chainrule.bridges.group_tree import GroupTree, shortest
+from chainrule.bridges.lowering import to_torch
+
+Plan: TypeAlias = list[tuple[Tensor, Tensor]]
+
+
+def carry_out(plan: Plan) -> None:
+    """Copies every value into its tensor."""
+    for target, value in plan:
+        target.copy_(value)
+
+
+def from_state_dict(
+    tree: GroupTree,
+    leaves: Sequence[Tensor],
+    saved: dict[str, Any],
+    entries: dict[Tensor, dict[str, Any]],
+    where: str,
+) -> Plan:
+    """One group of a torch state dict.
+
+    Args:
+      tree: the group.
+      leaves: the leaves of its state.
+      saved: the group in the state dict.
+      entries: for every parameter of the group its saved state, empty if it has none.
+      where: how messages begin.
+
+    Raises:
+      ValueError: the state dict is another chain's or has other shapes.
+    """
+    for key in tree.keys:
+        if key not in saved:
+            raise ValueError(
+                f"{where} has no `{key}`, a hyperparameter of this chain; is it of another chain?"
+            )
+    label = dict(zip(tree.params, tree.labels, strict=True))
+    shared = {slot.name for slot in tree.slots if slot.owner is None}
+    for p, entry in entries.items():
+        for name in entry:
+            if name not in shared and (p, name) not in tree.homes:
+                known = ", ".join(sorted({slot.name for slot in tree.slots}))
+                raise ValueError(
+                    f"{where}: state entry `{name}` of parameter {label[p]} is none of this chain's: {known}"
+                )
+    plan: Plan = []
+    for slot, home, target in zip(tree.slots, tree.homes, leaves, strict=True):
+        if home is None:
+            continue
+        p, name = home
+        if slot.owner is None:  # it was kept with the first parameter, maybe another one than here
+            p = next((q for q, entry in entries.items() if name in entry), p)
+        if name not in entries[p]:
+            raise ValueError(
+                f"{where}: parameter {label[p]} has no state entry `{name}`; is it of another chain?"
+            )
+        value = torch.as_tensor(entries[p][name])
+        if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
+            raise ValueError(
+                f"{where}: state entry `{name}` of parameter {label[p]} is {value.dtype} {tuple(value.shape)}, expected "
+                f"{target.dtype} {tuple(target.shape)}"
+            )
+        plan.append((target, value))
+    return plan
+
+
+def from_jax(
+    tree: GroupTree, leaves: Sequence[Tensor], state: Any, where: str
+) -> tuple[Plan, dict[str, float | int]]:
+    """The state of a run in JAX.
+
+    Args:
+      tree: the group.
+      leaves: the leaves of its state.
+      state: the chain's state in JAX.
+      where: how messages begin.
+
+    Returns:
+      The plan, and the values of the group's hyperparameters.
+
+    Raises:
+      ValueError: structure or shapes differ.
+    """
+    expected = jax.tree.unflatten(tree.state_structure, tree.state_avals).chain
+    got, wanted = jax.tree.structure(state), jax.tree.structure(expected)
+    if got != wanted:
+        raise ValueError(f"{where}: expected a state of structure {wanted}, got {got}")
+    key_of = {leaf: key for key, leaf in tree.live.items()}
+    plan: Plan = []
+    values: dict[str, float | int] = {}
+    for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
+        tensor, aval = to_torch(value, tree.device), tree.state_avals[i]
+        if (
+            tensor.shape != leaves[i].shape
+            or tensor.is_floating_point() != leaves[i].is_floating_point()
+        ):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{where}: state entry `{name}` is {tensor.dtype} {tuple(tensor.shape)}, expected {aval.dtype} {aval.shape}"
+            )
+        if i in key_of:
+            values[key_of[i]] = shortest(tensor)
+        else:
+            plan.append((leaves[i], tensor))
+    return plan, values
+
+
+def _adam_states(node: Any) -> list[Any]:
+    """The states inside `node` that hold the two moments of Adam."""
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        fields = node._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+        if {"count", "mu", "nu"} <= fields.keys():
+            return [node]
+        return [found for child in fields.values() for found in _adam_states(child)]
+    if isinstance(node, dict):
+        return [found for child in node.values() for found in _adam_states(child)]
+    if isinstance(node, (tuple, list)):
+        return [found for child in node for found in _adam_states(child)]
+    return []
+
+
+def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -> Plan:
+    """Pairs of a tensor of the chain's state and the value that Adam has for it.
+
+    Every state with fields `mu`, `nu` and `count` takes over the moments; every `count` of the group the number of
+    steps.
+
+    Args:
+      tree: the group.
+      leaves: the leaves of its state.
+      entries: for each parameter its state in the torch optimizer, or None before its first gradient.
+
+    Raises:
+      ValueError: see `TorchBridge.load_torch_adam`.
+    """
+    numbers = jax.tree.unflatten(tree.state_structure, range(len(leaves))).chain
+    fields = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+    wanted = [
+        (leaf, theirs)
+        for state in _adam_states(numbers)
+        for ours, theirs in fields.items()
+        for leaf in jax.tree.leaves(getattr(state, ours))
+        if tree.slots[leaf].owner is not None
+    ]
+    if not wanted:
+        raise ValueError("load_torch_adam: this chain has no state with `count`, `mu` and `nu`")
+    steps = {float(entry["step"]) for entry in entries if entry}
+    if len(steps) > 1:
+        raise ValueError(
+            f"load_torch_adam: the parameters of a group have made different numbers of steps, {sorted(steps)}; a "
+            "chain has one count a group, so give each its own group"
+        )
+    plan = []
+    for leaf, theirs in wanted:
+        owner = tree.slots[leaf].owner
+        assert owner is not None
+        entry = entries[owner]
+        if not entry:
+            continue
+        value = entry.get(theirs)
+        if value is None or value.shape != leaves[leaf].shape:
+            got = "absent" if value is None else f"of shape {tuple(value.shape)}"
+            raise ValueError(
+                f"load_torch_adam: `{theirs}` of parameter {tree.labels[owner]} is {got}, expected shape "
+                f"{tuple(leaves[leaf].shape)}"
+            )
+        plan.append((leaves[leaf], value))
+    for leaf, slot in enumerate(tree.slots):
+        counts = (
+            slot.owner is None
+            and slot.name.rpartition(".")[2] == "count"
+            and leaves[leaf].ndim == 0
+        )
+        if counts and steps:
+            plan.append((leaves[leaf], torch.tensor(steps.copy().pop())))
+    return plan
