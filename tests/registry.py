@@ -1,0 +1,306 @@
+"""One `Case` for every atom and chain. Being registered buys every property in `conformance/`.
+
+To add one: append a `Case` to `ATOMS` or `CHAINS`. `test_registry.py` fails if a public transformation has none.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optax
+import pytest
+
+import chainrule
+from chainrule import chains, transforms
+from chainrule.transforms import chain
+from reference import adam as adam_reference
+from reference import stam as stam_reference
+from reference.steps import Step, descent
+
+Settings = Mapping[str, Any]
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]] | tuple[int, ...]]
+
+TREE: Shapes = {"dense": {"bias": (3,), "kernel": (4, 3)}, "scale": ()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """An atom or chain, what it accepts and refuses, and what it can do.
+
+    An atom that needs another link to be of use is composed with it by `factory`: `chain(owner, atom(**settings))`.
+    """
+
+    name: str
+    """Unique; the id of its tests."""
+    public: Callable[..., Any]
+    """The public function that it registers."""
+    factory: Callable[..., optax.GradientTransformation] | None = None
+    """Makes the transformation under test from a setting; default `public`."""
+    settings: tuple[Settings, ...] = ({},)
+    """Valid arguments. Every property runs on the first; those that need no compilation run on all."""
+    errors: tuple[tuple[Settings, type[Exception], str], ...] = ()
+    """Invalid arguments beyond the bounds of numbers, with the error's type and a regex of its message."""
+    links: Callable[[], Sequence[optax.GradientTransformation]] | None = None
+    """For a chain: the links of its first setting, by hand."""
+    reference: Callable[..., Step] | None = None
+    """The float64 oracle of a setting (same arguments)."""
+    no_reference: str = ""
+    """Why there is none."""
+    alone: Callable[..., optax.GradientTransformation] | None = None
+    """The atom without the link it needs: its update must raise a `ValueError` that names what is missing."""
+    missing: str = ""
+    """Regex of that error's message."""
+    shapes: Shapes = dataclasses.field(default_factory=lambda: TREE)
+    """Parameters it is tried on."""
+    needs_params: bool = False
+    """`update` without parameters is a `ValueError`."""
+    complex_error: str = ""
+    """Regex of the `TypeError` that complex parameters raise; empty: they work."""
+    stateless: bool = False
+    """Keeps nothing like the parameters, so integer leaves and another structure are no errors of its own."""
+    unbounded: tuple[str, ...] = ()
+    """Numeric arguments that take any finite number."""
+    zeroes_nonfinite: bool = False
+    """Its policy for NaN and infinite gradients is to zero and count them; else they pass through to the update."""
+    half_tolerance: float = 0.05
+    """Largest difference of half precision from float32, relative to the largest entry of a leaf's updates."""
+    tolerance: float = 1e-5
+    """Largest difference from the reference, relative to the largest entry of a leaf's updates."""
+
+    def make(self, setting: Settings | None = None) -> optax.GradientTransformationExtraArgs:
+        chosen = self.settings[0] if setting is None else setting
+        return optax.with_extra_args_support((self.factory or self.public)(**chosen))
+
+
+def after_adam(atom: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+    """A factory of `atom` behind the moments of Adam."""
+
+    @functools.wraps(atom)
+    def factory(**settings):
+        return chain(transforms.scale_by_adam(), atom(**settings))
+
+    return factory
+
+
+def _schedule(count):
+    return 0.1 / (1.0 + count)
+
+
+def _of_adam(
+    learning_rate=1e-3, weight_decay: float | None = 0.0, nesterov: bool | str = False, **settings
+) -> Step:
+    return descent(adam_reference.adam(nesterov=nesterov, **settings), learning_rate, weight_decay)
+
+
+ATOMS: tuple[Case, ...] = (
+    Case(
+        name="chain",
+        public=transforms.chain,
+        factory=lambda: chain(transforms.scale_by_adam(), optax.scale(-1e-3)),
+        reference=lambda: descent(adam_reference.adam(), 1e-3),
+    ),
+    Case(
+        name="named_chain",
+        public=transforms.named_chain,
+        factory=lambda: chainrule.named_chain(
+            ("adam", transforms.scale_by_adam()), ("rate", optax.scale(-1e-3))
+        ),
+        reference=lambda: descent(adam_reference.adam(), 1e-3),
+    ),
+    Case(
+        name="scale_by_adam",
+        public=transforms.scale_by_adam,
+        settings=(
+            {},
+            {"nesterov": True, "eps_root": 1e-6},
+            {"nesterov": "keras", "b2": 0.99},
+            {"eps_scope": "raw", "eps": 1e-3, "debias_eps": 1e-4},
+            {"debias": False},
+        ),
+        errors=(
+            (
+                {"nesterov": "dozat"},
+                ValueError,
+                r"`nesterov` must be one of False, True, 'keras', got 'dozat'",
+            ),
+            ({"eps_scope": "both"}, ValueError, r"`eps_scope` must be one of 'corrected', 'raw'"),
+            (
+                {"b1": None, "nesterov": True},
+                ValueError,
+                r"`nesterov` needs a `b1` of its own.*give `b1` a number",
+            ),
+        ),
+        reference=adam_reference.adam,
+    ),
+    Case(
+        name="adaptive_beta1",
+        public=transforms.adaptive_beta1,
+        factory=lambda **settings: optax.chain(
+            transforms.adaptive_beta1(**settings), transforms.scale_by_adam(b1=None)
+        ),
+        settings=(
+            {},
+            {"debias": False, "fallback_threshold": 1.0},
+            {
+                "adapt_strength": 0.5,
+                "b1_base": 0.6,
+                "tau_decay": 0.5,
+                "b2": 0.9,
+                "b1_update_interval": 3,
+            },
+            {"signal": "moments", "moment_decay": 0.9, "debias_eps": 1e-6},
+        ),
+        errors=(
+            ({"signal": "noise"}, ValueError, r"`signal` must be one of 'residual', 'moments'"),
+        ),
+        reference=lambda **settings: stam_reference.adam_over(settings),
+        complex_error="real floating-point",
+    ),
+    Case(
+        name="scale_by_tensor_rms",
+        public=transforms.scale_by_tensor_rms,
+        settings=({}, {"decay": 0.5, "eps": 1e-2, "debias_eps": 1e-3}),
+        reference=stam_reference.tensor_rms,
+    ),
+    Case(
+        name="scale_by_tensor_rms, of a momentum leaf",
+        public=transforms.scale_by_tensor_rms,
+        factory=lambda **settings: optax.chain(
+            transforms.adaptive_beta1(signal="moments"), transforms.scale_by_tensor_rms(**settings)
+        ),
+        reference=stam_reference.stam_lite_direction,
+        complex_error="real floating-point",
+    ),
+    Case(
+        name="zero_nonfinite",
+        public=transforms.zero_nonfinite,
+        settings=({}, {"max_abs": None}, {"max_abs": 0.5}),
+        reference=stam_reference.safe,
+        zeroes_nonfinite=True,
+        stateless=True,
+    ),
+    Case(
+        name="decoupled_weight_decay",
+        public=transforms.decoupled_weight_decay,
+        factory=lambda weight_decay=0.1, **settings: transforms.decoupled_weight_decay(
+            weight_decay, **settings
+        ),
+        reference=lambda: descent(lambda grads, _: {k: -g for k, g in grads.items()}, 1.0, -0.1),
+        needs_params=True,
+        stateless=True,
+    ),
+    Case(
+        name="no decoupled_weight_decay",
+        public=transforms.decoupled_weight_decay,
+        settings=({"weight_decay": None},),
+        reference=lambda weight_decay: lambda grads, _: grads,
+        stateless=True,
+    ),
+)
+
+
+CHAINS: tuple[Case, ...] = (
+    Case(
+        name="adam",
+        public=chains.adam,
+        settings=(
+            {"weight_decay": 0.1},
+            {"learning_rate": _schedule, "weight_decay": None, "b1": 0.5, "eps_root": 1e-6},
+            {"eps_scope": "raw", "eps": 1e-3, "debias": False},
+        ),
+        links=lambda: (
+            transforms.scale_by_adam(),
+            transforms.decoupled_weight_decay(0.1),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        reference=_of_adam,
+        needs_params=True,
+    ),
+    Case(
+        name="nadam",
+        public=chains.nadam,
+        settings=({"weight_decay": 0.1},),
+        links=lambda: (
+            transforms.scale_by_adam(nesterov=True),
+            transforms.decoupled_weight_decay(0.1),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        reference=functools.partial(_of_adam, nesterov=True),
+        needs_params=True,
+    ),
+    Case(
+        name="stam",
+        public=chains.stam,
+        settings=(
+            {},
+            {
+                "learning_rate": _schedule,
+                "weight_decay": None,
+                "adapt_strength": 0.5,
+                "b1_base": 0.8,
+            },
+            {"debias": False, "debias_eps": 1e-8, "max_abs": None, "fallback_threshold": 2.0},
+        ),
+        links=lambda: (
+            transforms.zero_nonfinite(),
+            transforms.adaptive_beta1(),
+            transforms.scale_by_adam(b1=None),
+            transforms.decoupled_weight_decay(0.01),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        reference=lambda learning_rate=1e-3, weight_decay=0.01, **settings: descent(
+            stam_reference.stam_direction(**settings), learning_rate, weight_decay
+        ),
+        needs_params=True,
+        complex_error="real floating-point",
+        zeroes_nonfinite=True,
+    ),
+    Case(
+        name="stam_lite",
+        public=chains.stam_lite,
+        settings=(
+            {},
+            {
+                "learning_rate": _schedule,
+                "weight_decay": None,
+                "b1_update_interval": 3,
+                "moment_decay": 0.9,
+            },
+            {"debias_eps": 1e-8, "adapt_strength": 0.0, "max_abs": 0.5},
+        ),
+        links=lambda: (
+            transforms.zero_nonfinite(),
+            transforms.adaptive_beta1(signal="moments", b1_update_interval=5),
+            transforms.scale_by_tensor_rms(),
+            transforms.decoupled_weight_decay(0.01),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        reference=lambda learning_rate=1e-3, weight_decay=0.01, b1_update_interval=5, **settings: (
+            descent(
+                stam_reference.stam_lite_direction(
+                    b1_update_interval=b1_update_interval, **settings
+                ),
+                learning_rate,
+                weight_decay,
+            )
+        ),
+        needs_params=True,
+        complex_error="real floating-point",
+        zeroes_nonfinite=True,
+    ),
+)
+
+CASES = ATOMS + CHAINS
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+every_chain = pytest.mark.parametrize("case", CHAINS, ids=[case.name for case in CHAINS])
+every_setting = pytest.mark.parametrize(
+    ("case", "setting"),
+    [
+        pytest.param(case, setting, id=f"{case.name}-{index}")
+        for case in CASES
+        for index, setting in enumerate(case.settings)
+    ],
+)
