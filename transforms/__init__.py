@@ -6,7 +6,15 @@ from chainrule.transforms._metrics import metrics, state_bytes
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms.adaptive_beta1 import AdaptiveBeta1State, adaptive_beta1
 from chainrule.transforms.cautious import CautiousState, cautious
+from chainrule.transforms.decay_and_rate import decay_and_rate
 from chainrule.transforms.decoupled_weight_decay import decoupled_weight_decay
+from chainrule.transforms.grokfast_ema import GrokfastEmaState, grokfast_ema
+from chainrule.transforms.grokfast_ma import GrokfastMaState, grokfast_ma
+from chainrule.transforms.momentum_alignment_mask import (
+    MomentumAlignmentMaskState,
+    momentum_alignment_mask,
+)
+from chainrule.transforms.orthograd import orthograd
 from chainrule.transforms.scale_by_adam import ScaleByAdamState, scale_by_adam
 from chainrule.transforms.scale_by_tensor_rms import ScaleByTensorRmsState, scale_by_tensor_rms
 from chainrule.transforms.zero_nonfinite import ZeroNonfiniteState, zero_nonfinite
@@ -14,7 +22,10 @@ from chainrule.transforms.zero_nonfinite import ZeroNonfiniteState, zero_nonfini
 __all__ = [
     "AdaptiveBeta1State",
     "CautiousState",
+    "GrokfastEmaState",
+    "GrokfastMaState",
     "LiveState",
+    "MomentumAlignmentMaskState",
     "MomentumLeaf",
     "ScaleByAdamState",
     "ScaleByTensorRmsState",
@@ -22,11 +33,16 @@ __all__ = [
     "adaptive_beta1",
     "cautious",
     "chain",
+    "decay_and_rate",
     "decoupled_weight_decay",
+    "grokfast_ema",
+    "grokfast_ma",
     "hyperparams",
     "live",
     "metrics",
+    "momentum_alignment_mask",
     "named_chain",
+    "orthograd",
     "posted",
     "scale_by_adam",
     "scale_by_tensor_rms",

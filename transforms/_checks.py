@@ -1,6 +1,7 @@
 """Bounds of hyperparameters and checks of trees, shared by every atom and chain.
 
-A hyperparameter's bounds belong to its name, not to the atom that takes it: `b1` is an EMA decay everywhere. So the
+A hyperparameter's bounds belong to its name, not to the atom that takes it: `b1` is an EMA decay
+everywhere. So the
 bounds are one table, used at construction, by `set_hyperparams` and by the bridges' parameter groups.
 """
 
@@ -53,6 +54,15 @@ BOUNDS: dict[str, Interval] = {
     "max_abs": _POSITIVE,
     "mean_floor": Interval(0.0, 1.0, open_low=True),
     "weight_decay": _NON_NEGATIVE,
+    "alpha": _DECAY,
+    "lamb": _NON_NEGATIVE,
+    "window_size": _AT_LEAST_ONE,
+    "rtol": _NON_NEGATIVE,
+    "mask_prob": _FRACTION,
+    "tau": _POSITIVE,
+    "alignment_ema": _DECAY,
+    "momentum_beta": _DECAY,
+    "init_alignment": _FRACTION,
     "adapt_strength": Interval(0.0, 0.5),
     "tau_decay": _DECAY,
     "moment_decay": _DECAY,
@@ -101,7 +111,8 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[object, ..
 
 
 def check_params(owner: str, params: optax.Params, *, real: bool = False) -> None:
-    """Raises `TypeError` if a leaf of `params` is not floating point or complex (`real`: not floating point)."""
+    """Raises `TypeError` if a leaf of `params` is not floating point or complex (`real`: not
+    floating point)."""
     allowed = jnp.floating if real else jnp.inexact
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.result_type(leaf)
@@ -122,7 +133,9 @@ def zeros_like(owner: str, params: optax.Params, dtype: Any = None) -> Any:
 def require(owner: str, name: str, value: Any, remedy: str) -> Any:
     """Returns `value`, or raises `ValueError` naming the missing input and the remedies if it is `None`."""
     if value is None:
-        raise ValueError(f"{owner}: needs `{name}`, which no earlier link of this chain provides; {remedy}")
+        raise ValueError(
+            f"{owner}: needs `{name}`, which no earlier link of this chain provides; {remedy}"
+        )
     return value
 
 

@@ -106,7 +106,9 @@ def cautious(
 
         def kept(u, g, mean):
             a, b = real_pair(u, g)
-            mask = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))  # not a b > 0: a product of small numbers is zero
+            mask = ((a > 0) & (b > 0)) | (
+                (a < 0) & (b < 0)
+            )  # not a b > 0: a product of small numbers is zero
             return jnp.where(mask, up(u) * factor(u.size, mean), 0).astype(u.dtype)
 
         means = map_unmasked(fraction, updates, grad)

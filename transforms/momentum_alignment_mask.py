@@ -1,0 +1,165 @@
+r"""Magma: scales each tensor's update by how well momentum and gradient agree, and drops it at random.
+
+    s_t = e s_{t-1} + (1 - e) sigmoid(cos(mu_t, g_t) / tau),    m_t ~ Bernoulli(mask_prob),    u'_t = s_t m_t u_t
+
+Source: the Magma repository, commit 222980f (version 0.1.1 of its package keeps its own mu, here `moment="own"`). One
+draw m_t and one cosine a tensor. Departure: the repository scales the whole change of the parameters, weight decay
+included; so does this atom behind a whole optimizer, but before `decoupled_weight_decay` and the learning rate it
+leaves decay alone.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
+from chainrule.transforms._numerics import abs_sq, ema, up
+from chainrule.transforms._trees import is_masked, map_unmasked, select
+
+_NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
+_PRNG = "threefry2x32"
+_PASS = "use `chainrule.chain` in place of `optax.chain`, pass it to"
+
+
+class MomentumAlignmentMaskState(NamedTuple):
+    """State of `momentum_alignment_mask`. The scalars are float32, one a parameter, none for an excluded one."""
+
+    count: jax.Array
+    """int32 scalar: updates made."""
+    key: jax.Array
+    """(2,) uint32: threefry key, constant; update t draws from it and t, parameter i takes draw i."""
+    alignment: optax.Updates
+    """s_t."""
+    cosine: optax.Updates
+    """cos(mu_t, g_t) of the last update."""
+    mask_rate: jax.Array
+    """float32 scalar: the fraction of parameters whose last update was not dropped."""
+    own: optax.Updates | None
+    """With `moment="own"`, the average of the gradients, like the parameters; else `None`."""
+
+    metric_fields = ("alignment", "cosine", "mask_rate")
+
+
+def momentum_alignment_mask(
+    mask_prob: jax.typing.ArrayLike = 0.5,
+    tau: jax.typing.ArrayLike = 2.0,
+    alignment_ema: jax.typing.ArrayLike = 0.9,
+    momentum_beta: jax.typing.ArrayLike = 0.9,
+    *,
+    moment: str = "mu",
+    init_alignment: jax.typing.ArrayLike = 1.0,
+    exclude: Any = None,
+    seed: int | jax.Array = 0,
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales updates by the agreement of momentum and gradient and masks them tensor by tensor.
+
+    $$u'_t = s_t\, m_t\, u_t, \qquad s_t = e\, s_{t-1} + (1 - e)\, \sigma\big(\cos(\mu_t, g_t) / \tau\big)$$
+
+    A zero gradient has the cosine 0. Draws are reproducible: they depend on `seed`, the step and the parameter's place.
+
+    Args:
+      mask_prob: probability that a tensor's update is applied, in [0, 1].
+      tau: temperature, positive.
+      alignment_ema: e, in [0, 1).
+      momentum_beta: decay of the atom's own moment, in [0, 1) (`moment="own"`).
+      moment: what the gradient is compared with. `"mu"`, `"nu"` or `"trace"`: that of an earlier link, after its
+        update; `"own"`: an average of the gradients kept here, one more tensor for each parameter.
+      init_alignment: s_0, in [0, 1]; the repository has 1, another port 0.5.
+      exclude: parameters that pass unchanged and draw nothing: a path pattern or several (regular expressions searched
+        in `"layer/kernel"`), a function of path and parameter, or a tree of booleans.
+      seed: an integer or a threefry key.
+      state_dtype: dtype of the atom's own moment, default the parameter's.
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra arguments `grad`, the moment by its name,
+      and optionally `mask`, a tree of numbers to be used in place of the draws (recorded ones, for example).
+
+    Raises:
+      ValueError: an argument outside its range; a pattern that matches nothing; at `update`, `grad` or the moment
+        missing.
+      TypeError: with `moment="own"`, a parameter that is not floating point or complex.
+
+    >>> from chainrule.transforms import chain
+    >>> tx = chain(optax.scale_by_adam(), momentum_alignment_mask(mask_prob=1.0))
+    >>> u, state = tx.update(jnp.array([1.0, -2.0]), tx.init(jnp.zeros(2)))
+    >>> print(u.round(4), state[1].cosine.round(4))
+    [ 0.9622 -0.9622] 1.0
+
+    References:
+      Magma, package `magma-optimizer` 0.1.1 and repository commit 222980f.
+    """
+    owner = "momentum_alignment_mask"
+    check_bounds(
+        owner,
+        mask_prob=mask_prob,
+        tau=tau,
+        alignment_ema=alignment_ema,
+        momentum_beta=momentum_beta,
+        init_alignment=init_alignment,
+    )
+    check_choice(owner, "moment", moment, ("mu", "nu", "trace", "own"))
+
+    def init(params):
+        excluded = select(owner, "exclude", exclude, params)
+        included = jax.tree.map(lambda out, p: optax.MaskedNode() if out else p, excluded, params)
+        key = seed if isinstance(seed, jax.Array) else jax.random.key(seed, impl=_PRNG)
+
+        def scalars(value):
+            return jax.tree.map(lambda _: jnp.asarray(value, jnp.float32), included)
+
+        return MomentumAlignmentMaskState(
+            count=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(key),
+            alignment=scalars(init_alignment),
+            cosine=scalars(0.0),
+            mask_rate=jnp.ones((), jnp.float32),
+            own=zeros_like(owner, included, state_dtype) if moment == "own" else None,
+        )
+
+    def update(updates, state, params=None, *, grad=None, mask=None, **extra_args: Any):
+        del params
+        grad = require(owner, "grad", grad, f"{_PASS} `update(..., grad=gradients)`")
+        if moment == "own":
+            moments = map_unmasked(lambda m, g: ema(momentum_beta, m, g), state.own, grad)
+        else:
+            remedy = f'{_PASS} `update(..., {moment}=...)`, name another `moment`, or moment="own"'
+            moments = require(owner, moment, extra_args.get(moment), remedy)
+
+        def cosine(_, mu, g):
+            if is_masked(mu):
+                raise ValueError(
+                    f"{owner}: no earlier link keeps `{moment}` of a parameter of shape {g.shape}; "
+                    'leave it out with `exclude`, or use moment="own"'
+                )
+            mu, g = up(mu), up(g)
+            mu_norm, g_norm = (jnp.sqrt(jnp.sum(abs_sq(x))) for x in (mu, g))
+            norms = jnp.maximum(mu_norm, _NORM_FLOOR) * jnp.maximum(g_norm, _NORM_FLOOR)
+            return (jnp.sum((jnp.conj(mu) * g).real) / norms).astype(jnp.float32)
+
+        def follow(s, c):
+            return ema(alignment_ema, s, jax.nn.sigmoid(c / tau)).astype(jnp.float32)
+
+        def scaled(s, m, u):
+            # Zero, not 0 u, where the update is dropped: its NaN are dropped with it.
+            return u if is_masked(s) else jnp.where(m > 0, s * m * up(u), 0).astype(u.dtype)
+
+        cosines = map_unmasked(cosine, state.alignment, moments, grad)
+        alignment = map_unmasked(follow, state.alignment, cosines)
+        leaves, treedef = jax.tree.flatten(alignment)
+        if mask is None:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_PRNG), state.count)
+            draws = (jax.random.uniform(key, (len(leaves),)) < mask_prob).astype(jnp.float32)
+        else:
+            given = map_unmasked(lambda _, m: jnp.asarray(m, jnp.float32), alignment, mask)
+            draws = jnp.array(jax.tree.leaves(given), jnp.float32)
+        kept = jax.tree.unflatten(treedef, list(draws))
+        new = jax.tree.map(scaled, alignment, kept, updates, is_leaf=is_masked)
+        own = None if state.own is None else optax.tree.cast_like(moments, state.own)
+        count = optax.safe_increment(state.count)
+        rate = jnp.sum(draws) / len(leaves) if leaves else state.mask_rate
+        return new, MomentumAlignmentMaskState(count, state.key, alignment, cosines, rate, own)
+
+    return optax.GradientTransformationExtraArgs(init, update)
