@@ -1,13 +1,15 @@
 """`optax.chain` whose links also see what earlier links remember.
 
-Information travels along a chain on three roads: the updates; extra arguments by name; and, from `adaptive_beta1` to the
+Information travels along a chain on three roads: the updates; extra arguments by name; and, from
+`adaptive_beta1` to the
 atom that follows it, a momentum leaf. This module is the second road. A link is called with
 
     grad                    the raw gradient that the chain was called with
     mu, nu, trace           the moments in the state of an earlier link, after this step's update of it
     count, b1               the step count and decay kept beside those moments
 
-under the names that optax gives these fields, so `optax.scale_by_adam` provides `mu` and `nu` as `scale_by_adam` does.
+under the names that optax gives these fields, so `optax.scale_by_adam` provides `mu` and `nu` as
+`scale_by_adam` does.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +24,11 @@ _BESIDE = ("count", "b1")
 
 def _is_state(node: Any) -> bool:
     # The suffix tells a state from parameters that are themselves a NamedTuple (with a field `mu`, say).
-    return isinstance(node, tuple) and hasattr(node, "_fields") and type(node).__name__.endswith("State")
+    return (
+        isinstance(node, tuple)
+        and hasattr(node, "_fields")
+        and type(node).__name__.endswith("State")
+    )
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -39,7 +45,8 @@ def _merge(old: Any, new: Any) -> Any:
 def posted(state: Any) -> dict[str, Any]:
     """What `state` offers to later links: `mu`, `nu`, `trace`, and the `count` and `b1` beside them.
 
-    Looks into tuples, dicts and every NamedTuple whose name ends in `State`; where two offer the same name the later one
+    Looks into tuples, dicts and every NamedTuple whose name ends in `State`; where two offer the
+    same name the later one
     counts, leaf by leaf if either is masked.
 
     Args:
@@ -96,8 +103,10 @@ def _with_roads(
 def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.chain` that also hands each link the raw gradient and what earlier links remember.
 
-    A drop-in: the state is the tuple that `optax.chain` makes, extra arguments given to `update` reach every link, and
-    chains nest. An extra argument that the caller gives, `grad` for example, stands until a link posts its own. Any
+    A drop-in: the state is the tuple that `optax.chain` makes, extra arguments given to `update`
+    reach every link, and
+    chains nest. An extra argument that the caller gives, `grad` for example, stands until a link
+    posts its own. Any
     link may own moments, stock optax links included.
 
     Args:
@@ -116,7 +125,9 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     return _with_roads(lambda links: optax.chain(*links.values()), dict(enumerate(links)))
 
 
-def named_chain(*links: tuple[str, optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
+def named_chain(
+    *links: tuple[str, optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
     """`optax.named_chain` with the roads of `chain`: the state is a dict from the links' names to their states.
 
     Args:

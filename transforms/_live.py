@@ -15,7 +15,8 @@ from chainrule.transforms._checks import check_bounds, check_params
 
 
 class LiveState(NamedTuple):
-    """State of a chain with live hyperparameters; read and set them with `hyperparams` and `set_hyperparams`."""
+    """State of a chain with live hyperparameters; read and set them with `hyperparams` and
+    `set_hyperparams`."""
 
     count: jax.Array
     """int32 scalar: updates made, the argument of schedules."""
@@ -31,16 +32,25 @@ def _is_number(value: Any) -> bool:
 
 def live(
     *, static: tuple[str, ...] = ()
-) -> Callable[[Callable[..., optax.GradientTransformation]], Callable[..., optax.GradientTransformationExtraArgs]]:
-    """Makes every numeric argument of a chain live: held in the state as float32, whatever the parameters' dtype.
+) -> Callable[
+    [Callable[..., optax.GradientTransformation]],
+    Callable[..., optax.GradientTransformationExtraArgs],
+]:
+    """Makes every numeric argument of a chain live: held in the state as float32, whatever the
+    parameters' dtype.
 
-    A number or array becomes an entry of `LiveState.hyperparams`; a callable is a schedule, called with the number of
-    updates made before this one. Everything else (`None`, strings, booleans, and what `static` names) is structure, fixed
-    at construction. The chain is built once at construction, so that its atoms check their bounds there, and again while
-    tracing, with the arrays of the state for arguments. The final updates are cast to the dtype of the gradients.
+    A number or array becomes an entry of `LiveState.hyperparams`; a callable is a schedule, called
+    with the number of
+    updates made before this one. Everything else (`None`, strings, booleans, and what `static`
+    names) is structure, fixed
+    at construction. The chain is built once at construction, so that its atoms check their bounds
+    there, and again while
+    tracing, with the arrays of the state for arguments. The final updates are cast to the dtype of
+    the gradients.
 
     Args:
-      static: names of arguments that are structure although they are numbers or callables (a number of iterations, the
+      static: names of arguments that are structure although they are numbers or callables (a
+        number of iterations, the
         length of a buffer, an inner chain, a predicate).
 
     Returns:
@@ -83,7 +93,10 @@ def live(
                 check_params(factory.__name__, params)
                 count = jnp.zeros((), jnp.int32)
                 values = {name: jnp.asarray(value, jnp.float32) for name, value in numeric.items()}
-                values |= {name: jnp.asarray(schedule(count), jnp.float32) for name, schedule in schedules.items()}
+                values |= {
+                    name: jnp.asarray(schedule(count), jnp.float32)
+                    for name, schedule in schedules.items()
+                }
                 return LiveState(count, values, factory(**structure, **values).init(params))
 
             def update(updates, state, params=None, **extra_args):
@@ -108,7 +121,9 @@ def _check_structure(owner: str, updates: Any, params: Any) -> None:
         return
     got, expected = jax.tree.structure(updates), jax.tree.structure(params)
     if got != expected:
-        raise ValueError(f"{owner}: the gradients must have the structure of the parameters, {expected}, got {got}")
+        raise ValueError(
+            f"{owner}: the gradients must have the structure of the parameters, {expected}, got {got}"
+        )
     pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True)
     for (path, update), param in pairs:
         if jnp.shape(update) != jnp.shape(param):
@@ -153,7 +168,8 @@ def hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
       state: the state of any gradient transformation; those of `optax.inject_hyperparams` count too.
 
     Returns:
-      A dict from name to scalar array. A name that two nested chains share is the outermost one's; the inner one's is
+      A dict from name to scalar array. A name that two nested chains share is the outermost one's;
+      the inner one's is
       preceded by the path of its state, as in `"inner_state.0.learning_rate"`.
 
     >>> import chainrule
@@ -191,7 +207,9 @@ def set_hyperparams(state: optax.OptState, **values: Any) -> Any:
     names = _names(state)
     unknown = [name for name in values if name not in names]
     if unknown:
-        raise KeyError(f"set_hyperparams: no hyperparameter {unknown[0]!r} in this state; it has {sorted(names)}")
+        raise KeyError(
+            f"set_hyperparams: no hyperparameter {unknown[0]!r} in this state; it has {sorted(names)}"
+        )
     check_bounds("set_hyperparams", **{names[name][1]: value for name, value in values.items()})
     for name, value in values.items():
         state = _replace(state, *names[name], name, value)

@@ -1,5 +1,6 @@
 """Arithmetic that several atoms share. All of it computes in float32 at least."""
 
+import math
 from typing import Any
 
 import jax
@@ -28,8 +29,10 @@ def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     >>> print(f"{bias_correction(0.999, 2):.9f}")
     0.001999000
     """
-    # A Python number has its logarithm taken in float64 here, at trace time.
-    log = jnp.log(decay) if isinstance(decay, jax.Array) else jnp.log(jnp.float32(decay))
+    if isinstance(decay, jax.Array):
+        log = jnp.log(decay)
+    else:  # a Python number has its logarithm taken in float64, at trace time
+        log = math.log(decay) if decay > 0 else -math.inf
     return -jnp.expm1(count * log)
 
 
@@ -40,7 +43,8 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 
 def finite(x: jax.Array, max_abs: Any) -> jax.Array:
-    """`x` with NaN and infinite entries zeroed and the others clamped to magnitude `max_abs` (`None`: not clamped).
+    """`x` with NaN and infinite entries zeroed and the others clamped to magnitude `max_abs`
+    (`None`: not clamped).
 
     >>> finite(jnp.array([1.0, jnp.nan, -5.0]), 2.0).tolist()
     [1.0, 0.0, -2.0]
@@ -50,4 +54,4 @@ def finite(x: jax.Array, max_abs: Any) -> jax.Array:
         return x
     if jnp.iscomplexobj(x):
         return (x / jnp.maximum(jnp.abs(x) / max_abs, 1)).astype(x.dtype)
-    return jnp.clip(x, -max_abs, max_abs).astype(x.dtype)
+    return jnp.clip(up(x), -max_abs, max_abs).astype(x.dtype)

@@ -1,13 +1,17 @@
 r"""A first moment whose decay b1 follows how varied the gradient is, tensor by tensor.
 
-    residual (STAM):     r = g - mu_{t-1};  sigma = EMA_{b2}(mean r^2);  tau = EMA_{td}(mean |r|);  z = sigma / (tau^2 + 1e-8)
+    residual (STAM):     r = g - mu_{t-1};  sigma = EMA_{b2}(mean r^2);  tau = EMA_{td}(mean |r|);
+                         z = sigma / (tau^2 + 1e-8)
     moments (STAMLite):  m1 = EMA_{md}(mean g);  m2 = EMA_{md}(mean g^2);  z = max(m2 - m1^2, 0) / (m2 + eps)
     both:                s = z / (1 + z);  b1 = clip(b1_base (1 - a s), max(1/2, b1_base (1 - a)), b1_base)
                          mu_t = b1 mu_{t-1} + (1 - b1) g
 
-Source: the STAM repository, version 0.1.0. Departure: `debias` divides the EMAs of the residual signal, whose horizons differ, by
-1 - decay^t; without it z starts at ten times its value and b1 near 0.735 whatever the gradient. b1 falls back to b1_base where
-the signal is not finite or, in the residual form, sigma >= fallback_threshold (tau^2 + 1e-8). And large entries are clamped: one
+Source: the STAM repository, version 0.1.0. Departure: `debias` divides the EMAs of the residual
+signal, whose horizons differ, by
+1 - decay^t; without it z starts at ten times its value and b1 near 0.735 whatever the gradient. b1
+falls back to b1_base where
+the signal is not finite or, in the residual form, sigma >= fallback_threshold (tau^2 + 1e-8). And
+large entries are clamped: one
 square that overflows would set the second moments to infinity for ever.
 """
 
@@ -38,7 +42,8 @@ class AdaptiveBeta1State(NamedTuple):
     second: optax.Updates
     """`"residual"`: sigma, EMA of mean r^2; `"moments"`: EMA of mean g^2."""
     nonfinite: optax.Updates
-    """bool scalars, one a parameter: the last gradient had entries that are not finite, or squares that overflow."""
+    """bool scalars, one a parameter: the last gradient had entries that are not finite, or squares
+    that overflow."""
 
     metric_fields = ("b1", "nonfinite")
 
@@ -63,9 +68,11 @@ def adaptive_beta1(
 ) -> optax.GradientTransformation:
     r"""Keeps a first moment with a per-tensor adaptive decay and hands it on with the raw gradient.
 
-    $$b_1 = \mathrm{clip}\big(b_{base}(1 - a\,s),\ \max(\tfrac12, b_{base}(1-a)),\ b_{base}\big), \quad s = z/(1+z)$$
+    $$b_1 = \mathrm{clip}\big(b_{base}(1 - a\,s),\ \max(\tfrac12, b_{base}(1-a)),\ b_{base}\big),
+    \quad s = z/(1+z)$$
 
-    The updates it returns are momentum leaves, which `scale_by_adam` and `scale_by_tensor_rms` of this package read;
+    The updates it returns are momentum leaves, which `scale_by_adam` and `scale_by_tensor_rms` of
+    this package read;
     any other link raises a `TypeError` that says so.
 
     Args:
@@ -80,11 +87,15 @@ def adaptive_beta1(
       b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
       debias: divide the EMAs by 1 - decay^t before z.
       debias_eps: added to that divisor, at least 0 (the STAMLite repository uses its eps here).
-      nonfinite: entries that are NaN or infinite are always zeroed in the moment and in the gradient handed on. `"skip"`: the
-        statistics of a tensor with such entries are not taken in and its b1 is `b1_base` (as STAM documents; free of
-        charge). `"zero"`: the statistics are of the zeroed gradient (as STAM's code does; the zeroed gradient is then
+      nonfinite: entries that are NaN or infinite are always zeroed in the moment and in the
+        gradient handed on. `"skip"`: the
+        statistics of a tensor with such entries are not taken in and its b1 is `b1_base` (as STAM
+        documents; free of
+        charge). `"zero"`: the statistics are of the zeroed gradient (as STAM's code does; the
+        zeroed gradient is then
         written to memory first, which makes the step several times slower in XLA on CPU).
-      max_abs: clamp on finite entries, positive, so that squares do not overflow; `None`: none, as in the repository.
+      max_abs: clamp on finite entries, positive, so that squares do not overflow; `None`: none, as
+        in the repository.
       state_dtype: dtype of `mu`, default the parameter's.
       stat_dtype: dtype of the scalars, default float32 (EMAs with decay 0.99 stall in bfloat16).
 
@@ -128,7 +139,9 @@ def adaptive_beta1(
         check_params("adaptive_beta1", params, real=True)
 
         def scalars(value):
-            return jax.tree.map(lambda _: jnp.array(value, stat_dtype), params)  # a buffer of its own each
+            return jax.tree.map(
+                lambda _: jnp.array(value, stat_dtype), params
+            )  # a buffer of its own each
 
         return AdaptiveBeta1State(
             count=jnp.zeros((), jnp.int32),
@@ -151,8 +164,10 @@ def adaptive_beta1(
         safe = jax.tree.map(lambda g: finite(g, max_abs), updates)
         measured = updates if nonfinite == "skip" else safe
 
-        # XLA:CPU fuses each difference into its own reduction only if the two are not one expression; a shared difference
-        # is written to memory, at four times the cost of both reductions. Hence g - mu in one and mu - g in the other.
+        # XLA:CPU fuses each difference into its own reduction only if the two are not one
+        # expression; a shared difference
+        # is written to memory, at four times the cost of both reductions. Hence g - mu in one and
+        # mu - g in the other.
         def first_stat(g, mu):
             return mean(jnp.abs(up(mu) - up(g))) if residual else mean(up(g))
 
@@ -184,7 +199,9 @@ def adaptive_beta1(
         seconds = jax.tree.map(second_stat, measured, state.mu)
         bad = jax.tree.map(lambda a, b: ~(jnp.isfinite(a) & jnp.isfinite(b)), firsts, seconds)
         first = jax.tree.map(lambda *args: taken_in(first_decay, *args), state.first, firsts, bad)
-        second = jax.tree.map(lambda *args: taken_in(second_decay, *args), state.second, seconds, bad)
+        second = jax.tree.map(
+            lambda *args: taken_in(second_decay, *args), state.second, seconds, bad
+        )
         b1 = jax.tree.map(adapted, state.b1, first, second, bad)
         mu = jax.tree.map(ema, b1, state.mu, safe)
         b1_prod = jax.tree.map(lambda prod, b1: up(prod) * b1, state.b1_prod, b1)

@@ -1,8 +1,10 @@
 r"""Divides each tensor by one number: the root of a running mean of its squared gradient.
 
-    nu_t = decay nu_{t-1} + (1 - decay) mean(g_t^2)  (a scalar a tensor),   u_t = g_t / (sqrt(nu_t / (1 - decay^t)) + eps)
+    nu_t = decay nu_{t-1} + (1 - decay) mean(g_t^2)      a scalar a tensor
+    u_t  = g_t / (sqrt(nu_t / (1 - decay^t)) + eps)
 
-With a momentum leaf of `adaptive_beta1` the numerator is its bias-corrected moment. Source: STAMLite, repository version 0.1.0.
+With a momentum leaf of `adaptive_beta1` the numerator is its bias-corrected moment. Source:
+STAMLite, repository version 0.1.0.
 Departure: a mean square that is not finite is left out of nu; taken in, it would freeze the tensor for ever.
 """
 
@@ -35,12 +37,14 @@ def scale_by_tensor_rms(
 ) -> optax.GradientTransformation:
     r"""Scales each tensor by the inverse root mean square of its gradients.
 
-    $$u_t = \frac{g_t}{\sqrt{\nu_t / (1 - \beta^t)} + \epsilon},\quad \nu_t = \beta\nu_{t-1} + (1-\beta)\,\overline{g_t^2}$$
+    $$u_t = \frac{g_t}{\sqrt{\nu_t / (1 - \beta^t)} + \epsilon},\quad \nu_t = \beta\nu_{t-1} +
+    (1-\beta)\,\overline{g_t^2}$$
 
     Args:
       decay: decay of the mean square, in [0, 1).
       eps: added to the denominator, at least 0.
-      debias_eps: added to \(1 - \beta^t\) and to the divisor of a momentum leaf, at least 0 (the repository's eps).
+      debias_eps: added to \(1 - \beta^t\) and to the divisor of a momentum leaf, at least 0 (the
+        repository's eps).
       stat_dtype: dtype of the mean squares.
 
     Returns:
@@ -52,7 +56,7 @@ def scale_by_tensor_rms(
 
     >>> tx = scale_by_tensor_rms()
     >>> u, _ = tx.update(jnp.array([3.0, -4.0]), tx.init(jnp.zeros(2)))
-    >>> u.round(3).tolist()
+    >>> [round(float(x), 3) for x in u]
     [0.849, -1.131]
 
     References:

@@ -2,7 +2,8 @@
 
     g~_i = 0 if g_i is NaN or infinite, else clip(g_i, -max_abs, max_abs)
 
-Source: STAM (`safe_g`, repository version 0.1.0). Departures: the clamp, without which one finite entry whose square overflows
+Source: STAM (`safe_g`, repository version 0.1.0). Departures: the clamp, without which one finite
+entry whose square overflows
 float32 sets the second moment to infinity for ever; and the counts, without which nobody learns of either.
 """
 
@@ -13,8 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds
-from chainrule.transforms._numerics import up
-from chainrule.transforms._numerics import finite
+from chainrule.transforms._numerics import finite, up
 
 
 class ZeroNonfiniteState(NamedTuple):
@@ -36,7 +36,8 @@ def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.Grad
     The update still counts as a step. `chainrule.metrics` shows how many entries were touched.
 
     Args:
-      max_abs: the clamp, positive; the default \(2^{48} \approx 2.8\cdot 10^{14}\) leaves room to sum \(10^9\) squares in
+      max_abs: the clamp, positive; the default \(2^{48} \approx 2.8\cdot 10^{14}\) leaves room to
+        sum \(10^9\) squares in
         float32. `None`: no clamp.
 
     Returns:
@@ -60,7 +61,9 @@ def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.Grad
         del params
 
         def kept(g):
-            return jnp.isfinite(g) if max_abs is None else jnp.abs(up(g)) <= max_abs  # NaN compares false
+            return (
+                jnp.isfinite(g) if max_abs is None else jnp.abs(up(g)) <= max_abs
+            )  # NaN compares false
 
         touched = [jnp.sum(~kept(g), dtype=jnp.int32) for g in jax.tree.leaves(updates)]
         count = sum(touched, start=jnp.zeros((), jnp.int32))

@@ -2,7 +2,8 @@
 
     python benchmarks/speed/jax_step.py --list gpt
 
-Every step is jitted with parameters and state donated, gradients fixed; the contenders take turns and the ratio is the
+Every step is jitted with parameters and state donated, gradients fixed; the contenders take turns
+and the ratio is the
 median over rounds of (contender / adamw in the same round).
 """
 
@@ -33,10 +34,13 @@ def original_stam():
     return stam(1e-3)
 
 
+LIMITS = {"adam": 1.1, "nadam": 1.1, "stam_lite": 1.1, "stam": 1.4, "casmo": 1.7, "casmo_snr": 1.7}
+
+
 def contenders():
     # The yardstick is first. Limits are the project's own targets; None: shown without a target.
     yield "optax.adamw", optax.adamw(1e-3), None
-    for name, limit in (("adam", 1.1), ("nadam", 1.1), ("stam_lite", 1.1), ("stam", 1.4), ("casmo", 1.7), ("casmo_snr", 1.7)):
+    for name, limit in LIMITS.items():
         if hasattr(chains, name):
             yield f"chains.{name}", getattr(chains, name)(1e-3), limit
     if hasattr(chains, "magma"):
@@ -50,7 +54,9 @@ class Stepper:
 
     def __init__(self, tx, shapes):
         key = jax.random.key(0)
-        self.params = [jax.random.normal(jax.random.fold_in(key, i), s) * 0.02 for i, s in enumerate(shapes)]
+        self.params = [
+            jax.random.normal(jax.random.fold_in(key, i), s) * 0.02 for i, s in enumerate(shapes)
+        ]
         self.state = jax.jit(tx.init)(self.params)
         tx = optax.with_extra_args_support(tx)
 
@@ -67,8 +73,12 @@ class Stepper:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", choices=["gpt", "small"], default="gpt", help="parameter list (default gpt)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--list", choices=["gpt", "small"], default="gpt", help="parameter list (default gpt)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds counted (default 15)")
     parser.add_argument("--only", nargs="*", help="names of contenders to time beside optax.adamw")
     args = parser.parse_args(argv)
@@ -89,7 +99,10 @@ def main(argv=None):
                 times[name].append(seconds)
     base = times[rows[0][0]]
     count = sum(int(np.prod(s)) for s in shapes)
-    print(f"{args.list}: {len(shapes)} tensors, {count / 1e6:.2f}M parameters, {jax.default_backend()}, {args.rounds} rounds")
+    print(
+        f"{args.list}: {len(shapes)} tensors, {count / 1e6:.2f}M parameters, "
+        f"{jax.default_backend()}, {args.rounds} rounds"
+    )
     print(f"{'':24}{'ms':>9}{'ratio':>8}{'target':>8}")
     for name, _, limit in rows:
         ratio = statistics.median(t / b for t, b in zip(times[name], base, strict=True))

@@ -10,7 +10,14 @@ def _distilgpt2() -> Iterator[Shape]:
     yield from [(50257, width), (1024, width)]
     for _ in range(6):
         yield from [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
-        yield from [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+        yield from [
+            (width,),
+            (width,),
+            (width, 4 * width),
+            (4 * width,),
+            (4 * width, width),
+            (width,),
+        ]
     yield from [(width,), (width,)]
 
 

@@ -1,9 +1,9 @@
 """An algebra of gradient transformations: published optimizers as chains of small atoms, in JAX and in torch.
 
-    import chainrule, optax
-    tx = chainrule.chains.casmo(learning_rate=3e-4)
-    tx = optax.chain(chainrule.transforms.adaptive_beta1(), chainrule.transforms.scale_by_adam())
-    optimizer = chainrule.TorchBridge(tx, model.parameters())
+import chainrule, optax
+tx = chainrule.chains.casmo(learning_rate=3e-4)
+tx = optax.chain(chainrule.transforms.adaptive_beta1(), chainrule.transforms.scale_by_adam())
+optimizer = chainrule.TorchBridge(tx, model.parameters())
 """
 
 from typing import TYPE_CHECKING, Any

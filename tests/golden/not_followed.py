@@ -1,7 +1,9 @@
 """The recorded variants that are not followed, each with its reason.
 
-Reasons are bugs that nobody can want and that therefore have no argument; the corrected behaviour has a test of its own.
-Names are matched with `fnmatch`. `test_complete.py` fails if a variant is neither followed nor listed here, and if a row
+Reasons are bugs that nobody can want and that therefore have no argument; the corrected behaviour
+has a test of its own.
+Names are matched with `fnmatch`. `test_complete.py` fails if a variant is neither followed nor
+listed here, and if a row
 matches nothing.
 """
 

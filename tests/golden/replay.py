@@ -1,8 +1,11 @@
 """Replays recorded trajectories of the reference implementations through chains and atoms.
 
-Everything about a recording (hyperparameters, shapes, seeds) comes from its `meta`, so another set of the same files can be
-replayed: set CHAINRULE_GOLDEN_DIR to its folder. A test module declares `FILES`, from file name to the function that
-builds the chain of a variant, and parametrises over `cases(FILES)`; what is not followed is listed in `not_followed.py`.
+Everything about a recording (hyperparameters, shapes, seeds) comes from its `meta`, so another set
+of the same files can be
+replayed: set CHAINRULE_GOLDEN_DIR to its folder. A test module declares `FILES`, from file name to
+  the function that
+builds the chain of a variant, and parametrises over `cases(FILES)`; what is not followed is listed
+in `not_followed.py`.
 """
 
 import json
@@ -44,12 +47,16 @@ class Recording:
         return {name: self.data[f"p0/{name}"] for name in self.names}
 
     def gradients(self, variant: str) -> dict[str, np.ndarray]:
-        """Each tensor's gradients, (T, ...): the variant's own, or its kind's (the first word of its name), or the file's."""
+        """Each tensor's gradients, (T, ...): the variant's own, or its kind's (the first word of
+        its name), or the file's."""
         kinds = (f"{variant}/g", f"g_{variant.split('_')[0]}", "g")
         shared = {k.split("/")[0] for k in self.data if k.startswith("g_")}
         prefix = next((k for k in kinds if f"{k}/{self.names[0]}" in self.data), None)
         if prefix is None and variant == "zero":  # all-zero gradients are not stored
-            return {name: np.zeros((self.meta["T"], *p.shape), p.dtype) for name, p in self.params.items()}
+            return {
+                name: np.zeros((self.meta["T"], *p.shape), p.dtype)
+                for name, p in self.params.items()
+            }
         if prefix is None:  # one kind for the whole file, named after the kind
             (prefix,) = shared
         return {name: self.data[f"{prefix}/{name}"] for name in self.names}
@@ -101,7 +108,8 @@ def replay(
     extra: Mapping[str, Any] | None = None,
     give_params: bool = True,
 ) -> Replay:
-    """Steps through recorded gradients under `jit` and `scan`; `extra` holds extra arguments stacked over steps."""
+    """Steps through recorded gradients under `jit` and `scan`; `extra` holds extra arguments
+    stacked over steps."""
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit
@@ -116,12 +124,15 @@ def replay(
         return jax.lax.scan(step, (params, tx.init(params)), (gradients, extra))
 
     to_jax = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731
-    (_, state), (trajectory, logs) = run(to_jax(dict(params)), to_jax(dict(gradients)), to_jax(dict(extra or {})))
+    (_, state), (trajectory, logs) = run(
+        to_jax(dict(params)), to_jax(dict(gradients)), to_jax(dict(extra or {}))
+    )
     return Replay(jax.tree.map(np.asarray, trajectory), jax.tree.map(np.asarray, logs), state)
 
 
 def relative_error(got: np.ndarray, recorded: np.ndarray) -> float:
-    """max |got - recorded| over max(movement, 0.1 max|p|, 1e-3), both (R, ...); non-finite entries must be the same."""
+    """max |got - recorded| over max(movement, 0.1 max|p|, 1e-3), both (R, ...); non-finite entries
+    must be the same."""
     got, recorded = np.asarray(got, np.float64), np.asarray(recorded, np.float64)
     finite = np.isfinite(recorded)
     if not np.array_equal(finite, np.isfinite(got)):
@@ -134,12 +145,23 @@ def relative_error(got: np.ndarray, recorded: np.ndarray) -> float:
 
 
 def assert_follows(
-    got: Mapping[str, np.ndarray], rec: Recording, variant: str, *, tolerance: float = TOLERANCE, skip: tuple[str, ...] = ()
+    got: Mapping[str, np.ndarray],
+    rec: Recording,
+    variant: str,
+    *,
+    tolerance: float = TOLERANCE,
+    skip: tuple[str, ...] = (),
 ) -> None:
     """Holds parameters after every step, (T, ...), to the recorded ones, tensor by tensor."""
     expected = rec.recorded(variant)
-    errors = {name: relative_error(got[name][rec.rec_steps - 1], expected[name]) for name in rec.names if name not in skip}
-    assert max(errors.values()) <= tolerance, f"{rec.name}/{variant}: error over tolerance {tolerance}: {errors}"
+    errors = {
+        name: relative_error(got[name][rec.rec_steps - 1], expected[name])
+        for name in rec.names
+        if name not in skip
+    }
+    assert max(errors.values()) <= tolerance, (
+        f"{rec.name}/{variant}: error over tolerance {tolerance}: {errors}"
+    )
 
 
 def columns(tree: Mapping[str, np.ndarray], names: list[str]) -> np.ndarray:

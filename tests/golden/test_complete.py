@@ -9,7 +9,9 @@ import pytest
 from tests.golden.not_followed import NOT_FOLLOWED, reason_not_to_follow
 from tests.golden.replay import FOLDER, recording
 
-MODULES = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py") if path.stem != "test_complete")
+MODULES = sorted(
+    path.stem for path in Path(__file__).parent.glob("test_*.py") if path.stem != "test_complete"
+)
 RECORDINGS = sorted(path.stem for path in FOLDER.glob("*.npz"))
 
 

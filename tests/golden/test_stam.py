@@ -47,7 +47,12 @@ BUILDERS = {"STAM": stam, "STAMLite": stam_lite}
 FILES = ("stam_big", "stam_edge", "stam_open", "stam_real", "stamlite_edge", "stamlite_open")
 LOGS = {
     "STAM": {"beta1": "b1", "b1_prod": "b1_prod", "tau": "first", "sigma_sq": "second"},
-    "STAMLite": {"beta1": "b1", "b1_prod": "b1_prod", "grad_mean": "first", "grad_sq_mean": "second"},
+    "STAMLite": {
+        "beta1": "b1",
+        "b1_prod": "b1_prod",
+        "grad_mean": "first",
+        "grad_sq_mean": "second",
+    },
 }
 
 
@@ -70,4 +75,6 @@ def test_follows(case):
     half = "state_dtype" in spec  # one unit of rounding in the stored scalar
     for name, field in LOGS[spec["algo"]].items():
         got = columns(getattr(run.logs, field), rec.names).astype(np.float64)
-        np.testing.assert_allclose(got, rec.log(variant, name), rtol=1e-2 if half else 2e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            got, rec.log(variant, name), rtol=1e-2 if half else 2e-4, atol=1e-6, err_msg=name
+        )

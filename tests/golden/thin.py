@@ -1,7 +1,9 @@
 """Makes this folder's data from the full recordings: `python tests/golden/thin.py FULL_RECORDINGS_DIR`.
 
-Keeps every variant, gradient and per-step log, and of the recorded parameters and updates the first two steps, the last,
-and a few between, so that the folder stays under 8 MB. A replay of the full recordings needs no change in the tests: set
+Keeps every variant, gradient and per-step log, and of the recorded parameters and updates the
+first two steps, the last,
+and a few between, so that the folder stays under 8 MB. A replay of the full recordings needs no
+change in the tests: set
 CHAINRULE_GOLDEN_DIR to their folder.
 """
 
@@ -12,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 KEEP = 4
-WHOLE = {"cosmic_quant4.npz"}  # its packed state is recorded after every step and compared step by step
+WHOLE = {
+    "cosmic_quant4.npz"
+}  # its packed state is recorded after every step and compared step by step
 
 
 def thin(source: Path, target: Path) -> None:
@@ -20,7 +24,9 @@ def thin(source: Path, target: Path) -> None:
         arrays = dict(data)
     if "rec_steps" in arrays and source.name not in WHOLE:
         rows = len(arrays["rec_steps"])
-        kept = np.unique(np.r_[0, 1, np.linspace(2, rows - 1, min(KEEP, rows) - 2)].round().astype(int))
+        kept = np.unique(
+            np.r_[0, 1, np.linspace(2, rows - 1, min(KEEP, rows) - 2)].round().astype(int)
+        )
         for name, value in arrays.items():
             parts = name.split("/")
             if name == "rec_steps" or (len(parts) == 3 and parts[1] in ("p", "u")):
