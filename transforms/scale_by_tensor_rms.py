@@ -89,7 +89,9 @@ def scale_by_tensor_rms(
             return jnp.where(jnp.isfinite(new), ema(decay, old, new), up(old))
 
         def direction(u, square):
-            return (numerator(u) / (jnp.sqrt(square / correction) + eps)).astype(gradient(u).dtype)
+            scaled = numerator(u) / (jnp.sqrt(square / correction) + eps)
+            # No finite gradient yet: there is no scale, and eps alone would make a step of any size.
+            return jnp.where(square > 0, scaled, 0).astype(gradient(u).dtype)
 
         squares = jax.tree.map(mean_square, updates, state.mean_square)
         new = jax.tree.map(direction, updates, squares)
