@@ -80,8 +80,8 @@ class GroupTree:
         )
         order, self.params_structure = jax.tree.flatten(places)
         self.head = params[0]
-        self.params = [params[i] for i in order]
-        self.labels = [labels[i] for i in order]
+        self.params: list[Tensor] = [params[i] for i in order]
+        self.labels: list[str] = [labels[i] for i in order]
         self.device = self._one_device()
         self._trace()
         state = jax.tree.unflatten(self.state_structure, self.state_avals)

@@ -49,10 +49,11 @@ def from_state_dict(
             )
     label = dict(zip(tree.params, tree.labels, strict=True))
     shared = {slot.name for slot in tree.slots if slot.owner is None}
+    homes = {home for home in tree.homes if home}
     for p, entry in entries.items():
         for name in entry:
-            if name not in shared and (p, name) not in tree.homes:
-                known = ", ".join(sorted({slot.name for slot in tree.slots}))
+            if name not in shared and (p, name) not in homes:
+                known = ", ".join(sorted({name for _, name in homes}))
                 raise ValueError(
                     f"{where}: state entry `{name}` of parameter {label[p]} is none of this chain's: {known}"
                 )
@@ -70,8 +71,8 @@ def from_state_dict(
         value = torch.as_tensor(entries[p][name])
         if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
             raise ValueError(
-                f"{where}: state entry `{name}` of parameter {label[p]} is {value.dtype} {tuple(value.shape)}, expected "
-                f"{target.dtype} {tuple(target.shape)}"
+                f"{where}: state entry `{name}` of parameter {label[p]} is {value.dtype} {tuple(value.shape)}, "
+                f"expected {target.dtype} {tuple(target.shape)}"
             )
         plan.append((target, value))
     return plan
@@ -109,7 +110,8 @@ def from_jax(
         ):
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"{where}: state entry `{name}` is {tensor.dtype} {tuple(tensor.shape)}, expected {aval.dtype} {aval.shape}"
+                f"{where}: state entry `{name}` is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected {aval.dtype} {aval.shape}"
             )
         if i in key_of:
             values[key_of[i]] = shortest(tensor)

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -97,7 +97,6 @@ class TorchBridge(torch.optim.Optimizer):
 
     # ---- groups ----------------------------------------------------------------------------
 
-    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with a tree and a state of its own.
 
@@ -178,10 +177,11 @@ class TorchBridge(torch.optim.Optimizer):
             if home:
                 self.state[home[0]][home[1]] = leaf
 
-    def _grow(self, index: int, members: list[Tensor]) -> None:
+    def _grow(self, index: int, members: Iterable[Tensor]) -> None:
         """Takes parameters into the tree of a group; what the others remember stays."""
         old, group = self._tree(index), self.param_groups[index]
-        new = self._make_tree(group, [p for p in group["params"] if p in set(members)])
+        inside = set(members)
+        new = self._make_tree(group, [p for p in group["params"] if p in inside])
         leaves, values = new.initial_state()
         known = dict(zip(old.homes, old.leaves(self.state), strict=True)) if old else {}
         for i, (home, slot) in enumerate(zip(new.homes, new.slots, strict=True)):
@@ -280,7 +280,6 @@ class TorchBridge(torch.optim.Optimizer):
                 tree.sync_betas(group)
         return super().state_dict()
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies a state dict of the same chain and shapes into this optimizer; going on equals not having stopped.
 
@@ -450,7 +449,7 @@ class TorchBridge(torch.optim.Optimizer):
         return found
 
 
-def _check_params(params: list[Tensor], labels: list[str]) -> None:
+def _check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
     if len(set(params)) != len(params):
         raise ValueError("TorchBridge: a parameter appears twice in one parameter group")
     if len(set(labels)) != len(labels):
@@ -473,7 +472,7 @@ def _check_params(params: list[Tensor], labels: list[str]) -> None:
             )
 
 
-def _check_gradients(params: list[Tensor], grads: list[Any], labels: list[str]) -> None:
+def _check_gradients(params: Sequence[Tensor], grads: Sequence[Any], labels: Sequence[str]) -> None:
     for p, g, label in zip(params, grads, labels, strict=True):
         if g is None:
             continue

@@ -50,4 +50,5 @@ def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False
 def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies every value into its target."""
     if targets:
-        torch._foreach_copy_(list(targets), list(values))
+        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        copy(list(targets), list(values))
