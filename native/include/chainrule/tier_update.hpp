@@ -179,36 +179,62 @@ inline void sign_step(const SignStep& t, std::int64_t begin, std::int64_t end) {
   }
 }
 
+// The largest |x| as bits: without the sign, floats are ordered as integers, NaN above infinity.
+inline std::uint32_t peak_bits(const float* x, std::int64_t n) {
+  std::int32_t peak = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const auto bits = static_cast<std::int32_t>(to_bits(x[i]) & 0x7fffffffu);
+    peak = bits > peak ? bits : peak;
+  }
+  return static_cast<std::uint32_t>(peak);
+}
+
 // Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order.
 inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, std::int64_t end) {
-  constexpr int kLanes = 8;
+#if defined(__AVX512F__)
+  constexpr int kWidth = 8;
+#elif defined(__AVX__)
+  constexpr int kWidth = 4;
+#else
+  constexpr int kWidth = 2;
+#endif
+  constexpr int kLanes = 8, kVectors = kLanes / kWidth;
+  typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
+  typedef double Doubles __attribute__((vector_size(kWidth * sizeof(double))));
+  typedef std::int64_t Words __attribute__((vector_size(kWidth * sizeof(std::int64_t))));
   float scratch[kTile];
-  double magnitude[kLanes] = {}, sum[kLanes] = {}, square[kLanes] = {};
-  float peak[kLanes] = {};
+  Doubles magnitude[kVectors] = {}, sum[kVectors] = {}, square[kVectors] = {};
+  std::uint32_t peak = 0;
+  const auto add_lanes = [&](const float* g) {
+    for (int v = 0; v < kVectors; ++v) {
+      Floats x;
+      std::memcpy(&x, g + v * kWidth, sizeof x);
+      const Doubles wide = __builtin_convertvector(x, Doubles);
+      magnitude[v] += (Doubles)((Words)wide & INT64_MAX);
+      sum[v] += wide;
+      square[v] += wide * wide;
+    }
+  };
   for (std::int64_t tile = begin; tile < end; tile += kTile) {
     const std::int64_t n = end - tile < kTile ? end - tile : kTile;
     const float* g = load(gradient, tile, n, scratch);
-    const auto add = [&](int lane, float x) {
-      const double wide = x;
-      const float size = magnitude_of(x);
-      magnitude[lane] += static_cast<double>(size);
-      sum[lane] += wide;
-      square[lane] += wide * wide;
-      peak[lane] = size > peak[lane] ? size : peak[lane];
-    };
     std::int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) add(lane, g[i + lane]);
+    for (; i + kLanes <= n; i += kLanes) add_lanes(g + i);
+    if (i < n) {
+      float rest[kLanes] = {};
+      std::memcpy(rest, g + i, static_cast<std::size_t>(n - i) * sizeof(float));
+      add_lanes(rest);
     }
-    for (int lane = 0; i < n; ++i, ++lane) add(lane, g[i]);
+    const std::uint32_t peak_of_tile = peak_bits(g, n);
+    peak = peak_of_tile > peak ? peak_of_tile : peak;
   }
   Partial total;
   for (int lane = 0; lane < kLanes; ++lane) {
-    total.magnitude += magnitude[lane];
-    total.sum += sum[lane];
-    total.square += square[lane];
-    total.peak = static_cast<double>(peak[lane]) > total.peak ? static_cast<double>(peak[lane]) : total.peak;
+    total.magnitude += magnitude[lane / kWidth][lane % kWidth];
+    total.sum += sum[lane / kWidth][lane % kWidth];
+    total.square += square[lane / kWidth][lane % kWidth];
   }
+  total.peak = static_cast<double>(from_bits(peak));
   return total;
 }
 
@@ -219,7 +245,7 @@ inline Statistics total_statistics(const Partial* partials, std::int64_t runs, s
     total.magnitude += partials[run].magnitude;
     total.sum += partials[run].sum;
     total.square += partials[run].square;
-    total.peak = partials[run].peak > total.peak ? partials[run].peak : total.peak;
+    if (!(partials[run].peak <= total.peak)) total.peak = partials[run].peak;  // NaN wins, and stays
   }
   Statistics result;
   if (n == 0) return result;
@@ -229,7 +255,7 @@ inline Statistics total_statistics(const Partial* partials, std::int64_t runs, s
   result.mean_square = total.square / count;
   const double variance = result.mean_square - mean * mean;
   result.variance = variance < 0 ? 0 : variance;
-  result.peak = std::isnan(total.magnitude) ? total.magnitude : total.peak;
+  result.peak = total.peak;
   return result;
 }
 

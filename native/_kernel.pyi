@@ -1,0 +1,135 @@
+"""The compiled kernel over NumPy arrays and raw memory.
+
+A call takes many tensors and works on them in place, in one parallel loop and without the GIL. It checks
+everything it was given before it writes anything.
+
+A role is a sequence with one entry a tensor: a C-contiguous NumPy array, or (pointer, length, dtype) for
+memory the caller keeps alive; or such a sequence read once into `Buffers`. Parameters, gradients, updates
+and moments are float32, bfloat16 or float16, each tensor as it likes; codes uint8; scales and magnitudes
+float32. A number is for all tensors, or an array with one for each. `threads` 0 is the default:
+CHAINRULE_NUM_THREADS, else the processors this process may run on; results do not depend on it.
+
+The equations are in ``include/chainrule/tier_update.hpp`` and ``quant4.hpp``. With `updates` the step goes
+there, to be added to the parameters, which are then only read (and not needed without weight decay); an
+update may be its gradient's own memory. ``learning_rate=-1`` with `updates` gives the direction.
+
+Raises:
+    TypeError: something that is no buffer or has a dtype that is not supported.
+    ValueError: memory that is not contiguous, misaligned, read-only where it is written, overlapping or of
+        the wrong length; a number out of its range; a role missing or one too many.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Memory: TypeAlias = NDArray[Any] | tuple[int, int, str]
+
+class Buffers:
+    """Tensors read and checked once, for use in many calls."""
+
+    def __init__(self, tensors: Sequence[Memory], name: str = "buffers") -> None: ...
+    def __len__(self) -> int: ...
+
+Role: TypeAlias = Buffers | Sequence[Memory]
+
+def tier2(
+    parameters: Role | None,
+    gradients: Role,
+    mu: Role,
+    nu: Role | None,
+    *,
+    mu_long: Role | None = None,
+    updates: Role | None = None,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    b1: ArrayLike,
+    b1_long: ArrayLike = 0.0,
+    blend: ArrayLike = 1.0,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    mu_correction: ArrayLike = 1.0,
+    nu_correction: ArrayLike = 1.0,
+    denominator: Literal["root", "magnitude", "none"] = "root",
+    threads: int = 0,
+) -> None: ...
+def tier2_quantized(
+    parameters: Role | None,
+    gradients: Role,
+    mu_codes: Role,
+    mu_scales: Role,
+    nu: Role | None,
+    *,
+    mu_long_codes: Role | None = None,
+    mu_long_scales: Role | None = None,
+    updates: Role | None = None,
+    block: ArrayLike,
+    bits: Literal[4, 8] = 4,
+    start: Literal["zero", "gradient"] = "zero",
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    b1: ArrayLike,
+    b1_long: ArrayLike = 0.0,
+    blend: ArrayLike = 1.0,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    mu_correction: ArrayLike = 1.0,
+    nu_correction: ArrayLike = 1.0,
+    denominator: Literal["root", "magnitude", "none"] = "root",
+    threads: int = 0,
+) -> None: ...
+def tier1(
+    parameters: Role | None,
+    gradients: Role,
+    magnitudes: Role,
+    *,
+    updates: Role | None = None,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    decay: ArrayLike,
+    scale_decay: bool = False,
+    mean_magnitude: ArrayLike | None = None,
+    threads: int = 0,
+) -> None: ...
+def tier0(
+    parameters: Role | None,
+    gradients: Role,
+    *,
+    updates: Role | None = None,
+    learning_rate: ArrayLike,
+    weight_decay: ArrayLike = 0.0,
+    threads: int = 0,
+) -> None: ...
+def statistics(gradients: Role, *, threads: int = 0) -> NDArray[np.float64]:
+    """(tensors, 4): mean abs(g), mean g**2, variance, max abs(g); 0 for an empty tensor."""
+
+def quantize(
+    values: Role,
+    codes: Role,
+    scales: Role,
+    *,
+    block: ArrayLike,
+    bits: Literal[4, 8] = 4,
+    keys: NDArray[np.uint32] | None = None,
+    threads: int = 0,
+) -> None:
+    """Writes codes and scales; `keys` (tensors, 2) rounds stochastically instead of to nearest."""
+
+def dequantize(
+    codes: Role,
+    scales: Role,
+    values: Role,
+    *,
+    block: ArrayLike,
+    bits: Literal[4, 8] = 4,
+    threads: int = 0,
+) -> None:
+    """Writes values."""
+
+def info() -> dict[str, object]:
+    """Compiler, instruction sets compiled in that run here, the one chosen, default threads."""
+
+def xla_targets() -> dict[str, object]:
+    """Name to capsule of each XLA FFI handler."""

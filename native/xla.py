@@ -1,0 +1,487 @@
+"""The kernel inside jitted JAX programs on the CPU: XLA FFI calls that update state in place.
+
+Each function takes and returns lists of arrays, one a tensor, and is one call with one parallel loop
+on XLA's own threads. A number is a Python number or a traced one, for all tensors, or an array with one
+for each. State operands share memory with the results they become, so donated state is never copied.
+Arithmetic is float32 whatever the dtypes; the equations are in ``include/chainrule``.
+
+Under ``vmap`` the calls run one after another. There is no derivative, and no target but the CPU: choose
+with ``jax.lax.platform_dependent`` where a program may run elsewhere.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from chainrule.native import _kernel
+
+Number = float | jax.Array
+Tensors = Sequence[jax.Array]
+Shaped = Sequence[jax.Array | jax.ShapeDtypeStruct]
+
+_DENOMINATORS = {"root": 0, "magnitude": 1, "none": 2}
+_FLOATS = ("float32", "bfloat16", "float16")
+
+if _kernel is not None:
+    for _name, _capsule in _kernel.xla_targets().items():
+        jax.ffi.register_ffi_target(_name, _capsule, platform="cpu")
+
+
+class Tier2Results(NamedTuple):
+    """What `tier2` hands back; a moment that was not passed is None."""
+
+    updates: list[jax.Array]
+    mu: list[jax.Array]
+    mu_long: list[jax.Array] | None
+    nu: list[jax.Array] | None
+
+
+class Codes(NamedTuple):
+    """Block-quantised tensors: what `quantize` makes and `dequantize` reads."""
+
+    codes: list[jax.Array]  # (packed_size(n, bits),) uint8
+    scales: list[jax.Array]  # (block_count(n, block),) float32
+
+
+class Tier2QuantizedResults(NamedTuple):
+    """What `tier2_quantized` hands back; a moment that was not passed is None."""
+
+    updates: list[jax.Array]
+    mu: Codes
+    mu_long: Codes | None
+    nu: list[jax.Array] | None
+
+
+def packed_size(size: int, bits: int) -> int:
+    """Bytes of the codes of `size` elements."""
+    return (size + 1) // 2 if bits == 4 else size
+
+
+def block_count(size: int, block: int) -> int:
+    """Scales of `size` elements; a block beyond the end is the whole tensor."""
+    return -(-size // block)
+
+
+def _structs(arrays: Shaped) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+
+
+def _check(owner: str, name: str, arrays: Shaped, like: Shaped) -> None:
+    if len(arrays) != len(like):
+        raise ValueError(f"{owner}: `{name}` must have {len(like)} arrays, got {len(arrays)}")
+    for i, (a, b) in enumerate(zip(arrays, like, strict=True)):
+        if str(a.dtype) not in _FLOATS:
+            raise TypeError(
+                f"{owner}: `{name}[{i}]` must be float32, bfloat16 or float16, got {a.dtype}; "
+                "use the XLA form of the chain"
+            )
+        if a.shape != b.shape:
+            raise ValueError(f"{owner}: `{name}[{i}]` must have shape {b.shape}, got {a.shape}")
+
+
+def _check_block(owner: str, block: int, bits: int) -> None:
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"{owner}: `block` must be an integer of at least 1, got {block!r}")
+    if bits not in (4, 8):
+        raise ValueError(f"{owner}: `bits` must be 4 or 8, got {bits!r}")
+
+
+def _check_codes(owner: str, name: str, codes: Codes, like: Shaped, block: int, bits: int) -> None:
+    _check_block(owner, block, bits)
+    if len(codes.codes) != len(like) or len(codes.scales) != len(like):
+        raise ValueError(f"{owner}: `{name}` must have codes and scales of {len(like)} arrays")
+    for i, a in enumerate(like):
+        wanted = (packed_size(a.size, bits),), "uint8", (block_count(a.size, block),), "float32"
+        c, s = codes.codes[i], codes.scales[i]
+        if (c.shape, str(c.dtype), s.shape, str(s.dtype)) != wanted:
+            raise ValueError(
+                f"{owner}: `{name}[{i}]` must be uint8{list(wanted[0])} codes and "
+                f"float32{list(wanted[2])} scales, got {c.dtype}{list(c.shape)} and "
+                f"{s.dtype}{list(s.shape)}"
+            )
+
+
+def _table(tensors: int, *numbers: Number) -> jax.Array:
+    columns = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (tensors,)) for x in numbers]
+    return jnp.stack(columns, axis=1)
+
+
+def _call(target: str, results: list, operands: list, aliases: dict[int, int], **attributes):
+    """One FFI call; `aliases` maps operand to result."""
+    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method="sequential")
+    return call(*operands, **attributes)
+
+
+def _step(
+    owner: str,
+    gradients: Tensors,
+    states: list[Tensors],
+    parameters: Tensors | None,
+    table: jax.Array,
+    in_place: bool,
+    **attributes,
+) -> list[list[jax.Array]]:
+    """Calls a tier-2 target: the updates, then each of `states` as it is afterwards."""
+    n = len(gradients)
+    operands: list[jax.Array] = [table, *gradients]
+    results = _structs(gradients)
+    aliases = {1 + i: i for i in range(n)} if in_place else {}
+    for role in states:
+        aliases.update({len(operands) + i: len(results) + i for i in range(n)})
+        operands.extend(role)
+        results.extend(_structs(role))
+    operands.extend(parameters or ())
+    attributes["has_parameters"] = parameters is not None
+    flat = _call(owner, results, operands, aliases, **attributes)
+    return [list(flat[k : k + n]) for k in range(0, len(flat), n)]
+
+
+def _denominator(owner: str, denominator: str, nu: Tensors | None) -> np.int32:
+    if denominator not in _DENOMINATORS:
+        raise ValueError(
+            f"{owner}: `denominator` must be 'root', 'magnitude' or 'none', got {denominator!r}"
+        )
+    if (nu is None) == (denominator == "root"):
+        raise ValueError(f"{owner}: `nu` goes with denominator='root', and with no other")
+    return np.int32(_DENOMINATORS[denominator])
+
+
+def _rate(
+    owner: str,
+    learning_rate: Number | None,
+    weight_decay: Number | None,
+    parameters: Tensors | None,
+) -> tuple[Number, Number]:
+    if (weight_decay is None) != (parameters is None):
+        raise ValueError(f"{owner}: `weight_decay` and `parameters` go together")
+    if learning_rate is None and weight_decay is not None:
+        raise ValueError(f"{owner}: a direction (learning_rate=None) has no `weight_decay`")
+    # The kernel hands out -rate * direction.
+    return (-1.0 if learning_rate is None else learning_rate), (weight_decay or 0.0)
+
+
+def tier2(
+    gradients: Tensors,
+    mu: Tensors,
+    nu: Tensors | None,
+    *,
+    b1: Number,
+    b2: Number,
+    eps: Number,
+    mu_long: Tensors | None = None,
+    b1_long: Number = 0.0,
+    blend: Number = 1.0,
+    mu_correction: Number = 1.0,
+    nu_correction: Number = 1.0,
+    denominator: str = "root",
+    learning_rate: Number | None = None,
+    weight_decay: Number | None = None,
+    parameters: Tensors | None = None,
+    in_place: bool = False,
+) -> Tier2Results:
+    r"""Tier 2: the direction, or the whole step, of a blend of two EMAs over a root mean square.
+
+    .. math::
+
+        m &= w \mu + (1 - w) \mu^{long}, \qquad
+        d = \frac{m / c_1}{\sqrt{\nu / c_2} + \epsilon} \\
+        u &= d \quad\text{or}\quad u = -\eta\, (d + \lambda p)
+
+    Args:
+        gradients: one array a tensor; the updates take their shapes and dtypes.
+        mu: first moment before the step.
+        nu: second moment before the step; None unless `denominator` is ``"root"``.
+        b1: decay of `mu`.
+        b2: decay of `nu`.
+        eps: added to the denominator.
+        mu_long: a second, slower first moment; None leaves it out.
+        b1_long: decay of `mu_long`.
+        blend: weight w of `mu` against `mu_long`; 1 without it.
+        mu_correction: divides the momentum, as ``1 - b1**count`` does.
+        nu_correction: divides `nu`, as ``1 - b2**count`` does.
+        denominator: ``"root"``; ``"magnitude"`` (abs(g) + eps); or ``"none"``.
+        learning_rate: None for the direction d; otherwise the step u to add to the parameters.
+        weight_decay: with `parameters`, decoupled decay.
+        parameters: read, never written.
+        in_place: the updates take the gradients' memory. It saves a buffer where the gradients are
+            made in the same program and not needed afterwards, and costs a copy everywhere else.
+
+    Returns:
+        The updates and the new moments.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+        ValueError: roles that do not fit each other.
+    """
+    owner = "native.xla.tier2"
+    _check(owner, "gradients", gradients, gradients)
+    rate, decay = _rate(owner, learning_rate, weight_decay, parameters)
+    for name, role in (("mu", mu), ("nu", nu), ("mu_long", mu_long), ("parameters", parameters)):
+        if role is not None:
+            _check(owner, name, role, gradients)
+    kind = _denominator(owner, denominator, nu)
+    if gradients:
+        table = _table(
+            len(gradients), rate, decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction
+        )
+        states = [role for role in (mu, mu_long, nu) if role is not None]
+        results = iter(
+            _step(
+                "chainrule_tier2",
+                gradients,
+                states,
+                parameters,
+                table,
+                in_place,
+                denominator=kind,
+                has_long=mu_long is not None,
+            )
+        )
+    else:
+        results = iter([[], [], [], []])
+    return Tier2Results(
+        updates=next(results),
+        mu=next(results),
+        mu_long=None if mu_long is None else next(results),
+        nu=None if nu is None else next(results),
+    )
+
+
+def tier2_quantized(
+    gradients: Tensors,
+    mu: Codes,
+    nu: Tensors | None,
+    *,
+    block: int,
+    bits: int = 4,
+    start: str = "zero",
+    b1: Number,
+    b2: Number,
+    eps: Number,
+    mu_long: Codes | None = None,
+    b1_long: Number = 0.0,
+    blend: Number = 1.0,
+    mu_correction: Number = 1.0,
+    nu_correction: Number = 1.0,
+    denominator: str = "root",
+    learning_rate: Number | None = None,
+    weight_decay: Number | None = None,
+    parameters: Tensors | None = None,
+    in_place: bool = False,
+) -> Tier2QuantizedResults:
+    """`tier2` with its first moments held as codes; the step uses them before they are rounded.
+
+    Args:
+        gradients: one array a tensor; the updates take their shapes and dtypes.
+        mu: codes of the first moment before the step.
+        nu: second moment before the step; None unless `denominator` is ``"root"``.
+        block: elements that share a scale.
+        bits: 4 or 8 a code.
+        start: ``"gradient"`` makes the gradient the first EMA of a block whose scale is 0.
+        b1, b2, eps, b1_long, blend, mu_correction, nu_correction, denominator: as in `tier2`.
+        mu_long: codes of the slower first moment; None leaves it out.
+        learning_rate, weight_decay, parameters, in_place: as in `tier2`.
+
+    Returns:
+        The updates and the new moments.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+        ValueError: roles that do not fit each other, a block below 1, bits other than 4 and 8.
+    """
+    owner = "native.xla.tier2_quantized"
+    _check(owner, "gradients", gradients, gradients)
+    rate, decay = _rate(owner, learning_rate, weight_decay, parameters)
+    for name, role in (("nu", nu), ("parameters", parameters)):
+        if role is not None:
+            _check(owner, name, role, gradients)
+    kind = _denominator(owner, denominator, nu)
+    if start not in ("zero", "gradient"):
+        raise ValueError(f"{owner}: `start` must be 'zero' or 'gradient', got {start!r}")
+    _check_codes(owner, "mu", mu, gradients, block, bits)
+    if mu_long is not None:
+        _check_codes(owner, "mu_long", mu_long, gradients, block, bits)
+    states = [*mu, *(mu_long or ()), *([] if nu is None else [nu])]
+    if gradients:
+        table = _table(
+            len(gradients), rate, decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction
+        )
+        results = iter(
+            _step(
+                "chainrule_tier2_quantized",
+                gradients,
+                states,
+                parameters,
+                table,
+                in_place,
+                denominator=kind,
+                has_long=mu_long is not None,
+                block=np.int64(block),
+                bits=np.int32(bits),
+                start_at_gradient=start == "gradient",
+            )
+        )
+    else:
+        results = iter([[], [], [], [], [], []])
+    return Tier2QuantizedResults(
+        updates=next(results),
+        mu=Codes(next(results), next(results)),
+        mu_long=None if mu_long is None else Codes(next(results), next(results)),
+        nu=None if nu is None else next(results),
+    )
+
+
+def tier1(
+    gradients: Tensors,
+    magnitudes: jax.Array,
+    *,
+    decay: Number,
+    mean_magnitude: Number = -1.0,
+    learning_rate: Number | None = None,
+    weight_decay: Number | None = None,
+    scale_decay: bool = False,
+    parameters: Tensors | None = None,
+    in_place: bool = False,
+) -> tuple[list[jax.Array], jax.Array]:
+    r"""Tier 1: the sign of the gradient, as long as its mean magnitude has been.
+
+    .. math::
+
+        c = \beta c + (1 - \beta) \overline{|g|}, \qquad
+        u = c\,\operatorname{sign} g \quad\text{or}\quad
+        u = -\eta\, (c\,\operatorname{sign} g + \lambda p)
+
+    Args:
+        gradients: one array a tensor; the updates take their shapes and dtypes.
+        magnitudes: (tensors,) float32, c before the step.
+        decay: of c; 0 makes c the mean magnitude of this gradient.
+        mean_magnitude: mean of abs(g) where it is known already; below 0 it is found here.
+        learning_rate: None for the direction; otherwise the step to add to the parameters.
+        weight_decay: with `parameters`, decoupled decay.
+        scale_decay: c multiplies the weight decay too, as in the reference.
+        parameters: read, never written.
+        in_place: the updates take the gradients' memory. It saves a buffer where the gradients are
+            made in the same program and not needed afterwards, and costs a copy everywhere else.
+
+    Returns:
+        The updates and the new magnitudes.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+        ValueError: roles that do not fit each other.
+    """
+    owner = "native.xla.tier1"
+    _check(owner, "gradients", gradients, gradients)
+    rate, weight = _rate(owner, learning_rate, weight_decay, parameters)
+    if parameters is not None:
+        _check(owner, "parameters", parameters, gradients)
+    if magnitudes.shape != (len(gradients),) or magnitudes.dtype != jnp.float32:
+        raise ValueError(
+            f"{owner}: `magnitudes` must be float32[{len(gradients)}], "
+            f"got {magnitudes.dtype}{list(magnitudes.shape)}"
+        )
+    if not gradients:
+        return [], magnitudes
+    new, *updates = _call(
+        "chainrule_tier1",
+        _structs([magnitudes, *gradients]),
+        [
+            _table(len(gradients), rate, weight, decay, mean_magnitude),
+            magnitudes,
+            *gradients,
+            *(parameters or ()),
+        ],
+        {2 + i: 1 + i for i in range(len(gradients))} if in_place else {},
+        scale_decay=scale_decay,
+        has_parameters=parameters is not None,
+    )
+    return updates, new
+
+
+def statistics(gradients: Tensors) -> jax.Array:
+    """Mean abs(g), mean g**2, variance and max abs(g) of each tensor, summed in float64.
+
+    Args:
+        gradients: one array a tensor.
+
+    Returns:
+        (tensors, 4) float32; 0 for an empty tensor, NaN where a gradient is NaN.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+    """
+    _check("native.xla.statistics", "gradients", gradients, gradients)
+    if not gradients:
+        return jnp.zeros((0, 4), jnp.float32)
+    row = jax.ShapeDtypeStruct((len(gradients), 4), jnp.float32)
+    (table,) = _call("chainrule_statistics", [row], list(gradients), {})
+    return table
+
+
+def quantize(values: Tensors, *, block: int, bits: int = 4, keys: jax.Array | None = None) -> Codes:
+    """Codes of whole tensors, to nearest or, with `keys`, stochastically.
+
+    Args:
+        values: one array a tensor.
+        block: elements that share a scale.
+        bits: 4 or 8 a code.
+        keys: (tensors, 2) uint32, a Threefry key for each tensor (``jax.random.key_data``): rounds
+            ``x / scale + u`` down, u the 24 high bits of ``jax.random.bits(key, shape, "uint32")``.
+
+    Returns:
+        The codes and their scales.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+        ValueError: a block below 1, bits other than 4 and 8, keys of another shape.
+    """
+    owner = "native.xla.quantize"
+    _check(owner, "values", values, values)
+    _check_block(owner, block, bits)
+    n = len(values)
+    if keys is not None and (keys.shape != (n, 2) or keys.dtype != jnp.uint32):
+        raise ValueError(
+            f"{owner}: `keys` must be uint32[{n}, 2], got {keys.dtype}{list(keys.shape)}"
+        )
+    if not values:
+        return Codes([], [])
+    flat = _call(
+        "chainrule_quantize",
+        [jax.ShapeDtypeStruct((packed_size(a.size, bits),), jnp.uint8) for a in values]
+        + [jax.ShapeDtypeStruct((block_count(a.size, block),), jnp.float32) for a in values],
+        [jnp.zeros((n, 2), jnp.uint32) if keys is None else keys, *values],
+        {},
+        block=np.int64(block),
+        bits=np.int32(bits),
+        stochastic=keys is not None,
+    )
+    return Codes(list(flat[:n]), list(flat[n:]))
+
+
+def dequantize(codes: Codes, like: Shaped, *, block: int, bits: int = 4) -> list[jax.Array]:
+    """The tensors that codes stand for.
+
+    Args:
+        codes: as `quantize` made them.
+        like: arrays, or shapes and dtypes, of the tensors.
+        block: elements that share a scale.
+        bits: 4 or 8 a code.
+
+    Returns:
+        One array a tensor.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+        ValueError: codes that do not belong to such tensors.
+    """
+    owner = "native.xla.dequantize"
+    _check(owner, "like", like, like)
+    _check_codes(owner, "codes", codes, like, block, bits)
+    if not like:
+        return []
+    operands = [*codes.codes, *codes.scales]
+    attributes = {"block": np.int64(block), "bits": np.int32(bits)}
+    return list(_call("chainrule_dequantize", _structs(like), operands, {}, **attributes))
