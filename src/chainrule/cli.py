@@ -54,13 +54,14 @@ def show(name: str) -> str:
     wrapped = [p.name for p in parameters if p.default is inspect.Parameter.empty]
     # A chain that wraps another one is built around the simplest there is.
     tx = factory(*(chains.adam() for _ in wrapped))
-    live = chainrule.hyperparams(tx.init({"w": jnp.zeros((2, 2))}))
+    state = tx.init({"w": jnp.zeros((2, 2))})
+    live = chainrule.hyperparams(state._replace(inner_state=()))
     defaults = [[p.name, repr(p.default)] for p in parameters if p.name not in wrapped]
     sections = [
         ("links", rows[1:]),
         ("wraps", [[argument] for argument in wrapped]),
         ("live hyperparameters", [row for row in defaults if row[0] in live]),
-        ("fixed at construction", [row for row in defaults if row[0] not in live]),
+        ("other arguments", [row for row in defaults if row[0] not in live]),
     ]
     shown = [f"{title}\n{_columns(rows)}" for title, rows in sections if rows]
     return "\n\n".join([f"{name}: {summary}", *shown])

@@ -223,8 +223,11 @@ def draw(runs: list[Run], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[len(runs) :]:
         axis.remove()
-    lowest = min(100 * run.curve[len(epochs) // 4 :].mean(1).min() for run in runs)
-    axes[0].set_ylim(max(0, 5 * (lowest // 5)), 100)
+    for axis in axes[max(0, len(runs) - columns) : len(runs)]:  # also those above a removed one
+        axis.tick_params(labelbottom=True)
+    late = [100 * run.curve[len(epochs) // 4 :].mean(1) for run in runs]
+    lowest, highest = np.min(late), np.max(late)
+    axes[0].set_ylim(5 * (lowest // 5), min(100, 5 * (highest // 5 + 1)))
     axes[0].legend(fontsize=8, loc="lower right")
     figure.supxlabel("epoch", fontsize=10)
     figure.supylabel("accuracy on clean test labels (%)", fontsize=10)
@@ -286,9 +289,9 @@ def main(
 
     table = Table(
         title=f"digits, {WRONG_LABELS:.0%} wrong labels, {len(rates)} learning rates x {seeds} seeds, {epochs} epochs",
-        caption="* best learning rate at an edge of the grid",
+        caption="mean ± standard deviation over seeds; * best learning rate at an edge of the grid",
     )
-    table.add_column("chain")
+    table.add_column("chain", no_wrap=True)
     for heading in ("clean test accuracy", "learning rate", "seconds", "state vs AdamW"):
         table.add_column(heading, justify="right")
     for run in runs:
