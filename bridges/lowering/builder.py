@@ -232,7 +232,11 @@ class Builder:
         """Constants and broadcast scalars as scalars, if another operand has the full shape."""
         shape = eqn.outvars[0].aval.shape
         sources = [
-            x.value if isinstance(x, Full) else x.meta.get("broadcast_of") if isinstance(x, fx.Node) else None
+            x.value
+            if isinstance(x, Full)
+            else x.meta.get("broadcast_of")
+            if isinstance(x, fx.Node)
+            else None
             for x in operands
         ]
         full = [
@@ -244,7 +248,9 @@ class Builder:
                 if sources[i] is not None and v.aval.shape == shape:
                     sources[i] = None
                     break
-        narrowed = [x if source is None else source for x, source in zip(operands, sources, strict=True)]
+        narrowed = [
+            x if source is None else source for x, source in zip(operands, sources, strict=True)
+        ]
         return [self.tensor(x) if isinstance(x, Full) else x for x in narrowed]
 
 
@@ -259,11 +265,8 @@ def build(jaxpr: core.ClosedJaxpr, shared: Shared, names: Sequence[str] = ()) ->
         node.meta.update(aval=var.aval, link="", source="", leaf=None)
         inputs.append(node)
     outputs = builder.inline(jaxpr.jaxpr, jaxpr.consts, inputs)
-    nodes = [
-        builder.tensor(x, v.aval) for x, v in zip(outputs, jaxpr.jaxpr.outvars, strict=True)
-    ]
+    nodes = [builder.tensor(x, v.aval) for x, v in zip(outputs, jaxpr.jaxpr.outvars, strict=True)]
     builder.graph.output(tuple(nodes))
     simplify(builder.graph)
     own_outputs(builder.graph)
     return fx.GraphModule(builder.root, builder.graph)
-

@@ -140,7 +140,13 @@ def _scan(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
     if length and _eqn_size(eqn) > _UNROLLED:
         nodes = _tensors(b, operands, eqn.invars)
         node = b.emit(
-            ops.scan, b.module(body), nodes[:first], nodes[first:second], nodes[second:], length, reverse
+            ops.scan,
+            b.module(body),
+            nodes[:first],
+            nodes[first:second],
+            nodes[second:],
+            length,
+            reverse,
         )
         return b.items(node, len(eqn.outvars))
     constants, carry = list(operands[:first]), list(operands[first:second])

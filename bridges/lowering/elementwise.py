@@ -182,7 +182,9 @@ def convert(b: Builder, x: fx.Node, old: Any, new: Any) -> fx.Node:
         return b.emit(ops.float_to_int, x, dtype, int(info.min), int(info.max))
     node = x if torch_dtype(old) == dtype else b.emit(torch.Tensor.to, x, dtype)
     fits = old == np.bool_ or (
-        integer and np.iinfo(old).min >= np.iinfo(new).min and np.iinfo(old).max <= np.iinfo(new).max
+        integer
+        and np.iinfo(old).min >= np.iinfo(new).min
+        and np.iinfo(old).max <= np.iinfo(new).max
     )
     if np.dtype(new).name not in MASKS or fits:
         return node
@@ -200,7 +202,11 @@ def _select(b: Builder, eqn: core.JaxprEqn, which: Value, *cases: Value) -> Valu
         shape = eqn.outvars[0].aval.shape  # which the operands may have lost to a scalar
         if not isinstance(chosen, fx.Node):
             return Full(chosen, eqn.outvars[0].aval) if shape else chosen
-        return chosen if eqn.invars[0].aval.shape == shape else b.emit(torch.broadcast_to, chosen, shape)
+        return (
+            chosen
+            if eqn.invars[0].aval.shape == shape
+            else b.emit(torch.broadcast_to, chosen, shape)
+        )
     if not any(isinstance(x, fx.Node) for x in values):  # torch would give its default dtype
         values[0] = b.tensor(values[0], eqn.invars[1].aval)
     if _is(eqn.invars[0].aval, np.bool_):

@@ -76,7 +76,7 @@ def _cumulative(function: Any) -> Rule:
     def rule(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
         node = b.tensor(x, eqn.invars[0].aval)
         p = eqn.params
-        node = b.emit(ops.cumulative, function, node, int(p["axis"]), bool(p["reverse"]))
+        node = b.emit(function, node, int(p["axis"]), bool(p["reverse"]))
         return b.wrap(node, eqn.outvars[0].aval)
 
     return rule
@@ -219,7 +219,7 @@ NUMERIC: dict[str, Rule] = {
     "argmin": _arg_extremum(torch.argmin),
     "bitcast_convert_type": _bitcast,
     "cholesky": _cholesky,
-    "cumlogsumexp": _cumulative(torch.logcumsumexp),
+    "cumlogsumexp": _cumulative(ops.cumlogsumexp),
     "cummax": _cumulative(ops.cummax),
     "cummin": _cumulative(ops.cummin),
     "cumprod": _cumulative(ops.cumprod),

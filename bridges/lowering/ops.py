@@ -159,7 +159,7 @@ def threefry2x32(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor
 
 def iota_2x32(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """The high and low 32-bit words of 0 .. n-1 in the given shape."""
-    counts = torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(*shape)
+    counts = torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(tuple(shape))
     return counts >> 32, counts & _WORD
 
 
@@ -178,32 +178,36 @@ def reduce_xor(x: Tensor, axes: Sequence[int]) -> Tensor:
     return torch.sum(x, tuple(axes), dtype=torch.int64) % 2 == 1
 
 
-def cumulative(function: Callable[..., Tensor], x: Tensor, axis: int, reverse: bool) -> Tensor:
-    """A running reduction along an axis, from its end when ``reverse``."""
+def _cumulative(function: Callable[[Tensor], Tensor], x: Tensor, axis: int, reverse: bool) -> Tensor:
     if x.shape[axis] == 0:
-        return x
-    y = function(torch.flip(x, (axis,)) if reverse else x, axis)
+        return torch.clone(x)
+    y = function(torch.flip(x, (axis,)) if reverse else x)
     return torch.flip(y, (axis,)) if reverse else y
 
 
-def cumsum(x: Tensor, axis: int) -> Tensor:
-    """Running sum in x's own dtype."""
-    return torch.cumsum(x, axis, dtype=x.dtype)
+def cumsum(x: Tensor, axis: int, reverse: bool) -> Tensor:
+    """Running sum in x's own dtype, from the end when ``reverse``."""
+    return _cumulative(lambda y: torch.cumsum(y, axis, dtype=y.dtype), x, axis, reverse)
 
 
-def cumprod(x: Tensor, axis: int) -> Tensor:
-    """Running product in x's own dtype."""
-    return torch.cumprod(x, axis, dtype=x.dtype)
+def cumprod(x: Tensor, axis: int, reverse: bool) -> Tensor:
+    """Running product in x's own dtype, from the end when ``reverse``."""
+    return _cumulative(lambda y: torch.cumprod(y, axis, dtype=y.dtype), x, axis, reverse)
 
 
-def cummax(x: Tensor, axis: int) -> Tensor:
-    """Running maximum."""
-    return torch.cummax(x, axis).values
+def cummax(x: Tensor, axis: int, reverse: bool) -> Tensor:
+    """Running maximum, from the end when ``reverse``."""
+    return _cumulative(lambda y: torch.cummax(y, axis).values, x, axis, reverse)
 
 
-def cummin(x: Tensor, axis: int) -> Tensor:
-    """Running minimum."""
-    return torch.cummin(x, axis).values
+def cummin(x: Tensor, axis: int, reverse: bool) -> Tensor:
+    """Running minimum, from the end when ``reverse``."""
+    return _cumulative(lambda y: torch.cummin(y, axis).values, x, axis, reverse)
+
+
+def cumlogsumexp(x: Tensor, axis: int, reverse: bool) -> Tensor:
+    """Running log of a sum of exponentials, from the end when ``reverse``."""
+    return _cumulative(lambda y: torch.logcumsumexp(y, axis), x, axis, reverse)
 
 
 def sort(operands: Sequence[Tensor], axis: int, num_keys: int) -> tuple[Tensor, ...]:
@@ -298,10 +302,12 @@ def _addresses(
     starts: dict[int, Tensor] = {d: indices[..., i].long() for i, d in enumerate(index_map)}
     for operand_axis, index_axis in batching:
         walk = torch.arange(batch[index_axis], device=indices.device)
-        starts[operand_axis] = walk.reshape([-1 if i == index_axis else 1 for i in range(len(batch))])
+        starts[operand_axis] = walk.reshape(
+            [-1 if i == index_axis else 1 for i in range(len(batch))]
+        )
     fits = torch.ones(batch, dtype=torch.bool, device=indices.device)
     flat = torch.zeros(batch, dtype=torch.int64, device=indices.device)
-    flat = flat.reshape(*batch, *[1] * len(axes))
+    flat = flat.reshape([*batch, *[1] * len(axes)])
     stride = 1
     for d in reversed(range(len(shape))):
         start = starts.get(d)
@@ -310,12 +316,12 @@ def _addresses(
             if not clip:
                 fits = fits & (start >= 0) & (start <= last)
             start = torch.clamp(start, 0, last)
-            flat = flat + (start * stride).reshape(*start.shape, *[1] * len(axes))
+            flat = flat + (start * stride).reshape([*start.shape, *[1] * len(axes)])
         if d in axes:
             along = torch.arange(window[d], device=indices.device) * stride
             flat = flat + along.reshape([-1 if a == d else 1 for a in axes])
         stride *= shape[d]
-    return flat, fits.reshape(*batch, *[1] * len(axes))
+    return flat, fits.reshape([*batch, *[1] * len(axes)])
 
 
 def gather(
@@ -356,7 +362,7 @@ def scatter(
     sizes = iter(updates.shape[d] for d in window_dims)
     window = [1 if d in inserted else next(sizes) for d in range(x.ndim)]
     flat, fits = _addresses(x.shape, indices, window, index_map, batching, inserted, clip)
-    values = updates.permute(*batch_dims, *window_dims)
+    values = updates.permute([*batch_dims, *window_dims])
     # One spare element at the end takes what is dropped.
     address = torch.where(fits, flat, x.numel()).expand(values.shape).reshape(-1)
     buffer = torch.cat([x.reshape(-1), x.new_zeros(1)])
@@ -386,8 +392,8 @@ def dot_general(
     shape = [x.shape[d] for d in (*batch[0], *x_rest)] + [y.shape[d] for d in y_rest]
     b = math.prod(x.shape[d] for d in batch[0])
     k = math.prod(x.shape[d] for d in contract[0])
-    x = x.permute(*batch[0], *x_rest, *contract[0]).reshape(b, -1 if k and b else 0, k)
-    y = y.permute(*batch[1], *contract[1], *y_rest).reshape(b, k, -1 if k and b else 0)
+    x = x.permute([*batch[0], *x_rest, *contract[0]]).reshape(b, -1 if k and b else 0, k)
+    y = y.permute([*batch[1], *contract[1], *y_rest]).reshape(b, k, -1 if k and b else 0)
     if not (k and b):
         return torch.zeros(shape, dtype=dtype, device=x.device)
     if b == 1 and not batch[0]:

@@ -75,7 +75,9 @@ def lower(
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
         shared = Shared(TABLE, frozenset(ELEMENTWISE), torch.device(device), {}, {}, {})
-        names = ["in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in paths]
+        names = [
+            "in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in paths
+        ]
         graph = build(jaxpr, shared, names)
     out_leaves, out_tree = jax.tree.flatten(out)
     inputs = {n: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
