@@ -5,6 +5,7 @@ from chainrule.transforms._live import LiveState, hyperparams, live, set_hyperpa
 from chainrule.transforms._metrics import metrics, state_bytes
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms.adaptive_beta1 import AdaptiveBeta1State, adaptive_beta1
+from chainrule.transforms.agar_confidence import AgarConfidenceState, agar_confidence
 from chainrule.transforms.cautious import CautiousState, cautious
 from chainrule.transforms.decay_and_rate import decay_and_rate
 from chainrule.transforms.decoupled_weight_decay import decoupled_weight_decay
@@ -16,11 +17,14 @@ from chainrule.transforms.momentum_alignment_mask import (
 )
 from chainrule.transforms.orthograd import orthograd
 from chainrule.transforms.scale_by_adam import ScaleByAdamState, scale_by_adam
+from chainrule.transforms.scale_by_belief import ScaleByBeliefState, scale_by_belief
 from chainrule.transforms.scale_by_tensor_rms import ScaleByTensorRmsState, scale_by_tensor_rms
+from chainrule.transforms.snr_confidence import SnrConfidenceState, snr_confidence
 from chainrule.transforms.zero_nonfinite import ZeroNonfiniteState, zero_nonfinite
 
 __all__ = [
     "AdaptiveBeta1State",
+    "AgarConfidenceState",
     "CautiousState",
     "GrokfastEmaState",
     "GrokfastMaState",
@@ -28,9 +32,12 @@ __all__ = [
     "MomentumAlignmentMaskState",
     "MomentumLeaf",
     "ScaleByAdamState",
+    "ScaleByBeliefState",
     "ScaleByTensorRmsState",
+    "SnrConfidenceState",
     "ZeroNonfiniteState",
     "adaptive_beta1",
+    "agar_confidence",
     "cautious",
     "chain",
     "decay_and_rate",
@@ -45,8 +52,10 @@ __all__ = [
     "orthograd",
     "posted",
     "scale_by_adam",
+    "scale_by_belief",
     "scale_by_tensor_rms",
     "set_hyperparams",
+    "snr_confidence",
     "state_bytes",
     "zero_nonfinite",
 ]

@@ -68,6 +68,13 @@ BOUNDS: dict[str, Interval] = {
     "moment_decay": _DECAY,
     "fallback_threshold": _POSITIVE,
     "b1_update_interval": _AT_LEAST_ONE,
+    "tau_init_steps": _AT_LEAST_ONE,
+    "c_min": _FRACTION,
+    "clamp_factor": _POSITIVE,
+    "agar_clamp_factor": _POSITIVE,
+    "agar_eps": _NON_NEGATIVE,
+    "robustness": _NON_NEGATIVE,
+    "rel_floor": _FRACTION,
 }
 """Bounds by hyperparameter name. A name that is absent here takes any finite number."""
 

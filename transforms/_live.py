@@ -97,7 +97,9 @@ def live(
                     name: jnp.asarray(schedule(count), jnp.float32)
                     for name, schedule in schedules.items()
                 }
-                return LiveState(count, values, factory(**structure, **values).init(params))
+                # The numbers as they were given, not as arrays: a default may derive a shape from one.
+                links = factory(**structure, **(values | numeric))
+                return LiveState(count, values, links.init(params))
 
             def update(updates, state, params=None, **extra_args):
                 _check_structure(factory.__name__, updates, params)

@@ -1,0 +1,131 @@
+r"""Scales updates by trust in the tensor and focus on its entries, both from their share of signal.
+
+    a = m^2 / (m^2 + s),  abar = mean(a) over the tensor,   m = mu / (1 - b1^t),  s = nu / (1 - b2^(t-1))
+    u' = (c_min + (1 - c_min) abar)^robustness  clip(a / (abar + eps), rel_floor, 1)  u
+              trust                                      focus
+
+mu and nu are those of `scale_by_belief`: nu is a variance. Source: the CASMO repository, commit e81a36e. Departure: the
+moments' `deviation`, see there; and robustness may be any number from 0 on, as in the code, where the README says up to 1.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
+from chainrule.transforms._numerics import up
+from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms.scale_by_belief import DEVIATIONS, corrections
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+_REMEDY = (
+    "use `chainrule.chain` in place of `optax.chain` with `scale_by_belief` before it, or give `update` the moments as "
+    "`mu=`, `nu=` and `count=`"
+)
+
+
+class SnrConfidenceState(NamedTuple):
+    """State of `snr_confidence`: what the last update knew, and nothing that the next one needs."""
+
+    agar: optax.Updates
+    """float32 scalar for each parameter: abar, the mean share of signal."""
+    trust: optax.Updates
+    """float32 scalar for each parameter: the factor of the whole tensor."""
+
+    metric_fields = ("agar", "trust")
+
+
+def snr_confidence(
+    robustness: jax.typing.ArrayLike = 0.5,
+    c_min: jax.typing.ArrayLike = 0.1,
+    rel_floor: jax.typing.ArrayLike = 0.1,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    deviation: str = "unbiased",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies updates by trust x focus.
+
+    $$u'_i = \big(c_{min} + (1 - c_{min})\,\bar a\big)^{\rho}\ \mathrm{clip}\Big(\frac{a_i}{\bar a + \epsilon}, f, 1\Big)\,
+    u_i,\qquad a_i = \frac{\hat\mu_i^2}{\hat\mu_i^2 + \hat\nu_i}$$
+
+    With `robustness=0, rel_floor=1` the updates pass unchanged. Entries without gradient have a = 0 and count in the
+    mean. A mean that is not finite is shown as such by `chainrule.metrics` and taken for 0.
+
+    Args:
+      robustness: exponent of trust, at least 0; 0 trusts every tensor fully.
+      c_min: trust of a tensor of pure noise before the exponent, in [0, 1].
+      rel_floor: least focus, in [0, 1]; 1 is no focus.
+      eps: added to the mean that shares are compared with, at least 0.
+      b1: decay of the first moment, in [0, 1), as in `scale_by_belief`.
+      b2: decay of the second moment, likewise.
+      deviation: that of `scale_by_belief`, which decides how nu is bias-corrected.
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra arguments `mu`, `nu` and `count`.
+
+    Raises:
+      ValueError: an argument outside its range; at `update`, missing moments.
+      TypeError: a parameter that is not real floating point.
+
+    >>> from chainrule.transforms import chain, scale_by_belief
+    >>> tx = chain(scale_by_belief(), snr_confidence())
+    >>> g = jnp.array([3.0, -0.5])
+    >>> u, state = tx.update(g, tx.init(g))
+    >>> u.round(4).tolist(), float(state[1].agar)
+    ([1.0, -1.0], 1.0)
+
+    References:
+      CASMO, repository commit e81a36e.
+    """
+    owner = "snr_confidence"
+    check_bounds(
+        owner, robustness=robustness, c_min=c_min, rel_floor=rel_floor, eps=eps, b1=b1, b2=b2
+    )
+    check_choice(owner, "deviation", deviation, DEVIATIONS)
+
+    def init(params):
+        check_params(owner, params, real=True)
+
+        def scalars(value):
+            return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), params)
+
+        return SnrConfidenceState(agar=scalars(0), trust=scalars(1))
+
+    def update(updates, state, params=None, *, mu=None, nu=None, count=None, **_: Any):
+        del state, params
+        mu, nu, count = (
+            require(owner, name, value, _REMEDY)
+            for name, value in (("mu", mu), ("nu", nu), ("count", count))
+        )
+        c1, c2 = corrections(b1, b2, count, deviation)
+        ratio = c2 / (c1 * c1)
+
+        def share(m, v, ratio, least):
+            signal = ratio * (up(m) * up(m))
+            return signal / jnp.maximum(signal + up(v), least)
+
+        def mean_share(u, m, v):
+            # Each tensor's own `ratio` and `least`: see `_ratio_sums` in agar_confidence.py
+            nonlocal ratio, least
+            ratio, least = ratio + _TINY, least + _TINY
+            return (jnp.sum(share(m, v, ratio, least)) / max(u.size, 1)).astype(jnp.float32)
+
+        least = jnp.float32(0)
+        agar = map_unmasked(mean_share, updates, mu, nu)
+
+        def finite(mean):
+            return jnp.where(jnp.isfinite(mean), mean, 0)
+
+        def scaled(u, m, v, mean, trust):
+            focus = share(m, v, ratio, _TINY) / (finite(mean) + eps)
+            return (up(u) * trust * jnp.clip(focus, rel_floor, 1)).astype(u.dtype)
+
+        trust = jax.tree.map(lambda mean: (c_min + (1 - c_min) * finite(mean)) ** robustness, agar)
+        new = map_unmasked(scaled, updates, mu, nu, agar, trust)
+        return new, SnrConfidenceState(agar, jax.tree.map(lambda t: t.astype(jnp.float32), trust))
+
+    return optax.GradientTransformationExtraArgs(init, update)
