@@ -106,10 +106,11 @@ def cautious(
 
         def kept(u, g, mean):
             a, b = real_pair(u, g)
-            mask = ((a > 0) & (b > 0)) | (
-                (a < 0) & (b < 0)
-            )  # not a b > 0: a product of small numbers is zero
-            return jnp.where(mask, up(u) * factor(u.size, mean), 0).astype(u.dtype)
+            # not a b > 0: a product of small numbers is zero
+            mask = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
+            scale = jnp.where(jnp.isfinite(mean), factor(u.size, mean), 1)
+            # A product, not a choice: a NaN in the update stays visible, one in the gradient alone is dropped.
+            return (mask * (up(u) * scale)).astype(u.dtype)
 
         means = map_unmasked(fraction, updates, grad)
         return map_unmasked(kept, updates, grad, means), CautiousState(means)

@@ -58,7 +58,8 @@ def momentum_alignment_mask(
 
     $$u'_t = s_t\, m_t\, u_t, \qquad s_t = e\, s_{t-1} + (1 - e)\, \sigma\big(\cos(\mu_t, g_t) / \tau\big)$$
 
-    A zero gradient has the cosine 0. Draws are reproducible: they depend on `seed`, the step and the parameter's place.
+    A gradient that is zero, or not finite, has the cosine 0. Draws are reproducible: they depend on `seed`, the step and
+    the parameter's place.
 
     Args:
       mask_prob: probability that a tensor's update is applied, in [0, 1].
@@ -137,7 +138,8 @@ def momentum_alignment_mask(
             mu, g = up(mu), up(g)
             mu_norm, g_norm = (jnp.sqrt(jnp.sum(abs_sq(x))) for x in (mu, g))
             norms = jnp.maximum(mu_norm, _NORM_FLOOR) * jnp.maximum(g_norm, _NORM_FLOOR)
-            return (jnp.sum((jnp.conj(mu) * g).real) / norms).astype(jnp.float32)
+            cos = (jnp.sum((jnp.conj(mu) * g).real) / norms).astype(jnp.float32)
+            return jnp.where(jnp.isfinite(cos), cos, 0)  # or s_t would be NaN for ever
 
         def follow(s, c):
             return ema(alignment_ema, s, jax.nn.sigmoid(c / tau)).astype(jnp.float32)
