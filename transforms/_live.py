@@ -109,6 +109,7 @@ def live(
                 links = optax.with_extra_args_support(factory(**structure, **values))
                 new, inner_state = links.update(updates, state.inner_state, params, **extra_args)
                 new = jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates)
+                inner_state = jax.tree.map(_in_dtype_of, state.inner_state, inner_state)
                 return new, LiveState(optax.safe_increment(state.count), values, inner_state)
 
             return optax.GradientTransformationExtraArgs(init, update)
@@ -116,6 +117,12 @@ def live(
         return make
 
     return decorate
+
+
+def _in_dtype_of(old: Any, new: Any) -> Any:
+    # Many of optax's links widen their state at the first update of a mix of dtypes, for a second compile. Keys of
+    # `jax.random`, which have no `astype`, keep their dtype.
+    return new if jax.typeof(new).dtype == jax.typeof(old).dtype else new.astype(jax.typeof(old).dtype)
 
 
 def _check_structure(owner: str, updates: Any, params: Any) -> None:
