@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 for path in sorted(pathlib.Path(__file__).parent.glob("*.ipynb")):
     start = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}})
-    client.execute()
+    where = {"metadata": {"path": path.parent}}
+    NotebookClient(notebook, timeout=600, startup_timeout=300, resources=where).execute()
     if "--save" in sys.argv[1:]:
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # timestamps
