@@ -78,10 +78,11 @@ class GroupTree:
             if named
             else list(range(len(params)))
         )
+        order: list[int]
         order, self.params_structure = jax.tree.flatten(places)
         self.head = params[0]
-        self.params: list[Tensor] = [params[i] for i in order]
-        self.labels: list[str] = [labels[i] for i in order]
+        self.params = [params[i] for i in order]
+        self.labels = [labels[i] for i in order]
         self.device = self._one_device()
         self._trace()
         state = jax.tree.unflatten(self.state_structure, self.state_avals)
@@ -155,19 +156,19 @@ class GroupTree:
 
         def trace_lowered(state: BridgeState):
             lowered = lower(update, params, params, state, extras, device=self.device)
-            return lowered, jax.tree.unflatten(lowered.out_tree, lowered.out_avals)[1]
+            return lowered, jax.tree.unflatten(lowered.out_tree, lowered.out_avals)
 
         def trace_xla(state: BridgeState):
             used, result = used_inputs(update, params, params, state, extras)
-            return used, result[1]
+            return used, result
 
         count = len(self._structs)
         if self.options.engine == "torch":
-            lowered, state = settled(trace_lowered, state, params)
+            lowered, state = settled(trace_lowered, params, state)
             targets = self._targets(count, len(jax.tree.leaves(state)))
             used = [bool(node.users) for node in lowered.graph.graph.find_nodes(op="placeholder")]
             return used, make_step(lowered, targets, compile=self.options.compile), lowered, state
-        used, state = settled(trace_xla, state, params)
+        used, state = settled(trace_xla, params, state)
         targets = self._targets(count, len(jax.tree.leaves(state)))
         return used, make_xla_step(update, (params, params, state, extras), targets), None, state
 

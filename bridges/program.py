@@ -19,7 +19,7 @@ class NeedsLossFunction(TypeError):
 
 
 class StateChanges(TypeError):
-    """A chain whose update returns a state of another structure or other shapes than it was given."""
+    """A chain whose update returns state or parameters of another structure or other shapes than it was given."""
 
 
 class Extras(NamedTuple):
@@ -110,7 +110,9 @@ _LOSS_FUNCTION = re.compile(r"\b(value_fn|obj_fn|grad_fn)\b")
 
 
 def settled(
-    trace: Callable[[BridgeState], tuple[Any, BridgeState]], state: BridgeState, params: Any
+    trace: Callable[[BridgeState], tuple[Any, tuple[Any, BridgeState]]],
+    params: Any,
+    state: BridgeState,
 ) -> tuple[Any, BridgeState]:
     """Traces a step until the dtypes of the state it returns are those that it takes.
 
@@ -118,20 +120,20 @@ def settled(
     with the new ones, so these are the ones a program is made for.
 
     Args:
-      trace: maps structs of the state to a program and the structs of the state that the program returns.
+      trace: maps structs of the state to a program and the structs that the program returns.
+      params: structs of the parameters.
       state: structs of the initial state.
-      params: structs of the parameters, for messages.
 
     Returns:
       The program and the structs of its state.
 
     Raises:
       NeedsLossFunction: the chain asks for a function that evaluates the loss.
-      StateChanges: structure or shapes of the state do not stay what they are.
+      StateChanges: structure or shapes of state or parameters do not stay what they are.
     """
     for _ in range(4):
         try:
-            program, new = trace(state)
+            program, (new_params, new) = trace(state)
         except (TypeError, ValueError) as error:
             asked = _LOSS_FUNCTION.search(str(error))
             if asked is None:
@@ -141,7 +143,8 @@ def settled(
                 "and a torch closure is none. Use a variant that works from the value alone (`optax.lbfgs` with "
                 "`linesearch=None`, `optax.polyak_sgd`, `optax.contrib.momo`), or run the chain in JAX"
             ) from error
-        _check_state(state, new)
+        _check_structure("parameters", params, new_params)
+        _check_structure("state", state, new)
         if jax.tree.map(_kind, state) == jax.tree.map(_kind, new):
             return program, state
         state = new
@@ -152,18 +155,19 @@ def _kind(struct: Any) -> tuple[str, bool]:
     return str(struct.dtype), bool(getattr(struct, "weak_type", False))
 
 
-def _check_state(old: Any, new: Any) -> None:
-    advice = "a bridge needs a chain whose state stays what `init` made it"
+def _check_structure(what: str, old: Any, new: Any) -> None:
     before, after = jax.tree.structure(old), jax.tree.structure(new)
     if before != after:
         raise StateChanges(
-            f"the chain's update changes the structure of its state, from {before} to {after}; {advice}"
+            f"the chain's update changes the structure of its {what}, from {before} to {after}; a bridge needs one "
+            "that stays as it is"
         )
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(old)
+    for (path, a), b in zip(leaves, jax.tree.leaves(new), strict=True):
         if a.shape != b.shape:
-            name = jax.tree_util.keystr(path[1:], simple=True, separator=".")
+            path = [key for key in path if key != jax.tree_util.GetAttrKey("chain")]
+            name = jax.tree_util.keystr(tuple(path), simple=True, separator=".")
             raise StateChanges(
-                f"the chain's update changes the shape of state entry `{name}`, {a.shape}, to {b.shape}; {advice}"
+                f"the chain's update changes the shape of `{name}` in its {what} from {a.shape} to {b.shape}; a bridge "
+                "needs one that stays as it is"
             )
