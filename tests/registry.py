@@ -15,6 +15,8 @@ import chainrule
 from chainrule import chains, transforms
 from chainrule.transforms import chain
 from reference import adam as adam_reference
+from reference import filters
+from reference import magma as magma_reference
 from reference import stam as stam_reference
 from reference.steps import Step, descent
 
@@ -62,7 +64,7 @@ class Case:
     unbounded: tuple[str, ...] = ()
     """Numeric arguments that take any finite number."""
     zeroes_nonfinite: bool = False
-    """Its policy for NaN and infinite gradients is to zero and count them; else they pass through to the update."""
+    """Its policy for NaN and infinite gradients: zeroed, and the metric `nonfinite` says so; else they show in the updates."""
     half_tolerance: float = 0.05
     """Largest difference of half precision from float32, relative to the largest entry of a leaf's updates."""
     tolerance: float = 1e-5
@@ -83,8 +85,21 @@ def after_adam(atom: Callable[..., optax.GradientTransformation]) -> Callable[..
     return factory
 
 
+def around_adam(wrapper: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
+    """A factory of `wrapper` around AdamW."""
+
+    def factory(learning_rate=1e-2, **settings):
+        return wrapper(chains.adam(learning_rate, weight_decay=0.1), **settings)
+
+    return factory
+
+
 def _schedule(count):
     return 0.1 / (1.0 + count)
+
+
+def _is_scale(path, _):
+    return "scale" in path
 
 
 def _of_adam(
@@ -149,9 +164,12 @@ ATOMS: tuple[Case, ...] = (
                 "b2": 0.9,
                 "b1_update_interval": 3,
             },
-            {"signal": "moments", "moment_decay": 0.9, "debias_eps": 1e-6},
+            {"signal": "moments", "moment_decay": 0.9, "debias_eps": 1e-6, "max_abs": 0.5},
+            {"nonfinite": "zero", "max_abs": 0.5},
         ),
+        zeroes_nonfinite=True,
         errors=(
+            ({"nonfinite": "raise"}, ValueError, r"`nonfinite` must be one of 'skip', 'zero'"),
             ({"signal": "noise"}, ValueError, r"`signal` must be one of 'residual', 'moments'"),
         ),
         reference=lambda **settings: stam_reference.adam_over(settings),
@@ -171,6 +189,7 @@ ATOMS: tuple[Case, ...] = (
         ),
         reference=stam_reference.stam_lite_direction,
         complex_error="real floating-point",
+        zeroes_nonfinite=True,
     ),
     Case(
         name="zero_nonfinite",
@@ -197,8 +216,92 @@ ATOMS: tuple[Case, ...] = (
         reference=lambda weight_decay: lambda grads, _: grads,
         stateless=True,
     ),
+    Case(
+        name="decay_and_rate",
+        public=transforms.decay_and_rate,
+        settings=(
+            {"learning_rate": 0.1, "weight_decay": 0.5},
+            {"learning_rate": _schedule},
+            {},
+        ),
+        errors=(
+            (
+                {"weight_decay": 0.1},
+                ValueError,
+                r"weight_decay=0.1 with learning_rate=None; give both",
+            ),
+        ),
+        reference=lambda learning_rate=-1.0, weight_decay=0.0: descent(
+            lambda grads, _: grads, learning_rate, weight_decay
+        ),
+        needs_params=True,
+        stateless=True,
+    ),
+    Case(
+        name="cautious",
+        public=transforms.cautious,
+        factory=after_adam(transforms.cautious),
+        settings=(
+            {},
+            {"normalizer": "mean", "eps": 1e-3},
+            {"normalizer": "count", "negated": True},
+            {"normalizer": "none"},
+            {"normalizer": None},
+        ),
+        errors=(
+            (
+                {"normalizer": "max"},
+                ValueError,
+                r"`normalizer` must be one of 'clamped_mean', 'mean', 'count', 'none', got 'max'",
+            ),
+        ),
+        reference=lambda **settings: filters.cautious(adam_reference.adam(), **settings),
+        alone=transforms.cautious,
+        missing=r"cautious: needs `grad`.*chainrule\.chain.*grad=",
+    ),
+    Case(
+        name="grokfast_ema",
+        public=transforms.grokfast_ema,
+        settings=({}, {"start": "zero", "alpha": 0.5, "lamb": 5.0}),
+        errors=(({"start": "g"}, ValueError, r"`start` must be one of 'first', 'zero', got 'g'"),),
+        reference=filters.grokfast_ema,
+    ),
+    Case(
+        name="grokfast_ma",
+        public=transforms.grokfast_ma,
+        settings=({"window_size": 3}, {"window_size": 4, "warmup": False, "lamb": 1.0}),
+        reference=filters.grokfast_ma,
+    ),
+    Case(
+        name="orthograd",
+        public=transforms.orthograd,
+        reference=filters.orthograd,
+        needs_params=True,
+        stateless=True,
+    ),
+    Case(
+        name="momentum_alignment_mask",
+        public=transforms.momentum_alignment_mask,
+        unbounded=("seed",),
+        factory=after_adam(transforms.momentum_alignment_mask),
+        settings=(
+            {},
+            {"mask_prob": 1.0, "moment": "own", "momentum_beta": 0.5, "init_alignment": 0.5},
+            {"tau": 0.5, "alignment_ema": 0.5, "exclude": "bias", "seed": 1, "moment": "nu"},
+        ),
+        errors=(
+            ({"moment": "m"}, ValueError, r"`moment` must be one of 'mu', 'nu', 'trace', 'own'"),
+            (
+                {"exclude": "gain"},
+                ValueError,
+                r"`exclude` pattern 'gain' matches none of the leaves",
+            ),
+        ),
+        reference=lambda **settings: magma_reference.magma(adam_reference.adam(), **settings),
+        alone=transforms.momentum_alignment_mask,
+        missing=r"momentum_alignment_mask: needs `grad`.*chainrule\.chain.*grad=",
+    ),
 )
-
 
 CHAINS: tuple[Case, ...] = (
     Case(
@@ -243,7 +346,6 @@ CHAINS: tuple[Case, ...] = (
             {"debias": False, "debias_eps": 1e-8, "max_abs": None, "fallback_threshold": 2.0},
         ),
         links=lambda: (
-            transforms.zero_nonfinite(),
             transforms.adaptive_beta1(),
             transforms.scale_by_adam(b1=None),
             transforms.decoupled_weight_decay(0.01),
@@ -270,7 +372,6 @@ CHAINS: tuple[Case, ...] = (
             {"debias_eps": 1e-8, "adapt_strength": 0.0, "max_abs": 0.5},
         ),
         links=lambda: (
-            transforms.zero_nonfinite(),
             transforms.adaptive_beta1(signal="moments", b1_update_interval=5),
             transforms.scale_by_tensor_rms(),
             transforms.decoupled_weight_decay(0.01),
@@ -288,6 +389,49 @@ CHAINS: tuple[Case, ...] = (
         needs_params=True,
         complex_error="real floating-point",
         zeroes_nonfinite=True,
+    ),
+    Case(
+        name="magma",
+        public=chains.magma,
+        unbounded=("seed",),
+        factory=around_adam(chains.magma),
+        settings=({}, {"mask_prob": 1.0, "moment": "own"}),
+        links=lambda: (chains.adam(1e-2, weight_decay=0.1), transforms.momentum_alignment_mask()),
+        reference=lambda **settings: magma_reference.magma(_of_adam(1e-2, 0.1), **settings),
+        needs_params=True,
+    ),
+    Case(
+        name="magma, around a direction",
+        public=chains.magma,
+        unbounded=("seed",),
+        factory=lambda **settings: chains.magma(transforms.scale_by_adam(), **settings),
+        settings=({"learning_rate": 0.1, "weight_decay": 0.5, "exclude": _is_scale},),
+        links=lambda: (
+            transforms.scale_by_adam(),
+            transforms.momentum_alignment_mask(exclude=_is_scale),
+            transforms.decay_and_rate(0.1, 0.5),
+        ),
+        reference=lambda **settings: magma_reference.magma(adam_reference.adam(), **settings),
+        needs_params=True,
+    ),
+    Case(
+        name="chains.grokfast",
+        public=chains.grokfast,
+        factory=around_adam(chains.grokfast),
+        settings=({}, {"start": "zero", "alpha": 0.5}),
+        links=lambda: (transforms.grokfast_ema(), chains.adam(1e-2, weight_decay=0.1)),
+        reference=lambda **settings: filters.then(
+            filters.grokfast_ema(**settings), _of_adam(1e-2, 0.1)
+        ),
+        needs_params=True,
+    ),
+    Case(
+        name="chains.orthograd",
+        public=chains.orthograd,
+        factory=around_adam(chains.orthograd),
+        links=lambda: (transforms.orthograd(), chains.adam(1e-2, weight_decay=0.1)),
+        reference=lambda: filters.then(filters.orthograd(), _of_adam(1e-2, 0.1)),
+        needs_params=True,
     ),
 )
 

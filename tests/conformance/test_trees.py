@@ -163,7 +163,7 @@ def test_nonfinite_gradients_follow_the_policy(case, value):
     updates, state = run(tx, params, [good, bad])
     if case.zeroes_nonfinite:
         assert finite(updates) and finite(state)
-        assert chainrule.metrics(state)["nonfinite"] == len(jax.tree.leaves(params))
+        assert np.all(jax.tree.leaves(chainrule.metrics(state)["nonfinite"]))
     else:
         assert not finite(updates[-1])
     safe = chainrule.chain(transforms.zero_nonfinite(), tx)

@@ -36,38 +36,54 @@ class Moment:
         b1_update_interval=1,
         debias=True,
         debias_eps=0.0,
+        nonfinite="skip",
+        max_abs: float | None = 2.0**48,
     ):
-        vars(self).update(locals())
+        self.settings = locals()
         self.t, self.first, self.second, self.prod = 0, 0.0, 0.0, 1.0
         self.b1, self.mu = b1_base, np.zeros(())
+        self.grad = self.mu
+        """The gradient that is handed on."""
 
-    def step(self, g: np.ndarray) -> np.ndarray:
-        """The bias-corrected moment after seeing `g`."""
+    def step(self, raw: np.ndarray) -> np.ndarray:
+        """The moment after seeing the gradient `raw`, before bias correction."""
+        has = self.settings
         self.t += 1
-        residual = self.signal == "residual"
-        d1, d2 = (self.tau_decay, self.b2) if residual else (self.moment_decay, self.moment_decay)
+        g = self.grad = _safe(raw, has["max_abs"])
+        seen = g if has["nonfinite"] == "zero" else raw
+        if np.all(np.isfinite(seen)):
+            adapted = self._take_in(seen)
+        else:
+            adapted = has["b1_base"]
+        if (self.t - 1) % has["b1_update_interval"] == 0:
+            self.b1 = adapted
+        self.mu = self.b1 * self.mu + (1 - self.b1) * g
+        self.prod *= self.b1
+        return self.mu
+
+    def _take_in(self, g: np.ndarray) -> float:
+        has = self.settings
+        residual = has["signal"] == "residual"
+        d1, d2 = (has["tau_decay"], has["b2"]) if residual else (has["moment_decay"],) * 2
         x = g - self.mu if residual else g
         self.first = d1 * self.first + (1 - d1) * np.mean(np.abs(x) if residual else x)
         self.second = d2 * self.second + (1 - d2) * np.mean(x * x)
         first, second = self.first, self.second
-        if self.debias:
-            first = first / (1 - d1**self.t + self.debias_eps)
-            second = second / (1 - d2**self.t + self.debias_eps)
-        if (self.t - 1) % self.b1_update_interval == 0:
-            if residual:
-                q = first**2 + 1e-8
-                z, fallback = second / q, second >= self.fallback_threshold * q
-            else:
-                z, fallback = max(second - first**2, 0.0) / (second + self.eps), False
-            adapted = self.b1_base * (1 - self.adapt_strength * z / (1 + z))
-            lowest = max(0.5, self.b1_base * (1 - self.adapt_strength))
-            self.b1 = self.b1_base if fallback else min(max(adapted, lowest), self.b1_base)
-        self.mu = self.b1 * self.mu + (1 - self.b1) * g
-        self.prod *= self.b1
-        return self.mu / (1 - self.prod + self.debias_eps)
+        if has["debias"]:
+            first = first / (1 - d1**self.t + has["debias_eps"])
+            second = second / (1 - d2**self.t + has["debias_eps"])
+        base, strength = has["b1_base"], has["adapt_strength"]
+        if residual:
+            q = first**2 + 1e-8
+            if second >= has["fallback_threshold"] * q:
+                return base
+            z = second / q
+        else:
+            z = max(second - first**2, 0.0) / (second + has["eps"])
+        return min(max(base * (1 - strength * z / (1 + z)), 0.5, base * (1 - strength)), base)
 
 
-def adam_over(moment: dict[str, Any], b2=0.999, eps=1e-8, max_abs=None, debias_eps=0.0) -> Step:
+def adam_over(moment: dict[str, Any], b2=0.999, eps=1e-8, debias_eps=0.0) -> Step:
     """Adam's second moment under the adaptive first one that `moment` describes."""
 
     def tensor():
@@ -75,22 +91,19 @@ def adam_over(moment: dict[str, Any], b2=0.999, eps=1e-8, max_abs=None, debias_e
 
         def step(g, _):
             nonlocal nu, t
-            g, t = _safe(g, max_abs), t + 1
-            mu = first.step(g) * (1 - first.prod)
-            nu = b2 * nu + (1 - b2) * g * g
-            return (
-                mu / (1 - first.prod + debias_eps) / (np.sqrt(nu / (1 - b2**t + debias_eps)) + eps)
-            )
+            t += 1
+            mu = first.step(g)
+            nu = b2 * nu + (1 - b2) * first.grad**2
+            nu_hat = nu / (1 - b2**t + debias_eps)
+            return mu / (1 - first.prod + debias_eps) / (np.sqrt(nu_hat) + eps)
 
         return step
 
     return elementwise(tensor)
 
 
-def stam_direction(
-    b2=0.999, eps=1e-8, max_abs: float | None = 2.0**48, debias_eps=0.0, **moment
-) -> Step:
-    return adam_over({"b2": b2, **moment}, b2, eps, max_abs, debias_eps)
+def stam_direction(b2=0.999, eps=1e-8, debias_eps=0.0, **moment) -> Step:
+    return adam_over({"b2": b2, **moment}, b2, eps, debias_eps)
 
 
 def tensor_rms(decay=0.99, eps=1e-8, debias_eps=0.0) -> Step:
@@ -108,10 +121,8 @@ def tensor_rms(decay=0.99, eps=1e-8, debias_eps=0.0) -> Step:
     return elementwise(tensor)
 
 
-def stam_lite_direction(
-    moment_decay=0.99, eps=1e-8, max_abs: float | None = 2.0**48, debias_eps=0.0, **moment
-) -> Step:
-    """One root mean square a tensor under the adaptive first moment."""
+def stam_lite_direction(moment_decay=0.99, eps=1e-8, debias_eps=0.0, **moment) -> Step:
+    """One root mean square a tensor, of the gradients that the moment's statistics saw, under that moment."""
 
     def tensor():
         first = Moment(
@@ -119,9 +130,9 @@ def stam_lite_direction(
         )
 
         def step(g, _):
-            mu_hat = first.step(_safe(g, max_abs))
+            mu_hat = first.step(g) / (1 - first.prod + debias_eps)
             square = first.second / (1 - moment_decay**first.t + debias_eps)
-            return mu_hat / (np.sqrt(square) + eps)
+            return mu_hat / (np.sqrt(square) + eps) if square > 0 else np.zeros_like(g)
 
         return step
 
