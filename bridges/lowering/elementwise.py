@@ -231,8 +231,7 @@ def _reduce_precision(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     if dtype == np.float32 and exponent == 8 and mantissa >= 1:
         return b.emit(ops.reduce_precision, x, mantissa)
     if dtype in (np.float32, np.float64) and (exponent, mantissa) == (5, 10):
-        half = b.emit(torch.Tensor.to, x, torch.float16)
-        return b.emit(torch.Tensor.to, half, torch_dtype(dtype))
+        return b.emit(ops.half_precision, x)
     raise b.unsupported(eqn, f"{exponent} exponent and {mantissa} mantissa bits of {dtype}")
 
 

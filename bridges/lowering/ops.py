@@ -135,6 +135,12 @@ def reduce_precision(x: Tensor, mantissa_bits: int) -> Tensor:
     return torch.where(torch.isnan(x), x, rounded.view(torch.float32))
 
 
+def half_precision(x: Tensor) -> Tensor:
+    """Rounded to float16's exponent and mantissa, its subnormals flushed to zero."""
+    y = x.to(torch.float16).to(x.dtype)
+    return torch.where(torch.abs(y) < 2.0**-14, torch.copysign(torch.zeros_like(x), x), y)
+
+
 # ---- randomness --------------------------------------------------------------------------
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -178,7 +184,9 @@ def reduce_xor(x: Tensor, axes: Sequence[int]) -> Tensor:
     return torch.sum(x, tuple(axes), dtype=torch.int64) % 2 == 1
 
 
-def _cumulative(function: Callable[[Tensor], Tensor], x: Tensor, axis: int, reverse: bool) -> Tensor:
+def _cumulative(
+    function: Callable[[Tensor], Tensor], x: Tensor, axis: int, reverse: bool
+) -> Tensor:
     if x.shape[axis] == 0:
         return torch.clone(x)
     y = function(torch.flip(x, (axis,)) if reverse else x)

@@ -1,8 +1,10 @@
 """``lower``: a JAX function over pytrees as a torch program over flat tensors."""
 
+import contextlib
 import dataclasses
+import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -71,7 +73,7 @@ def lower(
     paths, in_tree = jax.tree_util.tree_flatten_with_path(example_args)
     in_avals = tuple(_struct(leaf) for _, leaf in paths)
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
-    with jax.enable_x64(wide or jax.config.jax_enable_x64):
+    with _collector_paused(), jax.enable_x64(wide or jax.config.jax_enable_x64):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
         shared = Shared(TABLE, frozenset(ELEMENTWISE), torch.device(device), {}, {}, {})
@@ -85,6 +87,18 @@ def lower(
     passthrough = {i: inputs[n] for i, n in enumerate(results) if n in inputs}
     out_avals = tuple(_struct(leaf) for leaf in out_leaves)
     return Lowered(graph, in_tree, out_tree, in_avals, out_avals, passthrough)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the cyclic collector, whose passes over a growing graph make the time quadratic."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 _WIDE = {"int64", "uint64", "float64", "complex128"}

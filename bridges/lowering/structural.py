@@ -164,21 +164,26 @@ def _fill(dtype: Any) -> float | int | bool:
     return math.nan
 
 
+def _ints(values: Sequence[Any]) -> tuple[int, ...]:
+    """Python integers, where JAX may have NumPy ones that generated code cannot name."""
+    return tuple(int(v) for v in values)
+
+
 def _gather(b: Builder, eqn: core.JaxprEqn, x: Value, indices: Value) -> Value:
     aval, p = eqn.invars[0].aval, eqn.params
     if is_key(aval.dtype):
         raise b.unsupported(eqn, "of typed PRNG keys")
     dims, mode, fill = p["dimension_numbers"], p["mode"], p["fill_value"]
-    batching = tuple(zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True))
+    batching = zip(dims.operand_batching_dims, dims.start_indices_batching_dims, strict=True)
     return b.emit(
         ops.gather,
         b.tensor(x, aval),
         b.tensor(indices, eqn.invars[1].aval),
-        tuple(p["slice_sizes"]),
-        tuple(dims.offset_dims),
-        (*dims.collapsed_slice_dims, *dims.operand_batching_dims),
-        tuple(dims.start_index_map),
-        batching,
+        _ints(p["slice_sizes"]),
+        _ints(dims.offset_dims),
+        _ints((*dims.collapsed_slice_dims, *dims.operand_batching_dims)),
+        _ints(dims.start_index_map),
+        tuple(_ints(pair) for pair in batching),
         mode != GatherScatterMode.FILL_OR_DROP,
         _fill(aval.dtype) if fill is None else fill,
     )
@@ -190,17 +195,15 @@ def _scatter(reduce: str) -> Rule:
         if is_key(eqn.invars[0].aval.dtype):
             raise b.unsupported(eqn, "of typed PRNG keys")
         dims, avals = p["dimension_numbers"], [v.aval for v in eqn.invars]
-        batching = tuple(
-            zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
-        )
+        batching = zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
         node = b.emit(
             ops.scatter,
             *(b.tensor(v, a) for v, a in zip((x, indices, updates), avals, strict=True)),
             reduce,
-            tuple(dims.update_window_dims),
-            (*dims.inserted_window_dims, *dims.operand_batching_dims),
-            tuple(dims.scatter_dims_to_operand_dims),
-            batching,
+            _ints(dims.update_window_dims),
+            _ints((*dims.inserted_window_dims, *dims.operand_batching_dims)),
+            _ints(dims.scatter_dims_to_operand_dims),
+            tuple(_ints(pair) for pair in batching),
             p["mode"] == GatherScatterMode.CLIP,
         )
         return b.wrap(node, avals[0])
@@ -234,10 +237,9 @@ STRUCTURAL: dict[str, Rule] = {
     "rev": _rev,
     "scatter": _scatter("set"),
     "scatter-add": _scatter("sum"),
-    "scatter_add": _scatter("sum"),
-    "scatter_max": _scatter("amax"),
-    "scatter_min": _scatter("amin"),
-    "scatter_mul": _scatter("prod"),
+    "scatter-max": _scatter("amax"),
+    "scatter-min": _scatter("amin"),
+    "scatter-mul": _scatter("prod"),
     "slice": _slice,
     "sort": _sort,
     "split": _split,
