@@ -8,7 +8,7 @@ import optax
 from chainrule.transforms import chain, decay_and_rate, live, momentum_alignment_mask
 
 
-@live(static=("inner", "init_alignment", "exclude", "seed", "state_dtype", "decay_mask"))
+@live(static=("inner", "exclude", "seed", "state_dtype", "decay_mask"))
 def magma(
     inner: optax.GradientTransformation,
     mask_prob: float = 0.5,
@@ -48,7 +48,7 @@ def magma(
       weight_decay: decoupled weight decay after the mask, at least 0; needs `learning_rate`.
       moment: `"mu"`, `"nu"` or `"trace"`, as the inner chain names it, or `"own"` (`inner` without momentum; Magma
         0.1.1).
-      init_alignment: first alignment, in [0, 1].
+      init_alignment: alignment that `init` writes, in [0, 1].
       exclude: parameters left alone: path patterns, a function of path and parameter, or a tree of booleans.
       seed: an integer or a threefry key.
       state_dtype: dtype of Magma's own moment, default the parameter's.

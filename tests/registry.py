@@ -394,7 +394,7 @@ CHAINS: tuple[Case, ...] = (
         name="magma",
         public=chains.magma,
         unbounded=("seed",),
-        factory=around_adam(chains.magma),
+        factory=lambda **settings: chains.magma(chains.adam(1e-2, weight_decay=0.1), **settings),
         settings=({}, {"mask_prob": 1.0, "moment": "own"}),
         links=lambda: (chains.adam(1e-2, weight_decay=0.1), transforms.momentum_alignment_mask()),
         reference=lambda **settings: magma_reference.magma(_of_adam(1e-2, 0.1), **settings),

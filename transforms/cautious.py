@@ -43,7 +43,9 @@ def cautious(
 
     It belongs before `scale_by_learning_rate`, where an update has the sign of the gradient that it descends. Put it
     before weight decay to spare the decay, after it to mask the two together. An update that agrees with the gradient
-    nowhere becomes zero. For complex leaves \(u g\) is \(\mathrm{Re}(\bar u g)\).
+    nowhere becomes zero; a NaN among the updates, not among the gradients,
+    stays, and spreads over its tensor. For complex leaves \(u g\) is \(\mathrm{Re}(\bar u
+    g)\).
 
     Args:
       normalizer: c, one factor a tensor: `"clamped_mean"`, `"mean"`, `"count"` or `"none"` as above. `None`: no
@@ -72,12 +74,6 @@ def cautious(
         return optax.with_extra_args_support(optax.identity())
     check_choice("cautious", "normalizer", normalizer, ("clamped_mean", "mean", "count", "none"))
 
-    def real_pair(u, g):
-        """Two real arrays to be compared in sign."""
-        if jnp.iscomplexobj(u):
-            u, g = (jnp.conj(u) * g).real, jnp.ones_like(u.real)
-        return up(u), -up(g) if negated else up(g)
-
     def init(params):
         return CautiousState(jax.tree.map(lambda _: jnp.ones((), jnp.float32), params))
 
@@ -90,11 +86,19 @@ def cautious(
             "use `chainrule.chain` in place of `optax.chain`, or call `update(..., grad=gradients)`",
         )
 
-        def fraction(u, g):
-            # (s^2 + s) / 2 is the mask in arithmetic alone, which XLA:CPU fuses into the sum; comparisons it does not.
-            u, g = real_pair(u, g)
-            s = jnp.sign(u) * jnp.sign(g)
-            return (jnp.sum(s * s + s) / (2 * max(s.size, 1))).astype(jnp.float32)
+        def agreeing(u, g):
+            if jnp.iscomplexobj(u):
+                a, b = (jnp.conj(u) * g).real, 1.0
+            else:
+                a, b = u, g
+            b = -b if negated else b
+            # Not a b > 0: a product of small numbers is zero.
+            agrees = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
+            return jnp.where(agrees | jnp.isnan(u), up(u), 0)
+
+        def fraction(kept):
+            # Counts the non-zero entries in arithmetic alone: XLA:CPU fuses that into the sum, and no comparison.
+            return (jnp.sum(jnp.sign(jnp.abs(kept))) / max(kept.size, 1)).astype(jnp.float32)
 
         def factor(size, mean):
             if normalizer == "clamped_mean":
@@ -104,15 +108,11 @@ def cautious(
                 return 1 / jnp.where(mean > 0, mean + eps, 1)
             return size / (mean * size + 1) if normalizer == "count" else 1
 
-        def kept(u, g, mean):
-            a, b = real_pair(u, g)
-            # not a b > 0: a product of small numbers is zero
-            mask = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
-            scale = jnp.where(jnp.isfinite(mean), factor(u.size, mean), 1)
-            # A product, not a choice: a NaN in the update stays visible, one in the gradient alone is dropped.
-            return (mask * (up(u) * scale)).astype(u.dtype)
-
-        means = map_unmasked(fraction, updates, grad)
-        return map_unmasked(kept, updates, grad, means), CautiousState(means)
+        kept = map_unmasked(agreeing, updates, grad)
+        means = map_unmasked(fraction, kept)
+        new = map_unmasked(
+            lambda u, k, mean: (k * factor(k.size, mean)).astype(u.dtype), updates, kept, means
+        )
+        return new, CautiousState(means)
 
     return optax.GradientTransformationExtraArgs(init, update)

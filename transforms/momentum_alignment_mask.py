@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import abs_sq, ema, up
+from chainrule.transforms._numerics import abs_sq, ema, finite, up
 from chainrule.transforms._trees import is_masked, map_unmasked, select
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
@@ -58,8 +58,8 @@ def momentum_alignment_mask(
 
     $$u'_t = s_t\, m_t\, u_t, \qquad s_t = e\, s_{t-1} + (1 - e)\, \sigma\big(\cos(\mu_t, g_t) / \tau\big)$$
 
-    A gradient that is zero, or not finite, has the cosine 0. Draws are reproducible: they depend on `seed`, the step and
-    the parameter's place.
+    A gradient that is zero, or not finite, has the cosine 0. Draws are reproducible: they depend on `seed`, the step
+    and the parameter's place.
 
     Args:
       mask_prob: probability that a tensor's update is applied, in [0, 1].
@@ -124,7 +124,9 @@ def momentum_alignment_mask(
         del params
         grad = require(owner, "grad", grad, f"{_PASS} `update(..., grad=gradients)`")
         if moment == "own":
-            moments = map_unmasked(lambda m, g: ema(momentum_beta, m, g), state.own, grad)
+            moments = map_unmasked(
+                lambda m, g: ema(momentum_beta, m, finite(g, None)), state.own, grad
+            )
         else:
             remedy = f'{_PASS} `update(..., {moment}=...)`, name another `moment`, or moment="own"'
             moments = require(owner, moment, extra_args.get(moment), remedy)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def magma(
     *,
     moment: str = "mu",
     init_alignment: float = 1.0,
-    exclude: str | None = None,
+    exclude: str | Callable[[str, Any], bool] | None = None,
     seed: int = 0,
     learning_rate: float | None = None,
     weight_decay: float = 0.0,
@@ -57,10 +58,15 @@ def magma(
     alignment: dict[str, float] = {}
     count = 0
 
+    def excluded(name: str) -> bool:
+        if callable(exclude):
+            return exclude(name, None)
+        return exclude is not None and re.search(exclude, name) is not None
+
     def masked(grads: Tree, params: Tree) -> Tree:
         nonlocal count
         mu, updates = moments(grads), inner(grads, params)
-        included = [name for name in grads if exclude is None or not re.search(exclude, name)]
+        included = [name for name in grads if not excluded(name)]
         for name, draw in zip(included, draws(seed, count, len(included)), strict=True):
             agreement = 1 / (1 + np.exp(-cosine(mu[name], grads[name]) / tau))
             s = alignment.get(name, init_alignment)
