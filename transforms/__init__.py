@@ -9,13 +9,16 @@ from chainrule.transforms.agar_confidence import AgarConfidenceState, agar_confi
 from chainrule.transforms.cautious import CautiousState, cautious
 from chainrule.transforms.decay_and_rate import decay_and_rate
 from chainrule.transforms.decoupled_weight_decay import decoupled_weight_decay
+from chainrule.transforms.ema_momentum import EmaMomentumState, ema_momentum
 from chainrule.transforms.grokfast_ema import GrokfastEmaState, grokfast_ema
 from chainrule.transforms.grokfast_ma import GrokfastMaState, grokfast_ma
 from chainrule.transforms.momentum_alignment_mask import (
     MomentumAlignmentMaskState,
     momentum_alignment_mask,
 )
+from chainrule.transforms.newton_schulz import newton_schulz
 from chainrule.transforms.orthograd import orthograd
+from chainrule.transforms.routing import HIDDEN_MATRICES, Routing
 from chainrule.transforms.scale_by_adam import ScaleByAdamState, scale_by_adam
 from chainrule.transforms.scale_by_belief import ScaleByBeliefState, scale_by_belief
 from chainrule.transforms.scale_by_tensor_rms import ScaleByTensorRmsState, scale_by_tensor_rms
@@ -23,14 +26,17 @@ from chainrule.transforms.snr_confidence import SnrConfidenceState, snr_confiden
 from chainrule.transforms.zero_nonfinite import ZeroNonfiniteState, zero_nonfinite
 
 __all__ = [
+    "HIDDEN_MATRICES",
     "AdaptiveBeta1State",
     "AgarConfidenceState",
     "CautiousState",
+    "EmaMomentumState",
     "GrokfastEmaState",
     "GrokfastMaState",
     "LiveState",
     "MomentumAlignmentMaskState",
     "MomentumLeaf",
+    "Routing",
     "ScaleByAdamState",
     "ScaleByBeliefState",
     "ScaleByTensorRmsState",
@@ -42,6 +48,7 @@ __all__ = [
     "chain",
     "decay_and_rate",
     "decoupled_weight_decay",
+    "ema_momentum",
     "grokfast_ema",
     "grokfast_ma",
     "hyperparams",
@@ -49,6 +56,7 @@ __all__ = [
     "metrics",
     "momentum_alignment_mask",
     "named_chain",
+    "newton_schulz",
     "orthograd",
     "posted",
     "scale_by_adam",
