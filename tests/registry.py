@@ -64,7 +64,7 @@ class Case:
     unbounded: tuple[str, ...] = ()
     """Numeric arguments that take any finite number."""
     zeroes_nonfinite: bool = False
-    """Its policy for NaN and infinite gradients: zeroed, and the metric `nonfinite` says so; else they show in the updates."""
+    """NaN and infinite gradients are zeroed, and the metric `nonfinite` says so; else the updates or state show them."""
     half_tolerance: float = 0.05
     """Largest difference of half precision from float32, relative to the largest entry of a leaf's updates."""
     tolerance: float = 1e-5
@@ -301,6 +301,81 @@ ATOMS: tuple[Case, ...] = (
         alone=transforms.momentum_alignment_mask,
         missing=r"momentum_alignment_mask: needs `grad`.*chainrule\.chain.*grad=",
     ),
+    Case(
+        name="agar_confidence",
+        public=transforms.agar_confidence,
+        factory=after_adam(transforms.agar_confidence),
+        settings=(
+            {"tau_init_steps": 3},
+            {
+                "tau_init_steps": 5,
+                "granularity": "parameter",
+                "clamp_factor": 2.0,
+                "center": "median",
+            },
+            {
+                "tau_init_steps": 7,
+                "granularity": "parameter",
+                "shared_calibration": True,
+                "adapt_c_min": True,
+                "tau_clip_range": (0.01, 0.5),
+                "debias": False,
+                "eps": 1e-8,
+            },
+            {"tau_init_steps": 3, "source": "direction"},
+            {"tau_init_steps": 3, "source": "own", "b1": 0.5},
+        ),
+        errors=(
+            (
+                {"source": "mu"},
+                ValueError,
+                r"`source` must be one of 'upstream', 'direction', 'own'",
+            ),
+            (
+                {"granularity": "leaf"},
+                ValueError,
+                r"`granularity` must be one of 'group', 'parameter'",
+            ),
+            ({"center": "mode"}, ValueError, r"`center` must be one of 'mean', 'median'"),
+            ({"tau_init_steps": 2.5}, ValueError, r"`tau_init_steps` is the length of a buffer"),
+            (
+                {"tau_clip_range": (0.5, 0.1)},
+                ValueError,
+                r"0 <= low <= high <= 1, got \(0.5, 0.1\)",
+            ),
+            (
+                {"clamp_factor": 2.0, "source": "direction"},
+                ValueError,
+                r"`clamp_factor` clamps the moments.*use source=\"upstream\"",
+            ),
+        ),
+        alone=transforms.agar_confidence,
+        missing=r"agar_confidence: needs `mu`.*chainrule\.chain.*source=\"direction\".*source=\"own\"",
+        complex_error="real floating-point",
+    ),
+    Case(
+        name="scale_by_belief",
+        public=transforms.scale_by_belief,
+        settings=({}, {"deviation": "raw", "b1": 0.5, "eps": 1e-4}),
+        errors=(({"deviation": "g"}, ValueError, r"`deviation` must be one of 'unbiased', 'raw'"),),
+        complex_error="real floating-point",
+    ),
+    Case(
+        name="snr_confidence",
+        public=transforms.snr_confidence,
+        factory=lambda **settings: chain(
+            transforms.scale_by_belief(), transforms.snr_confidence(**settings)
+        ),
+        settings=(
+            {},
+            {"robustness": 0.0, "rel_floor": 1.0},
+            {"robustness": 2.0, "c_min": 0.0, "rel_floor": 0.0, "eps": 1e-3},
+        ),
+        errors=(({"deviation": "g"}, ValueError, r"`deviation` must be one of 'unbiased', 'raw'"),),
+        alone=transforms.snr_confidence,
+        missing=r"snr_confidence: needs `mu`.*chainrule\.chain.*scale_by_belief",
+        complex_error="real floating-point",
+    ),
 )
 
 CHAINS: tuple[Case, ...] = (
@@ -432,6 +507,53 @@ CHAINS: tuple[Case, ...] = (
         links=lambda: (transforms.orthograd(), chains.adam(1e-2, weight_decay=0.1)),
         reference=lambda: filters.then(filters.orthograd(), _of_adam(1e-2, 0.1)),
         needs_params=True,
+    ),
+    Case(
+        name="casmo",
+        public=chains.casmo,
+        settings=(
+            {"tau_init_steps": 3, "weight_decay": 0.1},
+            {
+                "learning_rate": _schedule,
+                "weight_decay": None,
+                "tau_init_steps": 4,
+                "granularity": "parameter",
+                "agar_clamp_factor": 2.0,
+            },
+            {},
+        ),
+        errors=(
+            ({"tau_init_steps": 2.5}, ValueError, r"`tau_init_steps` is the length of a buffer"),
+        ),
+        links=lambda: (
+            transforms.scale_by_adam(),
+            transforms.agar_confidence(3),
+            transforms.decoupled_weight_decay(0.1),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        needs_params=True,
+        complex_error="real floating-point",
+    ),
+    Case(
+        name="casmo_snr",
+        public=chains.casmo_snr,
+        settings=(
+            {"weight_decay": 0.1},
+            {
+                "learning_rate": _schedule,
+                "weight_decay": None,
+                "robustness": 2.0,
+                "deviation": "raw",
+            },
+        ),
+        links=lambda: (
+            transforms.scale_by_belief(),
+            transforms.snr_confidence(),
+            transforms.decoupled_weight_decay(0.1),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        needs_params=True,
+        complex_error="real floating-point",
     ),
 )
 
