@@ -58,6 +58,7 @@ class GroupTree:
     Attributes:
       params: the parameters in the order in which JAX flattens the tree.
       labels: what messages call them.
+      dtypes: what they were when the chain was traced.
       head: the parameter that keeps what belongs to the whole group.
       device: the device of all of them.
       slots: the home of every leaf of the state.
@@ -83,6 +84,7 @@ class GroupTree:
         self.head = params[0]
         self.params = [params[i] for i in order]
         self.labels = [labels[i] for i in order]
+        self.dtypes = [p.dtype for p in self.params]
         self.device = self._one_device()
         self._trace()
         state = jax.tree.unflatten(self.state_structure, self.state_avals)

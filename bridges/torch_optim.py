@@ -106,9 +106,11 @@ class TorchBridge(torch.optim.Optimizer):
         Raises:
           ValueError: see the class; the optimizer is unchanged.
         """
-        params = param_group.get("params")
+        params = param_group.get("params") if isinstance(param_group, dict) else None
         if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
-            param_group["params"] = list(params)
+            param_group["params"] = params = list(params)
+            if len({id(p[1] if isinstance(p, tuple) else p) for p in params}) < len(params):
+                raise ValueError("TorchBridge: a parameter appears twice in one parameter group")
         given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -240,8 +242,9 @@ class TorchBridge(torch.optim.Optimizer):
             members = set(self._members[index])
             joining = [p for p in group["params"] if p not in members and p.grad is not None]
             if joining:
+                labels = [f"of shape {tuple(p.shape)}" for p in joining]
                 _check_gradients(
-                    joining, [p.grad for p in joining], [f"{tuple(p.shape)}" for p in joining]
+                    joining, [p.grad for p in joining], [p.dtype for p in joining], labels
                 )
                 self._grow(index, [*members, *joining])
                 tree = self._tree(index)
@@ -251,7 +254,7 @@ class TorchBridge(torch.optim.Optimizer):
         absent = [i for i, g in enumerate(grads) if g is None]
         if len(absent) == len(grads):
             return None
-        _check_gradients(tree.params, grads, tree.labels)
+        _check_gradients(tree.params, grads, tree.dtypes, tree.labels)
         if tree.params[0].device != tree.device:
             tree.move()
             self._store(tree, [leaf.to(tree.device) for leaf in tree.leaves(self.state)])
@@ -450,8 +453,6 @@ class TorchBridge(torch.optim.Optimizer):
 
 
 def _check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
-    if len(set(params)) != len(params):
-        raise ValueError("TorchBridge: a parameter appears twice in one parameter group")
     if len(set(labels)) != len(labels):
         raise ValueError("TorchBridge: two parameters of one group have the same name")
     for p, label in zip(params, labels, strict=True):
@@ -472,15 +473,25 @@ def _check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             )
 
 
-def _check_gradients(params: Sequence[Tensor], grads: Sequence[Any], labels: Sequence[str]) -> None:
-    for p, g, label in zip(params, grads, labels, strict=True):
+def _check_gradients(
+    params: Sequence[Tensor],
+    grads: Sequence[Any],
+    dtypes: Sequence[torch.dtype],
+    labels: Sequence[str],
+) -> None:
+    for p, g, dtype, label in zip(params, grads, dtypes, labels, strict=True):
+        if p.dtype is not dtype:
+            raise RuntimeError(
+                f"TorchBridge: parameter {label} was {dtype} when the bridge was made and is {p.dtype} now; make a new "
+                "bridge"
+            )
         if g is None:
             continue
         if g.layout is not torch.strided:
             raise RuntimeError(
                 f"TorchBridge does not support sparse gradients, got one for parameter {label}"
             )
-        if g.dtype is not p.dtype:
+        if g.dtype is not dtype:
             raise RuntimeError(
                 f"TorchBridge: the gradient of parameter {label} is {g.dtype}, the parameter {p.dtype}; cast it first"
             )

@@ -24,7 +24,7 @@ BFLOAT16 = ("bias", "tall")  # in the mixed tree
 # XLA keeps float32 between the operations that it fuses and torch rounds after each: they agree to a few roundings of
 # the update, 2^-8 each, and chains that couple parameters carry this to the float32 leaves of a mixed tree.
 MOVEMENT, STATE = {"float32": 2e-5, "bfloat16": 0.06}, {"float32": 1e-4, "bfloat16": 0.06}
-MIXED = {"float32": 0.005, "bfloat16": 0.06}
+MIXED = {"float32": 0.02, "bfloat16": 0.06}
 ULPS = 4
 XLA = {"xla_allow_excess_precision": False}
 
