@@ -280,7 +280,7 @@ def tier2_quantized(
         nu: second moment before the step; None unless `denominator` is ``"root"``.
         block: elements that share a scale.
         bits: 4 or 8 a code.
-        start: ``"gradient"`` makes the gradient the first EMA of a block whose scale is 0.
+        start: ``"gradient"`` takes the gradient for the EMA before this step where a scale is 0.
         b1, b2, eps, b1_long, blend, mu_correction, nu_correction, denominator: as in `tier2`.
         mu_long: codes of the slower first moment; None leaves it out.
         learning_rate, weight_decay, parameters, in_place: as in `tier2`.

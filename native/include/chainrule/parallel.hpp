@@ -23,40 +23,8 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
 #endif
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 namespace chainrule {
-
-// Round to nearest, subnormal float32 flushed to zero, while it lives. XLA flushes on its own threads;
-// an EMA of a parameter that gets no gradient would otherwise stay subnormal, and slow, for ever. And
-// results must not depend on the mode of the thread that computes a task.
-class FloatMode {
- public:
-#if defined(__SSE__)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~0x6000u) | 0x8040u); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-#elif defined(__aarch64__)
-  FloatMode() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved_));
-    const std::uint64_t wanted = (saved_ & ~(std::uint64_t{3} << 22)) | (std::uint64_t{1} << 24);
-    asm volatile("msr fpcr, %0" ::"r"(wanted));
-  }
-  ~FloatMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
-#else
-  FloatMode() {}
-#endif
-  FloatMode(const FloatMode&) = delete;
-  FloatMode& operator=(const FloatMode&) = delete;
-
- private:
-#if defined(__SSE__)
-  unsigned saved_;
-#elif defined(__aarch64__)
-  std::uint64_t saved_ = 0;
-#endif
-};
 
 // Runs body(0) ... body(tasks - 1) on the caller and at most threads - 1 helpers.
 template <class Schedule>
@@ -71,7 +39,6 @@ void parallel_for(std::int64_t tasks, int threads, Schedule&& schedule,
     std::condition_variable all_finished;
 
     void work() {
-      const FloatMode mode;
       for (;;) {
         const std::int64_t task = next.fetch_add(1);
         if (task >= tasks) return;

@@ -4,9 +4,9 @@
 //   q     = clip(round(x / scale), -L, L) + Z, Z = 8 or 128;  x ~ (q - Z) scale
 //
 // Layout: codes are one stream over the whole tensor, at 4 bits two to a byte, the even index in the low
-// nibble, an odd tensor's last high nibble 0; block k covers elements [k block, (k + 1) block), so a block
-// of odd size ends inside a byte. Even sizes are laid out as the reference does it (its odd ones overwrite
-// each other). To nearest divides in float64, half to even, by the scale before it is stored in float32;
+// nibble; block k covers elements [k block, (k + 1) block), so a block of odd size ends inside a byte. The
+// nibble after an odd tensor's end is written 0 by quantize and left alone by tier 2. Even block sizes are
+// laid out as the reference does it (its odd ones overwrite each other). To nearest divides in float64, half to even, by the scale before it is stored in float32;
 // decoding multiplies by the stored one. Stochastic rounding is floor(x / scale + u) in float32, u from
 // the 24 high bits of Threefry-2x32 at the element's index: jax.random.bits(key, shape) gives the same.
 // A block with an element that is not finite gets the scale NaN: the whole block decodes to NaN.
@@ -45,7 +45,7 @@ struct Requantize {
 struct Tier2Quantized {
   Tier2 update;
   Codes mu, mu_long;
-  bool start_at_gradient = false;  // a block whose scale is 0 takes the gradient as its EMA
+  bool start_at_gradient = false;  // where a scale is 0, the EMA before this step is the gradient
 };
 
 namespace CHAINRULE_ISA {
@@ -103,7 +103,6 @@ inline void pack(const Codes& c, std::int64_t begin, std::int64_t n, const std::
     std::memcpy(bytes + begin, codes, static_cast<std::size_t>(n));
     return;
   }
-  const bool last = begin + n == c.size;
   if (begin % 2 != 0) {
     bytes[begin / 2] = static_cast<std::uint8_t>((bytes[begin / 2] & 15) | (*codes++ << 4));
     ++begin;
@@ -115,8 +114,7 @@ inline void pack(const Codes& c, std::int64_t begin, std::int64_t n, const std::
     bytes[i] = static_cast<std::uint8_t>(codes[2 * i] | (codes[2 * i + 1] << 4));
   }
   if (n % 2 != 0) {
-    const int high = last ? 0 : bytes[n / 2] & 0xf0;
-    bytes[n / 2] = static_cast<std::uint8_t>(codes[n - 1] | high);
+    bytes[n / 2] = static_cast<std::uint8_t>(codes[n - 1] | (bytes[n / 2] & 0xf0));
   }
 }
 
@@ -246,6 +244,9 @@ inline void quantize(const Requantize& t, std::int64_t begin, std::int64_t end) 
   float scratch[kTile];
   WholeScale whole;
   const std::uint32_t* key = t.stochastic ? t.key : nullptr;
+  if (t.codes.bits == 4 && end == t.codes.size && end % 2 != 0) {
+    static_cast<std::uint8_t*>(t.codes.packed.data)[end / 2] = 0;
+  }
   each_tile(
       t.codes.block, begin, end,
       [&](std::int64_t first, std::int64_t n) { whole.add(load(t.values, first, n, scratch), n); },
@@ -272,9 +273,10 @@ inline void coded_ema(const Codes& c, bool start_at_gradient, std::int64_t begin
   const auto* scales = static_cast<const float*>(c.scales.data);
   decode(c, begin, n, ema);
   each_block(c, begin, n, [&](std::int64_t block, std::int64_t first, std::int64_t count) {
-    const bool start = start_at_gradient && scales[block] == 0;
-    update_ema(count, ema + first, g + first, start ? 0 : decay, start ? 1 : rest);
+    if (!start_at_gradient || scales[block] != 0) return;
+    std::memcpy(ema + first, g + first, static_cast<std::size_t>(count) * sizeof(float));
   });
+  update_ema(n, ema, g, decay, rest);
 }
 
 inline void tier2_quantized(const Tier2Quantized& q, std::int64_t begin, std::int64_t end) {
