@@ -54,15 +54,15 @@ def stam(
         needs no parameters.
       adapt_strength: how far b1 may fall below `b1_base`, relatively, in [0, 0.5].
       tau_decay: decay of the mean absolute residual, in [0, 1).
-      fallback_threshold: b1 is `b1_base` where the variance of the residual reaches this many
-        times its squared mean.
+      fallback_threshold: b1 is `b1_base` where the variance of the residual reaches this many times
+        its squared mean.
       debias: debias the two residual EMAs; the repository does not (`False`).
       debias_eps: added to Adam's bias corrections; the repository adds its eps (`debias_eps=eps`).
       nonfinite: a tensor whose gradient is not finite everywhere is left out of the statistics
-        (`"skip"`, as documented), or
-        enters them with those entries zeroed (`"zero"`, as in the repository's code); the entries
-        are zeroed either way.
-      max_abs: clamp on gradient entries before they are squared, 2^48; the repository has none (`None`).
+        (`"skip"`, as documented), or enters them with those entries zeroed (`"zero"`, as in the
+        repository's code); the entries are zeroed either way.
+      max_abs: clamp on gradient entries before they are squared, 2^48; the repository has none
+        (`None`).
       state_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the second moment, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
@@ -139,12 +139,13 @@ def stam_lite(
       b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
       debias_eps: added to the bias corrections; the repository adds its eps (`debias_eps=eps`).
       nonfinite: a tensor whose gradient is not finite everywhere is left out of the statistics
-        (`"skip"`, as documented), or
-        enters them with those entries zeroed (`"zero"`, as in the repository's code); the entries
-        are zeroed either way.
-      max_abs: clamp on gradient entries before they are squared, 2^48; the repository has none (`None`).
+        (`"skip"`, as documented), or enters them with those entries zeroed (`"zero"`, as in the
+        repository's code); the entries are zeroed either way.
+      max_abs: clamp on gradient entries before they are squared, 2^48; the repository has none
+        (`None`).
       state_dtype: dtype of the first moment, default the parameter's.
-      stat_dtype: dtype of the scalars; the repository stores them in `state_dtype`, where bfloat16 stalls them.
+      stat_dtype: dtype of the scalars; the repository stores them in `state_dtype`, where bfloat16
+        stalls them.
       mask: which parameters decay, as in `optax.adamw`.
 
     Returns:

@@ -1,8 +1,8 @@
 """`optax.chain` whose links also see what earlier links remember.
 
 Information travels along a chain on three roads: the updates; extra arguments by name; and, from
-`adaptive_beta1` to the
-atom that follows it, a momentum leaf. This module is the second road. A link is called with
+`adaptive_beta1` to the atom that follows it, a momentum leaf. This module is the second road. A
+link is called with
 
     grad                    the raw gradient that the chain was called with
     mu, nu, trace           the moments in the state of an earlier link, after this step's update of it
@@ -46,8 +46,8 @@ def posted(state: Any) -> dict[str, Any]:
     """What `state` offers to later links: `mu`, `nu`, `trace`, and the `count` and `b1` beside them.
 
     Looks into tuples, dicts and every NamedTuple whose name ends in `State`; where two offer the
-    same name the later one
-    counts, leaf by leaf if either is masked.
+    same name the later one counts, leaf by leaf if either is masked. A state with a method `posted`
+    says itself what it offers.
 
     Args:
       state: the state of any gradient transformation.
@@ -60,6 +60,8 @@ def posted(state: Any) -> dict[str, Any]:
     ['count', 'mu', 'nu']
     """
     found: dict[str, Any] = {}
+    if hasattr(state, "posted"):  # a state whose fields are not what later links see
+        return state.posted()
     if _is_state(state):
         fields = {k: v for k, v in state._asdict().items() if v is not None}
         if any(name in fields for name in _MOMENTS):
@@ -104,10 +106,8 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     """`optax.chain` that also hands each link the raw gradient and what earlier links remember.
 
     A drop-in: the state is the tuple that `optax.chain` makes, extra arguments given to `update`
-    reach every link, and
-    chains nest. An extra argument that the caller gives, `grad` for example, stands until a link
-    posts its own. Any
-    link may own moments, stock optax links included.
+    reach every link, and chains nest. An extra argument that the caller gives, `grad` for example,
+    stands until a link posts its own. Any link may own moments, stock optax links included.
 
     Args:
       *links: gradient transformations, applied in order.

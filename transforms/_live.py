@@ -40,18 +40,14 @@ def live(
     parameters' dtype.
 
     A number or array becomes an entry of `LiveState.hyperparams`; a callable is a schedule, called
-    with the number of
-    updates made before this one. Everything else (`None`, strings, booleans, and what `static`
-    names) is structure, fixed
-    at construction. The chain is built once at construction, so that its atoms check their bounds
-    there, and again while
-    tracing, with the arrays of the state for arguments. The final updates are cast to the dtype of
-    the gradients.
+    with the number of updates made before this one. Everything else (`None`, strings, booleans, and
+    what `static` names) is structure, fixed at construction. The chain is built once at
+    construction, so that its atoms check their bounds there, and again while tracing, with the
+    arrays of the state for arguments. The final updates are cast to the dtype of the gradients.
 
     Args:
-      static: names of arguments that are structure although they are numbers or callables (a
-        number of iterations, the
-        length of a buffer, an inner chain, a predicate).
+      static: names of arguments that are structure although they are numbers or callables (a number
+        of iterations, the length of a buffer, an inner chain, a predicate).
 
     Returns:
       A decorator for functions that return a gradient transformation.
@@ -122,7 +118,9 @@ def live(
 def _in_dtype_of(old: Any, new: Any) -> Any:
     # Many of optax's links widen their state at the first update of a mix of dtypes, for a second compile. Keys of
     # `jax.random`, which have no `astype`, keep their dtype.
-    return new if jax.typeof(new).dtype == jax.typeof(old).dtype else new.astype(jax.typeof(old).dtype)
+    return (
+        new if jax.typeof(new).dtype == jax.typeof(old).dtype else new.astype(jax.typeof(old).dtype)
+    )
 
 
 def _check_structure(owner: str, updates: Any, params: Any) -> None:
@@ -174,7 +172,8 @@ def hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
     """The live hyperparameters in `state`, by name.
 
     Args:
-      state: the state of any gradient transformation; those of `optax.inject_hyperparams` count too.
+      state: the state of any gradient transformation; those of `optax.inject_hyperparams` count
+        too.
 
     Returns:
       A dict from name to scalar array. A name that two nested chains share is the outermost one's;
@@ -197,7 +196,8 @@ def set_hyperparams(state: optax.OptState, **values: Any) -> Any:
 
     Args:
       state: the state of any gradient transformation.
-      **values: numbers or scalar arrays by the names that `hyperparams` lists (`**{"0.b1": 0.8}` for a path).
+      **values: numbers or scalar arrays by the names that `hyperparams` lists (`**{"0.b1": 0.8}`
+        for a path).
 
     Returns:
       The new state, of the same structure, shapes and dtypes.

@@ -22,17 +22,15 @@ class _ExplainedInErrors(type):
 class MomentumLeaf(metaclass=_ExplainedInErrors):
     """A first moment with its raw gradient and bias correction; one leaf of the updates, between two links.
 
-    It is deliberately no pytree node: `jax.tree.map` in a transform that does not know it meets
-    the object itself, and
-    whatever is done to it raises `TypeError` naming the atoms that do.
+    It is deliberately no pytree node: `jax.tree.map` in a transform that does not know it meets the
+    object itself, and whatever is done to it raises `TypeError` naming the atoms that do.
 
     Attributes:
       mu: the first moment, in the shape of the parameter, float32 at least.
       grad: the gradient it was made from, same shape, in the gradient's dtype.
       correction: float32 scalar, 1 - prod(b1_i): the weight that `mu` has given to gradients.
-      mean_square: scalar, the mean of the squared gradient where `adaptive_beta1` measured it,
-        else `None`; not finite
-        where the gradient as it came was not.
+      mean_square: scalar, the mean of the squared gradient where `adaptive_beta1` measured it, else
+        `None`; not finite where the gradient as it came was not.
     """
 
     __slots__ = ("correction", "grad", "mean_square", "mu")

@@ -20,7 +20,8 @@ def ema(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
     """1 - decay**count, the weight an EMA that started at zero has given to what it saw.
 
-    Computed as -expm1(count * log(decay)): 1 - decay**count loses half of float32's digits for decay near one.
+    Computed as -expm1(count * log(decay)): 1 - decay**count loses half of float32's digits for
+    decay near one.
 
     Args:
       decay: a number or scalar array in [0, 1).
@@ -42,6 +43,26 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
 
 
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The inner product of two arrays as real vectors, real and imaginary parts apart.
+
+    >>> inner(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])).item()
+    11.0
+    """
+    return jnp.sum((up(x).conj() * up(y)).real)
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """The Euclidean norm of an array as a real vector.
+
+    >>> norm(jnp.array([[3.0, -4.0]])).item()
+    5.0
+    """
+    # |x| |x|, not x x: if that occurs elsewhere too (in a second moment) XLA:CPU keeps it in memory for both.
+    size = jnp.abs(up(x))
+    return jnp.sqrt(jnp.sum(size * size))
+
+
 def finite(x: jax.Array, max_abs: Any) -> jax.Array:
     """`x` with NaN and infinite entries zeroed and the others clamped to magnitude `max_abs`
     (`None`: not clamped).
@@ -55,3 +76,16 @@ def finite(x: jax.Array, max_abs: Any) -> jax.Array:
     if jnp.iscomplexobj(x):
         return (x / jnp.maximum(jnp.abs(x) / max_abs, 1)).astype(x.dtype)
     return jnp.clip(up(x), -max_abs, max_abs).astype(x.dtype)
+
+
+def own_scalars(x: Any, n: int) -> list[jax.Array]:
+    """`n` scalars equal to `x`, except that 0 becomes a smallest normal number, each different.
+
+    For sums over `n` arrays. XLA:CPU writes out the broadcast of a scalar that several sums use, and fuses that of a scalar
+    which only one uses; what is added here is far below the precision of any `x` that is not zero.
+
+    >>> [float(x) for x in own_scalars(1.0, 2)]
+    [1.0, 1.0]
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    return list(jnp.asarray(x, jnp.float32) + tiny * jnp.arange(1, n + 1, dtype=jnp.float32))

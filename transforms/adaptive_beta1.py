@@ -1,18 +1,17 @@
 r"""A first moment whose decay b1 follows how varied the gradient is, tensor by tensor.
 
-    residual (STAM):     r = g - mu_{t-1};  sigma = EMA_{b2}(mean r^2);  tau = EMA_{td}(mean |r|);
-                         z = sigma / (tau^2 + 1e-8)
-    moments (STAMLite):  m1 = EMA_{md}(mean g);  m2 = EMA_{md}(mean g^2);  z = max(m2 - m1^2, 0) / (m2 + eps)
-    both:                s = z / (1 + z);  b1 = clip(b1_base (1 - a s), max(1/2, b1_base (1 - a)), b1_base)
-                         mu_t = b1 mu_{t-1} + (1 - b1) g
+    residual (STAM):     r = g - mu_{t-1};  sigma = EMA_{b2}(mean r^2);  tau = EMA_{td}(mean |r|); z
+      = sigma / (tau^2 + 1e-8)
+    moments (STAMLite):  m1 = EMA_{md}(mean g);  m2 = EMA_{md}(mean g^2);  z = max(m2 - m1^2, 0) /
+      (m2 + eps)
+    both:                s = z / (1 + z);  b1 = clip(b1_base (1 - a s), max(1/2, b1_base (1 - a)),
+      b1_base) mu_t = b1 mu_{t-1} + (1 - b1) g
 
 Source: the STAM repository, version 0.1.0. Departure: `debias` divides the EMAs of the residual
-signal, whose horizons differ, by
-1 - decay^t; without it z starts at ten times its value and b1 near 0.735 whatever the gradient. b1
-falls back to b1_base where
-the signal is not finite or, in the residual form, sigma >= fallback_threshold (tau^2 + 1e-8). And
-large entries are clamped: one
-square that overflows would set the second moments to infinity for ever.
+signal, whose horizons differ, by 1 - decay^t; without it z starts at ten times its value and b1
+near 0.735 whatever the gradient. b1 falls back to b1_base where the signal is not finite or, in the
+residual form, sigma >= fallback_threshold (tau^2 + 1e-8). And large entries are clamped: one square
+that overflows would set the second moments to infinity for ever.
 """
 
 from typing import Any, NamedTuple
@@ -72,8 +71,7 @@ def adaptive_beta1(
     \quad s = z/(1+z)$$
 
     The updates it returns are momentum leaves, which `scale_by_adam` and `scale_by_tensor_rms` of
-    this package read;
-    any other link raises a `TypeError` that says so.
+    this package read; any other link raises a `TypeError` that says so.
 
     Args:
       b1_base: largest decay, in [0.5, 1).
@@ -81,19 +79,18 @@ def adaptive_beta1(
       signal: `"residual"` (STAM) or `"moments"` (STAMLite).
       b2: decay of sigma, in [0, 1) (residual).
       tau_decay: decay of tau, in [0, 1) (residual).
-      fallback_threshold: b1 is `b1_base` where sigma reaches this many times tau^2, positive (residual).
+      fallback_threshold: b1 is `b1_base` where sigma reaches this many times tau^2, positive
+        (residual).
       moment_decay: decay of the two EMAs, in [0, 1) (moments).
       eps: added to the denominator of z, at least 0 (moments).
       b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
       debias: divide the EMAs by 1 - decay^t before z.
       debias_eps: added to that divisor, at least 0 (the STAMLite repository uses its eps here).
       nonfinite: entries that are NaN or infinite are always zeroed in the moment and in the
-        gradient handed on. `"skip"`: the
-        statistics of a tensor with such entries are not taken in and its b1 is `b1_base` (as STAM
-        documents; free of
-        charge). `"zero"`: the statistics are of the zeroed gradient (as STAM's code does; the
-        zeroed gradient is then
-        written to memory first, which makes the step several times slower in XLA on CPU).
+        gradient handed on. `"skip"`: the statistics of a tensor with such entries are not taken in
+        and its b1 is `b1_base` (as STAM documents; free of charge). `"zero"`: the statistics are of
+        the zeroed gradient (as STAM's code does; the zeroed gradient is then written to memory
+        first, which makes the step several times slower in XLA on CPU).
       max_abs: clamp on finite entries, positive, so that squares do not overflow; `None`: none, as
         in the repository.
       state_dtype: dtype of `mu`, default the parameter's.

@@ -2,8 +2,8 @@
 
     u'_t = u_t + weight_decay p_{t-1}
 
-Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019. Departures from optax: `None` is
-no link at all, and updates keep their dtype when the parameters have a wider one.
+Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019. Departures from optax:
+`None` is no link at all, and updates keep their dtype when the parameters have a wider one.
 """
 
 from collections.abc import Callable

@@ -4,8 +4,8 @@ r"""Divides each tensor by one number: the root of a running mean of its squared
     u_t  = g_t / (sqrt(nu_t / (1 - decay^t)) + eps)
 
 With a momentum leaf of `adaptive_beta1` the numerator is its bias-corrected moment. Source:
-STAMLite, repository version 0.1.0.
-Departure: a mean square that is not finite is left out of nu; taken in, it would freeze the tensor for ever.
+STAMLite, repository version 0.1.0. Departure: a mean square that is not finite is left out of nu;
+taken in, it would freeze the tensor for ever.
 """
 
 from typing import Any, NamedTuple

@@ -3,8 +3,8 @@
     g~_i = 0 if g_i is NaN or infinite, else clip(g_i, -max_abs, max_abs)
 
 Source: STAM (`safe_g`, repository version 0.1.0). Departures: the clamp, without which one finite
-entry whose square overflows
-float32 sets the second moment to infinity for ever; and the counts, without which nobody learns of either.
+entry whose square overflows float32 sets the second moment to infinity for ever; and the counts,
+without which nobody learns of either.
 """
 
 from typing import NamedTuple
@@ -37,8 +37,7 @@ def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.Grad
 
     Args:
       max_abs: the clamp, positive; the default \(2^{48} \approx 2.8\cdot 10^{14}\) leaves room to
-        sum \(10^9\) squares in
-        float32. `None`: no clamp.
+        sum \(10^9\) squares in float32. `None`: no clamp.
 
     Returns:
       A `optax.GradientTransformation`.

@@ -1,4 +1,4 @@
-"""An algebra of gradient transformations: published optimizers as chains of small atoms, in JAX and in torch.
+"""An algebra of gradient transformations: published optimizers as chains of small atoms.
 
 import chainrule, optax
 tx = chainrule.chains.casmo(learning_rate=3e-4)
@@ -9,7 +9,15 @@ optimizer = chainrule.TorchBridge(tx, model.parameters())
 from typing import TYPE_CHECKING, Any
 
 from chainrule import chains, transforms
-from chainrule.transforms import chain, hyperparams, metrics, named_chain, set_hyperparams
+from chainrule.transforms import (
+    TierPolicy,
+    chain,
+    hyperparams,
+    metrics,
+    named_chain,
+    retier,
+    set_hyperparams,
+)
 
 if TYPE_CHECKING:
     from chainrule.bridges.torch_optim import TorchBridge
@@ -17,12 +25,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TierPolicy",
     "TorchBridge",
     "chain",
     "chains",
     "hyperparams",
     "metrics",
     "named_chain",
+    "retier",
     "set_hyperparams",
     "transforms",
 ]

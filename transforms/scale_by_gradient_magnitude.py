@@ -1,0 +1,82 @@
+r"""Multiplies each tensor's update by a running mean of its gradient's magnitude: one number of state a tensor.
+
+    c_1 = mean|g_1|,    c_t = decay c_{t-1} + (1 - decay) mean|g_t|,    u'_t = c_t u_t
+
+Source: COSMIC, repository commit 96f1a8c (tier 1).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.transforms._checks import check_bounds, check_params, require
+from chainrule.transforms._numerics import ema, up
+from chainrule.transforms._trees import map_unmasked
+
+
+class ScaleByGradientMagnitudeState(NamedTuple):
+    """State of `scale_by_gradient_magnitude`."""
+
+    count: jax.Array
+    """int32 scalar: updates made."""
+    magnitude: optax.Updates
+    """c, float32 scalars, one a parameter."""
+
+    metric_fields = ("magnitude",)
+
+
+def scale_by_gradient_magnitude(
+    decay: jax.typing.ArrayLike = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales each tensor's update by an EMA of mean |g|, which starts at its first value.
+
+    $$c_t = \beta c_{t-1} + (1-\beta)\,\overline{|g_t|},\quad u'_t = c_t u_t$$
+
+    Args:
+      decay: decay of the mean magnitude, in [0, 1).
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`. `update` needs the raw gradient as `grad`, which
+      `chainrule.chain` supplies.
+
+    Raises:
+      ValueError: `decay` outside its range; at `update`, no `grad`.
+
+    >>> import chainrule
+    >>> tx = chainrule.chain(optax.scale_by_sign(), scale_by_gradient_magnitude())
+    >>> params = jnp.zeros(2)
+    >>> tx.update(jnp.array([3.0, -1.0]), tx.init(params))[0].tolist()
+    [2.0, -2.0]
+
+    References:
+      COSMIC, https://github.com/Kranium2002/COSMIC
+    """
+    check_bounds("scale_by_gradient_magnitude", decay=decay)
+
+    def init(params):
+        check_params("scale_by_gradient_magnitude", params)
+        return ScaleByGradientMagnitudeState(
+            jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params)
+        )
+
+    def update(updates, state, params=None, *, grad=None, **_):
+        del params
+        grad = require(
+            "scale_by_gradient_magnitude",
+            "grad",
+            grad,
+            "compose with `chainrule.chain`, or pass `grad=gradients` to `update`",
+        )
+
+        def magnitude(u, g, old):
+            del u
+            mean = jnp.sum(jnp.abs(up(g))) / max(g.size, 1)
+            return jnp.where(state.count == 0, mean, ema(decay, old, mean)).astype(jnp.float32)
+
+        magnitudes = map_unmasked(magnitude, updates, grad, state.magnitude)
+        new = jax.tree.map(lambda u, c: (c * up(u)).astype(u.dtype), updates, magnitudes)
+        return new, ScaleByGradientMagnitudeState(optax.safe_increment(state.count), magnitudes)
+
+    return optax.GradientTransformationExtraArgs(init, update)

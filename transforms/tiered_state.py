@@ -1,0 +1,422 @@
+"""Optimizer state as a budget: each parameter is updated by the transform of its tier, and moves
+between tiers as it earns it.
+
+    u_i = tiers[tier_i](g_i),    tier_i reassigned by `retier` from the gradients' signals (see `tier_policy`)
+
+Source: COSMIC, repository commit 96f1a8c. Departure: a tier is any gradient transformation. Each
+parameter has an inner state of its own, made when it enters its tier, so bias corrections count
+from the promotion.
+
+Moving a parameter changes the shape of the state, which `jit` cannot do. So the tiers are static in
+the state (one compilation an assignment), `update` never moves anything, and `retier`, a host
+function, does, between steps.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from chainrule.transforms._checks import check_params
+from chainrule.transforms._metrics import state_bytes
+from chainrule.transforms._trees import path_name
+from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signal
+
+_logger = logging.getLogger("chainrule.tiers")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """The static part of a `TieredState`: the tier of each tensor, and how to make the state of another."""
+
+    tiers: tuple[int, ...]
+    policy: TierPolicy
+    transforms: Mapping[int, optax.GradientTransformation] | None = dataclasses.field(
+        compare=False, repr=False
+    )
+
+    def __getstate__(self):
+        # Functions do not pickle; a state that was pickled gets them back from `adopt`.
+        return {**self.__dict__, "transforms": None}
+
+
+class TieredState(NamedTuple):
+    """State of `tiered_state`; tensors are in the order of `jax.tree.leaves`."""
+
+    assignment: Assignment
+    """Static: each tensor's tier."""
+    count: jax.Array
+    """int32 scalar: updates made."""
+    inner: tuple[optax.OptState, ...]
+    """Each tensor's own state, of its tier's transform."""
+    memory: TierMemory
+    """What the policy remembers of each tensor."""
+
+    metric_fields = ("tier_occupancy",)
+
+    @property
+    def tier_occupancy(self) -> dict[int, int]:
+        """How many tensors are in each tier."""
+        tiers = self.assignment.tiers
+        return {tier: tiers.count(tier) for tier in sorted(set(tiers))}
+
+    def posted(self) -> dict[str, Any]:
+        """For later links: each tensor's tier, and the tier it counts as in this step (full sync)."""
+        return {
+            "tiers": self.assignment.tiers,
+            "synced_tiers": _synced(self.assignment, self.count),
+        }
+
+
+def _synced(assignment: Assignment, count: jax.Array) -> tuple[Any, ...]:
+    policy = assignment.policy
+    if policy.full_sync_interval is None:
+        return assignment.tiers
+    sync = count % policy.full_sync_interval == 0
+    return tuple(
+        jnp.where(sync, max(tier, policy.full_sync_tier), tier) for tier in assignment.tiers
+    )
+
+
+def tiered_state(
+    tiers: Mapping[int, optax.GradientTransformation], policy: TierPolicy | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Updates each tensor by the transform of its tier.
+
+    All tensors start in the lowest tier; `chainrule.retier` moves them. A tier's transform sees one
+    tensor at a time, so it must not couple tensors (no global norm). It is given, beside the
+    chain's extra arguments, `step`, the number of this update, `tier`, the tensor's tier, and
+    `synced_tier`, the one it counts as in this step.
+
+    Args:
+      tiers: from tier number, 0 or greater, to its transform; a greater number is worth more state.
+      policy: when and how tensors move; default `TierPolicy()`.
+
+    Returns:
+      A `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: no tiers, a negative tier, a fraction for a tier that is not there, or a budget
+      too small for the lowest tier.
+      TypeError: a parameter that is not floating point.
+
+    >>> tx = tiered_state({1: optax.scale_by_adam(), 0: optax.scale_by_sign()}, TierPolicy(fractions={1: 0.5}))
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    >>> grads = {"a": jnp.ones(2), "b": 9 * jnp.ones(3)}
+    >>> state = retier(tx.init(params), grads, params)
+    >>> state.assignment.tiers
+    (0, 1)
+
+    References:
+      COSMIC, https://github.com/Kranium2002/COSMIC
+    """
+    policy = TierPolicy() if policy is None else policy
+    if not tiers or min(tiers) < 0:
+        raise ValueError(
+            f"tiered_state: `tiers` must have keys of 0 or greater, got {sorted(tiers)}"
+        )
+    unknown = {tier for tier, _ in policy.fractions} - set(tiers)
+    if unknown:
+        raise ValueError(
+            f"tiered_state: `policy` has fractions for tiers {sorted(unknown)}, `tiers` has "
+            f"{sorted(tiers)}; give each of them a transform"
+        )
+    transforms = {tier: optax.with_extra_args_support(tx) for tier, tx in tiers.items()}
+    lowest = min(tiers)
+
+    def init(params):
+        check_params("tiered_state", params)
+        leaves = jax.tree.leaves(params)
+        assignment = Assignment((lowest,) * len(leaves), policy, transforms)
+        state = TieredState(
+            assignment,
+            jnp.zeros((), jnp.int32),
+            tuple(transforms[lowest].init(leaf) for leaf in leaves),
+            jax.tree.map(jnp.asarray, policy.memory(len(leaves))),
+        )
+        bound = _budget(policy, leaves)
+        if bound is not None and policy.budget_counts == "state" and state_bytes(state) > bound:
+            raise ValueError(
+                f"tiered_state: the budget must hold the lowest tier, {state_bytes(state)} bytes, got {bound}"
+            )
+        return state
+
+    def update(updates, state, params=None, **extra_args):
+        leaves, treedef = jax.tree.flatten(updates)
+        assignment = state.assignment
+        if len(leaves) != len(assignment.tiers):
+            raise ValueError(
+                f"tiered_state: the state has {len(assignment.tiers)} tensors, the gradients "
+                f"have {len(leaves)}; pass the tree that `init` was given"
+            )
+        count = optax.safe_increment(state.count)
+        synced = _synced(assignment, count)
+        param_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+        # Extra arguments in the shape of the gradients are handed out tensor by tensor.
+        split = {
+            k: treedef.flatten_up_to(v)
+            for k, v in extra_args.items()
+            if jax.tree.structure(v) == treedef
+        }
+        new, inner = [], []
+        for i, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
+            tier = assignment.tiers[i]
+            own = {**extra_args, **{k: v[i] for k, v in split.items()}}
+            own |= {"step": count, "tier": tier, "synced_tier": synced[i]}
+            u, s = transforms[tier].update(leaf, state.inner[i], param, **own)
+            new.append(u)
+            inner.append(s)
+        return jax.tree.unflatten(treedef, new), state._replace(count=count, inner=tuple(inner))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _budget(policy: TierPolicy, params: list[Any]) -> int | None:
+    if policy.budget_ratio is not None:
+        return int(policy.budget_ratio * sum(p.nbytes for p in params))
+    return policy.budget_bytes
+
+
+def _map_tiered(state: Any, f: Callable[[TieredState], Any]) -> Any:
+    """`state` with `f` applied to every `TieredState` in it; the same object where nothing changes."""
+    if isinstance(state, TieredState):
+        return f(state)
+    if isinstance(state, tuple):
+        children = [_map_tiered(child, f) for child in state]
+        if all(new is old for new, old in zip(children, state, strict=True)):
+            return state
+        return type(state)(*children) if hasattr(state, "_fields") else tuple(children)
+    if isinstance(state, dict):
+        children = {k: _map_tiered(v, f) for k, v in state.items()}
+        return state if all(children[k] is state[k] for k in state) else type(state)(children)
+    if isinstance(state, list):
+        return [_map_tiered(child, f) for child in state]
+    return state
+
+
+def _find(state: Any) -> list[TieredState]:
+    found: list[TieredState] = []
+
+    def note(node: TieredState) -> TieredState:
+        found.append(node)
+        return node
+
+    _map_tiered(state, note)
+    return found
+
+
+def adopt(state: Any, tx: optax.GradientTransformation, params: optax.Params) -> Any:
+    """Gives every `TieredState` in a state that was pickled the transforms of `tx` back.
+
+    Args:
+      state: a state of `tx` that was pickled or otherwise rebuilt.
+      tx: the chain.
+      params: the parameters.
+
+    Returns:
+      The state, ready for `retier`.
+    """
+    fresh = iter(_find(tx.init(params)))
+
+    def give(node: TieredState) -> TieredState:
+        transforms = next(fresh).assignment.transforms
+        return node._replace(assignment=dataclasses.replace(node.assignment, transforms=transforms))
+
+    return _map_tiered(state, give)
+
+
+def assign(state: Any, tiers: Any, params: optax.Params) -> Any:
+    """`state` with its tensors moved to the given tiers, whatever the policy says: how a
+    checkpoint's shapes are made.
+
+    Args:
+      state: the state of a chain with one `TieredState`.
+      tiers: one tier a tensor, in the order of `jax.tree.leaves`.
+      params: the parameters.
+
+    Returns:
+      The state; tensors that moved have a fresh inner state.
+    """
+    leaves = jax.tree.leaves(params)
+    return _map_tiered(
+        state, lambda node: _moved(node, tuple(int(t) for t in tiers), node.memory, leaves)
+    )
+
+
+def retier(state: Any, grads: optax.Updates, params: optax.Params) -> Any:
+    """Moves tensors between tiers where a reassignment is due; call it before each `update`, outside `jit`.
+
+    Args:
+      state: any state; every `TieredState` inside it is served. Several states in a tuple, with a
+        tuple of gradients and one of parameters, share one budget.
+      grads: this step's gradients, like the parameters.
+      params: the parameters.
+
+    Returns:
+      The state; the same object if nothing was due.
+
+    Raises:
+      ValueError: the gradients have another number of tensors than a `TieredState`, or forced
+      tensors exceed the budget.
+
+    >>> import chainrule
+    >>> tx = optax.adam(0.1)
+    >>> state = tx.init(jnp.ones(2))
+    >>> chainrule.retier(state, jnp.ones(2), jnp.ones(2)) is state
+    True
+    """
+    nodes = _find(state)
+    due = [node.assignment.policy.due(int(node.count) + 1) for node in nodes]
+    if not any(due):
+        return state
+    parts = [(grads, params)] if len(nodes) == 1 else _parts(state, grads, params, nodes)
+    others = sum(state_bytes(node) for node in nodes)
+    new = []
+    for node, is_due, (g, p) in zip(nodes, due, parts, strict=True):
+        before = state_bytes(node)
+        moved = _reassigned(node, g, p, others - before) if is_due else node
+        others += state_bytes(moved) - before
+        new.append(moved)
+    replacements = iter(new)
+    return _map_tiered(state, lambda _: next(replacements))
+
+
+def _parts(state: Any, grads: Any, params: Any, nodes: list[TieredState]) -> list[tuple[Any, Any]]:
+    """The gradients and parameters of each node: entry by entry for a tuple of states, else the whole trees."""
+    if type(state) is tuple and isinstance(grads, tuple) and len(grads) == len(state):
+        return [(g, p) for s, g, p in zip(state, grads, params, strict=True) for _ in _find(s)]
+    return [(grads, params)] * len(nodes)
+
+
+def _reassigned(node: TieredState, grads: Any, params: Any, other_bytes: int) -> TieredState:
+    assignment, policy, step = node.assignment, node.assignment.policy, int(node.count) + 1
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
+    gradients = jax.tree.leaves(grads)
+    if len(gradients) != len(assignment.tiers) or len(leaves) != len(assignment.tiers):
+        raise ValueError(
+            f"retier: a tiered state has {len(assignment.tiers)} tensors, the gradients "
+            f"{len(gradients)} and the parameters {len(leaves)}; inside `optax.masked` pass the masked trees"
+        )
+    if assignment.transforms is None:
+        raise ValueError(
+            "retier: this state was pickled; call `chainrule.transforms.adopt(state, tx, params)` first"
+        )
+    current = assignment.tiers
+    forced = [any(part in path_name(path) for part in policy.forced) for path in paths]
+    memory = TierMemory(*(np.asarray(a) for a in node.memory))
+    smooth = policy.smooth(memory, np.array([tier_signal(g) for g in gradients], np.float64))
+    if policy.signal_ema_decay is not None:
+        memory = memory._replace(signal=smooth.astype(np.float32))
+    signals = smooth + [
+        policy.mismatch_weight * _mismatch(s) if policy.mismatch_weight else 0.0 for s in node.inner
+    ]
+
+    sizes = _sizes(assignment, leaves)
+    bound = _budget(policy, list(leaves))
+    of_state = policy.budget_counts == "state"
+    lowest = min(assignment.transforms)
+    fixed = state_bytes(node) - sum(sizes[i][tier] for i, tier in enumerate(current))
+    used = other_bytes + fixed + sum(size[lowest] for size in sizes) if of_state else 0
+
+    def cost(i: int, tier: int) -> int:
+        return sizes[i][tier] - sizes[i][lowest] if of_state else leaves[i].nbytes
+
+    def fits(i: int, tier: int) -> bool:
+        nonlocal used
+        if bound is not None and not forced[i] and used + cost(i, tier) > bound:
+            return False
+        used += cost(i, tier)
+        return True
+
+    candidates = policy.candidates(step, signals, forced, fits)
+    tiers, memory = policy.move(step, memory, current, signals, candidates, forced)
+    if bound is not None and of_state:
+        tiers = _within(bound - other_bytes - fixed, sizes, tiers, current, signals, forced, lowest)
+    moves = [(new, old) for new, old in zip(tiers, current, strict=True) if new != old]
+    if moves:
+        promotions = sum(new > old for new, old in moves)
+        event = {
+            "step": step,
+            "promotions": promotions,
+            "demotions": len(moves) - promotions,
+            **{f"tier{tier}": tiers.count(tier) for tier in sorted(assignment.transforms)},
+        }
+        _logger.info("tier_transition", extra={"event": event})
+    return _moved(node, tuple(tiers), jax.tree.map(jnp.asarray, memory), list(leaves))
+
+
+def _sizes(assignment: Assignment, leaves: Any) -> list[dict[int, int]]:
+    """Bytes of the inner state of each tensor in each tier."""
+    transforms = assignment.transforms
+    assert transforms is not None
+    cache: dict[Any, int] = {}
+
+    def size(tier: int, leaf: Any) -> int:
+        key = tier, leaf.shape, leaf.dtype
+        if key not in cache:
+            struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            state = jax.eval_shape(transforms[tier].init, struct)
+            cache[key] = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state))
+        return cache[key]
+
+    return [{tier: size(tier, leaf) for tier in transforms} for leaf in leaves]
+
+
+def _within(bound, sizes, tiers, current, signals, forced, lowest) -> list[int]:
+    """`tiers` made to fit: refused demotions may leave no room for all promotions, so the weakest
+    signals give way."""
+    tiers = list(tiers)
+    total = sum(sizes[i][tier] for i, tier in enumerate(tiers))
+    # First the promotions of this step are taken back, the weakest first; then tensors are demoted.
+    promoted = [i for i, tier in enumerate(tiers) if tier > current[i] and not forced[i]]
+    held = [i for i, tier in enumerate(tiers) if tier > lowest and not forced[i]]
+    steps = [(i, current[i]) for i in sorted(promoted, key=lambda i: signals[i])]
+    steps += [(i, lowest) for i in sorted(held, key=lambda i: signals[i])]
+    for i, tier in steps:
+        if total <= bound:
+            return tiers
+        total += sizes[i][tier] - sizes[i][tiers[i]]
+        tiers[i] = tier
+    if total > bound:
+        raise ValueError(
+            f"retier: the budget leaves {bound} bytes for inner states, the forced tensors need {total}"
+        )
+    return tiers
+
+
+def _mismatch(inner: Any) -> float:
+    """mean|mu - mu_long| of the part of a state that has both, else 0."""
+
+    def dual(node):
+        return getattr(node, "mu", None) is not None and getattr(node, "mu_long", None) is not None
+
+    for node in jax.tree.leaves(inner, is_leaf=dual):
+        if dual(node):
+            difference = np.asarray(node.mu, np.float64) - np.asarray(node.mu_long, np.float64)
+            return float(np.abs(difference).mean())
+    return 0.0
+
+
+def _moved(
+    node: TieredState, tiers: tuple[int, ...], memory: TierMemory, leaves: list[Any]
+) -> TieredState:
+    """The node with each tensor in its tier: the state is kept where two tiers have the same, else
+    made afresh."""
+    assignment, transforms = node.assignment, node.assignment.transforms
+    assert transforms is not None
+
+    def state_of(i: int) -> Any:
+        if tiers[i] == assignment.tiers[i]:
+            return node.inner[i]
+        fresh = transforms[tiers[i]].init(leaves[i])
+        same = jax.tree.structure(fresh) == jax.tree.structure(node.inner[i])
+        return node.inner[i] if same and jax.tree.leaves(fresh) else fresh
+
+    inner = tuple(state_of(i) for i in range(len(tiers)))
+    return TieredState(dataclasses.replace(assignment, tiers=tiers), node.count, inner, memory)
