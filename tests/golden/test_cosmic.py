@@ -171,7 +171,8 @@ def test_packed_bytes(case):
             for field, key in (("mu", "ema_short"), ("mu_long", "ema_long")):
                 held = getattr(inner, field)
                 expected = rec.data[f"{variant}/{key}_q/{name}"][row]
-                differ = unpack(held.codes) - unpack(expected)
+                n = rec.params[name].size  # an odd tensor leaves half a byte unused
+                differ = (unpack(held.codes) - unpack(expected))[:n]
                 # The reference multiplies and adds in another order: a value on the edge between
                 # two codes may fall on the other side.
                 assert np.abs(differ).max(initial=0) <= 1
@@ -182,4 +183,4 @@ def test_packed_bytes(case):
 
 def unpack(codes):
     codes = np.asarray(codes, np.int64)
-    return np.stack([codes & 15, codes >> 4], axis=-1)
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(-1)
