@@ -81,7 +81,7 @@ def live(
                     numeric[name] = value
                 else:
                     structure[name] = value
-            check_bounds(factory.__name__, **numeric)
+            check_bounds(factory.__name__, **bound.arguments)
             # Built here once for the errors; a schedule is not evaluated until there is a count.
             factory(**structure, **numeric, **{name: jnp.float32(0.5) for name in schedules})
 

@@ -39,9 +39,8 @@ def test_every_numeric_argument_has_bounds(case):
 def test_a_number_out_of_bounds_is_an_error_at_construction(case):
     for name in set(numeric_arguments(case.public)) & set(BOUNDS):
         for value in outside(BOUNDS[name]):
-            with pytest.raises(ValueError, match=rf"`{name}` must be .*, got") as raised:
+            with pytest.raises(ValueError, match=rf"\w+: `{name}` must be .*, got"):
                 case.make({**case.settings[0], name: value})
-            assert case.public.__name__ in str(raised.value)
 
 
 @pytest.mark.parametrize("case", CHAINS, ids=[case.name for case in CHAINS])

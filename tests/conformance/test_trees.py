@@ -70,7 +70,7 @@ def test_a_single_array(case):
 @every_case
 def test_zero_size_leaves_are_no_nan(case):
     params, grads = (
-        {"none": jnp.zeros((0,)), "of": jnp.zeros((3, 0)), **random_tree(case.shapes, seed)}
+        {"none": jnp.zeros((0, 2)), "of": jnp.zeros((3, 0)), **random_tree(case.shapes, seed)}
         for seed in (0, 1)
     )
     updates, state = fixed(case.make(), params, grads)
@@ -151,7 +151,7 @@ def test_parameters_are_optional_where_nothing_reads_them(case):
 @every_case
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nonfinite_gradients_follow_the_policy(case, value):
-    """Zeroed and counted by the chains that say so; else visible in the updates, and cured by `zero_nonfinite`."""
+    """Zeroed, and shown as a metric, where the case says so; else visible, and cured by `zero_nonfinite`."""
     params, good = (random_tree(case.shapes, seed) for seed in (0, 1))
     bad = jax.tree.map(lambda g: g.reshape(-1).at[0].set(value).reshape(g.shape), good)
 

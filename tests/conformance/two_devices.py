@@ -1,5 +1,7 @@
 """Every case on parameters sharded over two devices, against one device; run by `test_sharding.py`."""
 
+import sys
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,4 +33,4 @@ for case in CASES:
     tx = case.make()
     updates = second_update(tx, jax.jit(tx.update), *map(sharded, trees))
     assert_close(updates, second_update(tx, tx.update, *trees))
-    print(case.name)
+    sys.stdout.write(f"{case.name}\n")
