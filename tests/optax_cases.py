@@ -32,6 +32,7 @@ class OptaxCase:
       descends: gradients are those of the test's loss, not random: for methods that estimate
         curvature from differences of gradients.
       scalars: whether the transformation takes 0-d parameters.
+      parameters: what the transformation takes for parameters, from a plain tree of them.
       bfloat16: why optax itself cannot run the case with bfloat16 parameters, or None.
     """
 
@@ -43,6 +44,7 @@ class OptaxCase:
     scalars: bool = True
     descends: bool = False
     bfloat16: str | None = None
+    parameters: Callable[[Any], Any] = lambda params: params
 
     @property
     def public_name(self) -> str:
@@ -399,6 +401,15 @@ SCHEDULES: tuple[OptaxCase, ...] = (
     _schedule(
         "warmup_exponential_decay_schedule",
         optax.warmup_exponential_decay_schedule(0.0, 0.1, 3, 2, 0.5),
+    ),
+)
+
+# Works on pairs of parameters, which a torch optimizer does not have.
+PAIRED: tuple[OptaxCase, ...] = (
+    _variant(
+        "lookahead",
+        lambda: optax.lookahead(optax.adam(0.1), sync_period=3, slow_step_size=0.5),
+        parameters=optax.LookaheadParams.init_synced,
     ),
 )
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.builder import Builder, Full, Rule, Value
-from chainrule.bridges.lowering.convert import MASKS, is_key, torch_dtype
+from chainrule.bridges.lowering.convert import MASKS, is_key, physical_shape, torch_dtype
 
 
 def _is(aval: Any, kind: Any) -> bool:
@@ -202,11 +202,9 @@ def _select(b: Builder, eqn: core.JaxprEqn, which: Value, *cases: Value) -> Valu
         shape = eqn.outvars[0].aval.shape  # which the operands may have lost to a scalar
         if not isinstance(chosen, fx.Node):
             return Full(chosen, eqn.outvars[0].aval) if shape else chosen
-        return (
-            chosen
-            if eqn.invars[0].aval.shape == shape
-            else b.emit(torch.broadcast_to, chosen, shape)
-        )
+        if physical_shape(chosen.meta["aval"]) == physical_shape(eqn.outvars[0].aval):
+            return chosen
+        return b.emit(torch.broadcast_to, chosen, shape)
     if not any(isinstance(x, fx.Node) for x in values):  # torch would give its default dtype
         values[0] = b.tensor(values[0], eqn.invars[1].aval)
     if _is(eqn.invars[0].aval, np.bool_):

@@ -73,7 +73,7 @@ def lower(
     paths, in_tree = jax.tree_util.tree_flatten_with_path(example_args)
     in_avals = tuple(_struct(leaf) for _, leaf in paths)
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
-    with _collector_paused(), jax.enable_x64(wide or jax.config.jax_enable_x64):
+    with collector_paused(), jax.enable_x64(wide or jax.config.jax_enable_x64):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
         shared = Shared(TABLE, frozenset(ELEMENTWISE), torch.device(device), {}, {}, {})
@@ -90,7 +90,7 @@ def lower(
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Without the cyclic collector, whose passes over a growing graph make the time quadratic."""
     running = gc.isenabled()
     gc.disable()

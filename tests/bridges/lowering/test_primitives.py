@@ -22,7 +22,9 @@ from chainrule.bridges.lowering.table import TABLE
 INF, NAN = np.inf, np.nan
 INT = np.iinfo(np.int32)
 
-FLOATS = np.array([-INF, -3.7, -2.5, -1.0, -0.5, -0.0, 0.0, 1e-6, 0.3, 0.5, 1.0, 2.5, 40.0, INF, NAN])
+FLOATS = np.array(
+    [-INF, -3.7, -2.5, -1.0, -0.5, -0.0, 0.0, 1e-6, 0.3, 0.5, 1.0, 2.5, 40.0, INF, NAN]
+)
 UNIT = np.array([-1.0, -0.999999, -0.5, -1e-4, 0.0, 1e-4, 0.3, 0.9, 1.0])
 POSITIVE = np.array([1e-30, 1e-3, 0.5, 1.0, 1.5, 2.0, 9.7, 1e5])
 INTS = np.array([INT.min, -7, -2, -1, 0, 1, 2, 7, 40, INT.max])
@@ -356,7 +358,9 @@ def _assert_equal(got: jax.Array, want: jax.Array, units: int) -> None:
     np.testing.assert_array_equal(g[~finite], w[~finite])
     eps = float(jnp.finfo(want.dtype).eps)
     size = np.maximum(np.abs(w[finite]), 1e-3 * np.max(np.abs(w[finite]), initial=0.0))
-    assert np.all(np.abs(g[finite] - w[finite]) <= units * eps * size + 1e-37), f"{got} is not {want}"
+    assert np.all(np.abs(g[finite] - w[finite]) <= units * eps * size + 1e-37), (
+        f"{got} is not {want}"
+    )
 
 
 # Names of older or newer JAX for what is tested under another name, and what jit erases.
