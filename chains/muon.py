@@ -46,6 +46,7 @@ def muon(
     scale: str | None = "spectral",
     scale_factor: float = 1.0,
     scale_axes: Any = "in_out",
+    dual_norm: bool = False,
     caution: str | None = None,
     routing: Any = HIDDEN_MATRICES,
     adam_lr_ratio: float = 0.015,
@@ -97,6 +98,7 @@ def muon(
       scale: `"spectral"`, sqrt(max(1, out / in)); `"rms"`, sqrt(max(out, in)); `None`.
       scale_factor: multiplies it, positive: 0.2 with `"rms"` gives AdamW's RMS.
       scale_axes: `"in_out"` for (in, out) kernels, `"out_in"` for torch's, or two axes (out, in) of the leaf.
+      dual_norm: multiply by the dual norm of the momentum (`adaptive` in optax.contrib.muon).
       caution: normalizer of `cautious` (`"mean"` is KerasOptimizers'), or `None` for no caution.
       routing: a `Routing`, or a function from the parameters to labels `"muon"` and `"adam"`.
       adam_lr_ratio: what `learning_rate` is multiplied by for the rest, at least 0.
@@ -144,6 +146,7 @@ def muon(
                         scale_factor=scale_factor,
                         scale_axes=scale_axes,
                         dims=dims,
+                        dual_norm=dual_norm,
                         dtype=ns_dtype,
                         gram=gram,
                     ),

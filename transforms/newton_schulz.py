@@ -1,17 +1,14 @@
 r"""Orthogonalises matrices: a quintic polynomial, applied a few times, brings singular values near one.
 
-    X_0 = G / (|G|_F + eps)
-    A_k = X_k X_k^H,   P_k = a I + b A_k + c A_k^2,   X_{k+1} = P_k X_k
-    u   = s(rows, cols) X_steps
+    X_0     = G / (|G|_F + eps)
+    X_{k+1} = a X_k + b (X_k X_k^H) X_k + c (X_k X_k^H)^2 X_k
+    u       = s(rows, columns) X_steps
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, and its
-repository. Departure: the same iterates are also reached on the small Gram matrix, A_{k+1} = P_k A_k P_k
-and X_{k+j} = (P_{k+j-1} ... P_k) X_k. All its matrices are polynomials in A_k, so their products are
-Hermitian, and only the upper blocks are computed. A_k knows small singular values less well than X_k
-does (its rounding error grows by the square of the steps' slopes a), so X is formed anew in time.
+repository. Departure: float32 instead of bfloat16 by default, reached by the Gram matrix where that is
+cheaper (`_gram_iteration`), and a zero matrix never meets eps.
 """
 
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -22,10 +19,10 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params
+from chainrule.transforms._gram_iteration import Triple, iterate
 from chainrule.transforms._numerics import abs_sq, up
 from chainrule.transforms._trees import path_name
 
-Triple = tuple[float, float, float]
 Axes = tuple[Sequence[int], Sequence[int]]
 
 COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
@@ -44,10 +41,6 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 }
 """Named coefficients (a, b, c), one triple a step; the last one is repeated."""
 
-_MAX_ERROR = 2.0**-12  # of a singular value, that a Gram matrix kept over several steps may cost
-_PANELS = 3  # of rows, of which products compute those blocks on and above the diagonal
-_SMALL = 384  # up to this side the products cost less than what surrounds them
-
 
 def newton_schulz(
     coefficients: str | Sequence[float] | Sequence[Sequence[float]] = "keller_jordan",
@@ -59,6 +52,7 @@ def newton_schulz(
     scale_factor: jax.typing.ArrayLike = 1.0,
     scale_axes: tuple[int, int] | str = "in_out",
     dims: str | Axes | Callable[[str, tuple[int, ...]], str | Axes] = "batched",
+    dual_norm: bool = False,
     dtype: Any = None,
     gram: bool | str = "auto",
 ) -> optax.GradientTransformation:
@@ -89,6 +83,8 @@ def newton_schulz(
         (out, in kh kw) (KerasOptimizers does this to HWIO kernels); a pair of sequences of axes
         (rows, columns), the others batched; or a function from the leaf's slash-joined path and shape
         to one of these.
+      dual_norm: multiply by the inner product of the matrix with its orthogonalisation, its dual norm
+        (Bernstein & Newhouse; `adaptive` in optax.contrib.muon).
       dtype: dtype of the iteration, default the update's but float32 at least. Complex leaves stay
         complex64 at least.
       gram: `False`, form X in every step; `True`, keep the Gram matrix over all steps, which loses
@@ -131,22 +127,23 @@ def newton_schulz(
         return math.sqrt(max(1.0, out / max(in_, 1)) if scale == "spectral" else max(out, in_))
 
     def orthogonalized(path, g):
-        rows_axes, cols_axes = _matrix_axes(path_name(path), g.shape, dims)
-        order = [i for i in range(g.ndim) if i not in (*rows_axes, *cols_axes)]
-        batch = [g.shape[i] for i in order]
-        order += [*rows_axes, *cols_axes]
-        rows, cols = (math.prod(g.shape[i] for i in axes) for axes in (rows_axes, cols_axes))
-        x = up(g).transpose(order).reshape(*batch, rows, cols)
+        axes = _matrix_axes(path_name(path), g.shape, dims)
+        rows, cols = (math.prod(g.shape[axis] for axis in group) for group in axes)
+        batch = [axis for axis in range(g.ndim) if axis not in axes[0] + axes[1]]
+        order = batch + axes[0] + axes[1]
+        matrices = up(g).transpose(order).reshape(*(g.shape[axis] for axis in batch), rows, cols)
+        x = matrices
+        if dtype is not None:
+            x = x.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype)
         norm = jnp.sqrt(jnp.sum(abs_sq(x), axis=(-2, -1), keepdims=True))
         divisor = norm + eps if eps_scope == "added" else jnp.maximum(norm, eps)
-        x = x / jnp.where(norm == 0, 1, divisor)
-        if dtype is not None:
-            kind = jnp.complex64 if jnp.iscomplexobj(x) else dtype
-            x = x.astype(jnp.promote_types(dtype, kind))
-        x = _iterate(x, triples, gram)
-        x = up(x).reshape([g.shape[i] for i in order])
-        x = x.transpose([order.index(i) for i in range(g.ndim)])
-        return (x * (shape_factor(g.shape, rows, cols) * scale_factor)).astype(g.dtype)
+        x = x / jnp.where(norm == 0, 1, divisor).astype(x.dtype)
+        x = up(iterate(x, triples, gram))
+        if dual_norm:
+            x = x * jnp.sum(matrices.conj() * x, axis=(-2, -1), keepdims=True)
+        x = x * (shape_factor(g.shape, rows, cols) * scale_factor)
+        back = [order.index(axis) for axis in range(g.ndim)]
+        return x.reshape([g.shape[axis] for axis in order]).transpose(back).astype(g.dtype)
 
     def init(params):
         check_params("newton_schulz", params)
@@ -205,95 +202,3 @@ def _matrix_axes(name: str, shape: tuple[int, ...], dims: Any) -> tuple[list[int
             f"and columns, got {dims!r}"
         )
     return both[: len(rows)], both[len(rows) :]
-
-
-def _iterate(x: jax.Array, triples: list[Triple], gram: bool | str) -> jax.Array:
-    """All steps on matrices (..., rows, cols), in segments that keep one Gram matrix each."""
-    if x.size == 0:
-        return x
-    small, large = sorted(x.shape[-2:])
-    done = 0
-    for length in _segments(small, large, triples, float(jnp.finfo(x.dtype).eps), gram):
-        x = _segment(x, triples[done : done + length])
-        done += length
-    return x
-
-
-def _segments(
-    small: int, large: int, triples: list[Triple], eps: float, gram: bool | str
-) -> tuple[int, ...]:
-    """How many steps each Gram matrix serves, for the fewest floating-point operations.
-
-    >>> kj = list(COEFFICIENTS["keller_jordan"]) * 5
-    >>> _segments(768, 768, kj, 2**-23, "auto"), _segments(768, 3072, kj, 2**-23, "auto")
-    ((1, 1, 1, 1, 1), (3, 2))
-    """
-    steps = len(triples)
-    if gram != "auto" or small <= _SMALL:
-        return (steps,) if gram is True else (1,) * steps
-    half = (_PANELS + 1) / (2 * _PANELS)  # the part of a Hermitian product that is computed
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    for end in range(1, steps + 1):
-        options = []
-        for start in reversed(range(end)):
-            length = end - start
-            slope = math.prod(abs(a) for a, _, _ in triples[start:end])
-            if length == 1 or slope**2 * eps <= _MAX_ERROR:
-                # A Gram matrix, the products of its steps and one with X, in units of small^2.
-                cost = half * large + half * small * (4 * length - 3) + large
-                options.append((best[start][0] + cost, (*best[start][1], length)))
-        best.append(min(options, key=operator.itemgetter(0)))
-    return best[steps][1]
-
-
-def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
-    """Several steps by way of the Gram matrix of the smaller side, held in panels of rows."""
-    tall = x.shape[-2] > x.shape[-1]
-    small = x.shape[-1] if tall else x.shape[-2]
-    # Multiples of 64, which suit matrix units and vector registers.
-    height = -(-small // (64 * _PANELS)) * 64 if small > _SMALL else small
-    starts = list(range(0, small, height))
-    axis = x.ndim - 1 if tall else x.ndim - 2
-    panels = [jax.lax.slice_in_dim(x, s, min(s + height, small), axis=axis) for s in starts]
-    a = _hermitian(panels, panels, contract=-2 if tall else -1)
-    q: list[jax.Array] = []
-    for step, (c0, c1, c2) in enumerate(triples):
-        square = _hermitian(a, a)
-        p = [
-            c0 * jnp.eye(row.shape[-2], small, start, dtype=x.dtype) + c1 * row + c2 * squared
-            for start, row, squared in zip(starts, a, square, strict=True)
-        ]
-        q = _hermitian(p, q) if q else p
-        if step < len(triples) - 1:
-            a = _hermitian(_hermitian(a, p), p)
-    whole = jnp.concatenate(q, axis=-2)
-    return _dot(x, whole, -1, -2) if tall else _dot(whole, x, -1, -2)
-
-
-def _hermitian(a: list[jax.Array], b: list[jax.Array], contract: int = -1) -> list[jax.Array]:
-    """The product a b^H (`contract` -2: a^H b) of panels, which is known to be Hermitian, in panels of rows.
-
-    Panels of rows of Hermitian matrices that commute, or the panels of one matrix, have such a product.
-    """
-    upper: dict[tuple[int, int], jax.Array] = {}
-    for i, j in itertools.combinations_with_replacement(range(len(a)), 2):
-        left, right = (a[i], b[j].conj()) if contract == -1 else (a[i].conj(), b[j])
-        upper[i, j] = _dot(left, right, contract, contract)
-    return [
-        jnp.concatenate(
-            [upper[j, i].conj().mT for j in range(i)] + [upper[i, j] for j in range(i, len(a))],
-            axis=-1,
-        )
-        for i in range(len(a))
-    ]
-
-
-def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
-    """Product over one axis of each, with leading axes batched.
-
-    `HIGHEST`: by default an accelerator may round float32 factors to fewer digits, for which a Gram
-    matrix could not be kept as long as `_segments` says.
-    """
-    batch = tuple(range(a.ndim - 2))
-    dims = (((a.ndim + contract_a,), (b.ndim + contract_b,)), (batch, batch))
-    return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)

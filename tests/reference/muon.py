@@ -1,0 +1,119 @@
+"""Muon (Jordan et al. 2024): momentum, orthogonalisation by its effect on singular values, and Adam for the rest."""
+
+import math
+
+import numpy as np
+
+from reference.adam import adam
+from reference.steps import Step, Tree, elementwise
+
+KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def ema_momentum(decay: float = 0.95, nesterov: str | None = "lerp", debias: bool = False) -> Step:
+    def tensor():
+        mu, t = np.zeros(()), 0
+
+        def step(g, _):
+            nonlocal mu, t
+            t += 1
+            mu = decay * mu + (1 - decay) * g
+            now, ahead = (1 - decay**t, 1 - decay ** (t + 1)) if debias else (1.0, 1.0)
+            return {
+                None: mu / now,
+                "lerp": (1 - decay) * g / now + decay * mu / ahead,
+                "raw": g + decay * mu,
+                "elementwise": (1 - mu) * g + decay * mu,
+            }[nesterov]
+
+        return step
+
+    return elementwise(tensor)
+
+
+def orthogonalized(
+    g: np.ndarray,
+    coefficients=KELLER_JORDAN,
+    steps: int = 5,
+    eps: float = 1e-7,
+    eps_scope: str = "added",
+) -> np.ndarray:
+    """The step's odd polynomial moves singular values and leaves singular vectors alone."""
+    triples = np.broadcast_to(coefficients, (steps, 3))
+    norm = np.linalg.norm(g)
+    left, s, right = np.linalg.svd(g, full_matrices=False)
+    if norm > 0:
+        s = s / (norm + eps if eps_scope == "added" else max(norm, eps))
+    for a, b, c in triples:
+        s = a * s + b * s**3 + c * s**5
+    return left @ np.diag(s) @ right
+
+
+def newton_schulz(
+    coefficients=KELLER_JORDAN,
+    steps: int = 5,
+    eps: float = 1e-7,
+    eps_scope: str = "added",
+    scale: str | None = "spectral",
+    scale_factor: float = 1.0,
+    scale_axes: tuple[int, int] | str = "in_out",
+    dims: str = "batched",
+    dual_norm: bool = False,
+    gram: bool | str = "auto",
+) -> Step:
+    del gram  # how, not what
+
+    def tensor(g: np.ndarray) -> np.ndarray:
+        if dims != "batched":
+            split = {"hwio": -1, "oihw": 1}[dims]
+            matrix = g.reshape(math.prod(g.shape[:split]), math.prod(g.shape[split:]))
+        else:
+            matrix = g
+        rows, cols = matrix.shape[-2:]
+        out = np.empty_like(matrix)
+        for index in np.ndindex(matrix.shape[:-2]):
+            o = orthogonalized(matrix[index], coefficients, steps, eps, eps_scope)
+            out[index] = o * np.sum(o * matrix[index]) if dual_norm else o
+        n_out, n_in = {"in_out": (cols, rows), "out_in": (rows, cols)}.get(str(scale_axes), (0, 0))
+        if not isinstance(scale_axes, str):
+            n_out, n_in = g.shape[scale_axes[0]], g.shape[scale_axes[1]]
+        factor = {
+            "spectral": math.sqrt(max(1, n_out / n_in)),
+            "rms": math.sqrt(max(n_out, n_in)),
+            None: 1.0,
+        }[scale]
+        return (factor * scale_factor * out).reshape(g.shape)
+
+    return lambda grads, _: {name: tensor(g) for name, g in grads.items()}
+
+
+def muon_direction(
+    beta: float = 0.95,
+    nesterov: str | None = "lerp",
+    ns_steps: int = 5,
+    adam_lr_ratio: float = 0.015,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.95,
+    adam_eps: float = 1e-10,
+    adam_weight_decay: float = 0.0,
+    use_nadam: bool = False,
+    **orthogonalisation,
+) -> Step:
+    """The direction before the decay and learning rate of all leaves."""
+    momentum = ema_momentum(beta, nesterov)
+    orthogonalize = newton_schulz(steps=ns_steps, **orthogonalisation)
+    rest = adam(adam_b1, adam_b2, adam_eps, nesterov=use_nadam)
+
+    def step(grads: Tree, params: Tree) -> Tree:
+        hidden = {
+            name: g
+            for name, g in grads.items()
+            if g.ndim >= 2 and "bias" not in name.lower() and "embedding" not in name.lower()
+        }
+        others = {name: g for name, g in grads.items() if name not in hidden}
+        directions = orthogonalize(momentum(hidden, params), params)
+        for name, u in rest(others, params).items():
+            directions[name] = adam_lr_ratio * (u + adam_weight_decay * params[name])
+        return directions
+
+    return step

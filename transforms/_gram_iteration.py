@@ -1,0 +1,130 @@
+r"""Newton-Schulz steps on a matrix, by way of its Gram matrix where that takes fewer operations.
+
+    A_k = X_k X_k^H,   P_k = a I + b A_k + c A_k^2
+    one step a Gram matrix:     X_{k+1} = P_k X_k
+    several:                    A_{k+1} = P_k A_k P_k,   X_{k+j} = (P_{k+j-1} ... P_k) X_k
+
+A, P and their products are polynomials in one Hermitian matrix: they commute and are Hermitian, so only
+the blocks on and above the diagonal are computed. A Gram matrix knows a small singular value s only by
+s^2, with an error of eps; a step multiplies s by its slope a, and the error by a^2. So the Gram matrix
+is formed anew, from X, before that error can reach `_MAX_ERROR`.
+"""
+
+import itertools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+
+Triple = tuple[float, float, float]
+"""The coefficients (a, b, c) of a step."""
+
+_MAX_ERROR = 2.0**-12  # that keeping one Gram matrix for several steps may add to a singular value
+_PANELS = 3  # of rows that a Hermitian matrix is held in
+_SMALL = 384  # up to this side the products cost less than what surrounds them
+
+
+def iterate(x: jax.Array, triples: list[Triple], gram: bool | str) -> jax.Array:
+    """A step for each triple, on matrices (..., rows, columns) of which none has a norm above one.
+
+    Args:
+      x: the matrices; the arithmetic is in their dtype.
+      triples: the coefficients of each step.
+      gram: `True`, one Gram matrix for all steps; `False`, one for each; `"auto"`, what is cheapest.
+    """
+    if x.size == 0:
+        return x
+    small, large = sorted(x.shape[-2:])
+    done = 0
+    for length in _segments(small, large, triples, float(jnp.finfo(x.dtype).eps), gram):
+        x = _segment(x, triples[done : done + length])
+        done += length
+    return x
+
+
+def _segments(
+    small: int, large: int, triples: list[Triple], eps: float, gram: bool | str
+) -> tuple[int, ...]:
+    """How many steps each Gram matrix serves, for the fewest floating-point operations.
+
+    >>> steps = [(3.4445, -4.7750, 2.0315)] * 5
+    >>> _segments(768, 768, steps, 2**-23, "auto"), _segments(768, 3072, steps, 2**-23, "auto")
+    ((1, 1, 1, 1, 1), (3, 2))
+    """
+    steps = len(triples)
+    if gram != "auto" or small <= _SMALL:
+        return (steps,) if gram is True else (1,) * steps
+    half = (_PANELS + 1) / (2 * _PANELS)  # the part of a Hermitian product that is computed
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for end in range(1, steps + 1):
+        options = []
+        for start in reversed(range(end)):
+            length = end - start
+            slope = math.prod(abs(a) for a, _, _ in triples[start:end])
+            if length == 1 or slope**2 * eps <= _MAX_ERROR:
+                # A Gram matrix, the products of its steps and one with X, in units of small^2.
+                cost = half * large + half * small * (4 * length - 3) + large
+                options.append((best[start][0] + cost, (*best[start][1], length)))
+        best.append(min(options, key=operator.itemgetter(0)))
+    return best[steps][1]
+
+
+def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
+    """Several steps by way of the Gram matrix of the smaller side, held in panels of rows."""
+    tall = x.shape[-2] > x.shape[-1]
+    small = x.shape[-1] if tall else x.shape[-2]
+    # Multiples of 64, which suit matrix units and vector registers.
+    height = -(-small // (64 * _PANELS)) * 64 if small > _SMALL else small
+    starts = list(range(0, small, height))
+    axis = x.ndim - 1 if tall else x.ndim - 2
+    panels = [jax.lax.slice_in_dim(x, s, min(s + height, small), axis=axis) for s in starts]
+
+    def apply(hermitian):
+        whole = jnp.concatenate(hermitian, axis=-2)
+        return _dot(x, whole, -1, -2) if tall else _dot(whole, x, -1, -2)
+
+    a = _hermitian(panels, panels, contract=-2 if tall else -1)
+    q: list[jax.Array] = []
+    for step, (c0, c1, c2) in enumerate(triples):
+        square = _hermitian(a, a)
+        p = [c1 * row + c2 * squared for row, squared in zip(a, square, strict=True)]
+        if len(triples) == 1:
+            return c0 * x + apply(p)
+        p = [
+            c0 * jnp.eye(row.shape[-2], small, start, dtype=x.dtype) + row
+            for start, row in zip(starts, p, strict=True)
+        ]
+        q = _hermitian(p, q) if q else p
+        if step < len(triples) - 1:
+            a = _hermitian(_hermitian(a, p), p)
+    return apply(q)
+
+
+def _hermitian(a: list[jax.Array], b: list[jax.Array], contract: int = -1) -> list[jax.Array]:
+    """The product a b^H (`contract` -2: a^H b) of panels, which is known to be Hermitian, in panels of rows.
+
+    Panels of rows of Hermitian matrices that commute, or the panels of one matrix, have such a product.
+    """
+    upper: dict[tuple[int, int], jax.Array] = {}
+    for i, j in itertools.combinations_with_replacement(range(len(a)), 2):
+        left, right = (a[i], b[j].conj()) if contract == -1 else (a[i].conj(), b[j])
+        upper[i, j] = _dot(left, right, contract, contract)
+    return [
+        jnp.concatenate(
+            [upper[j, i].conj().mT for j in range(i)] + [upper[i, j] for j in range(i, len(a))],
+            axis=-1,
+        )
+        for i in range(len(a))
+    ]
+
+
+def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    """Product over one axis of each, with leading axes batched.
+
+    `HIGHEST`: by default an accelerator may round float32 factors to fewer digits, for which a Gram
+    matrix could not be kept as long as `_segments` says.
+    """
+    batch = tuple(range(a.ndim - 2))
+    dims = (((a.ndim + contract_a,), (b.ndim + contract_b,)), (batch, batch))
+    return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
