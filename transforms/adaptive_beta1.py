@@ -24,6 +24,8 @@ from chainrule.transforms._checks import check_bounds, check_choice, check_param
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import bias_correction, ema, finite, up
 
+_HUGE = 2.0**48  # entries from here on, in a tensor whose mean square overflows, are why it does
+
 
 class AdaptiveBeta1State(NamedTuple):
     """State of `adaptive_beta1`. The scalars are one a parameter, in `stat_dtype`."""
@@ -61,7 +63,7 @@ def adaptive_beta1(
     debias: bool = True,
     debias_eps: jax.typing.ArrayLike = 0.0,
     nonfinite: str = "skip",
-    max_abs: jax.typing.ArrayLike | None = 2.0**48,
+    max_abs: jax.typing.ArrayLike | None = _HUGE,
     state_dtype: Any = None,
     stat_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
@@ -200,6 +202,11 @@ def adaptive_beta1(
             lambda *args: taken_in(second_decay, *args), state.second, seconds, bad
         )
         b1 = jax.tree.map(adapted, state.b1, first, second, bad)
+        if not residual and nonfinite == "skip":
+            # The scale of `scale_by_tensor_rms` leaves the gradient out too, so what overflowed must not move anything.
+            safe = jax.tree.map(
+                lambda g, bad: jnp.where(bad & (jnp.abs(up(g)) >= _HUGE), 0, g), safe, bad
+            )
         mu = jax.tree.map(ema, b1, state.mu, safe)
         b1_prod = jax.tree.map(lambda prod, b1: up(prod) * b1, state.b1_prod, b1)
         leaves = jax.tree.map(
