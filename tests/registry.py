@@ -286,7 +286,14 @@ ATOMS: tuple[Case, ...] = (
         public=transforms.newton_schulz,
         settings=(
             {},
-            {"scale": "rms", "scale_factor": 0.2, "scale_axes": "out_in", "gram": True},
+            {
+                "coefficients": "dion",
+                "steps": 3,
+                "scale": "rms",
+                "scale_factor": 0.2,
+                "scale_axes": "out_in",
+                "gram": True,
+            },
             {"scale": None, "coefficients": (1.5, -0.5, 0.0), "steps": 3, "dual_norm": True},
             {"eps": 0.5, "eps_scope": "clamped", "scale_axes": (-2, -1), "dims": "oihw"},
             {"dims": "hwio", "gram": False},
@@ -294,20 +301,25 @@ ATOMS: tuple[Case, ...] = (
         errors=(
             ({"steps": 0}, ValueError, r"`steps` must be in \[1, 100\), got 0"),
             ({"steps": 2.5}, TypeError, r"integer"),
-            ({"coefficients": "muon"}, ValueError, r"`coefficients` must be one of 'keller_jordan'"),
+            (
+                {"coefficients": "muon"},
+                ValueError,
+                r"`coefficients` must be one of 'keller_jordan'",
+            ),
             ({"coefficients": (3.4, -4.8)}, ValueError, r"`coefficients` must be a name, three"),
             ({"scale": "max"}, ValueError, r"`scale` must be one of 'spectral', 'rms', None"),
             ({"scale_axes": "out"}, ValueError, r"`scale_axes` must be one of 'in_out', 'out_in'"),
             ({"eps_scope": "max"}, ValueError, r"`eps_scope` must be one of 'added', 'clamped'"),
             ({"gram": "no"}, ValueError, r"`gram` must be one of False, True, 'auto'"),
             ({"dims": "nhwc"}, ValueError, r"`dims` must be one of 'batched', 'hwio', 'oihw'"),
-            ({"dims": ((0,), (0,))}, ValueError, r"`dims` must name different axes of 'tall'"),
-            ({"dims": ((0,), (5,))}, ValueError, r"`dims` must name different axes of 'tall'"),
+            ({"dims": ((0,), (0,))}, ValueError, r"`dims` must name different axes of 'kernel'"),
+            ({"dims": ((0,), (5,))}, ValueError, r"`dims` must name different axes of 'kernel'"),
         ),
         reference=muon_reference.newton_schulz,
-        shapes={"tall": (6, 2), "kernel": (2, 3, 4), "wide": (3, 5)},
+        # Far from square: small singular values, and their rounding errors, grow some hundredfold.
+        shapes={"kernel": (2, 2, 8), "tall": (6, 2), "wide": (2, 6)},
         stateless=True,
-        half_tolerance=0.2,
+        half_tolerance=0.1,
     ),
     Case(
         name="grokfast_ema",
@@ -426,55 +438,6 @@ ATOMS: tuple[Case, ...] = (
         missing=r"snr_confidence: needs `mu`.*chainrule\.chain.*scale_by_belief",
         complex_error="real floating-point",
     ),
-    Case(
-        name="ema_momentum",
-        public=transforms.ema_momentum,
-        settings=(
-            {},
-            {"nesterov": None, "debias": True},
-            {"nesterov": "lerp", "debias": True, "decay": 0.5},
-            {"nesterov": "raw"},
-            {"nesterov": "elementwise"},
-        ),
-        errors=(
-            ({"nesterov": True}, ValueError, r"`nesterov` must be one of None, 'lerp', 'raw'"),
-            ({"nesterov": "raw", "debias": True}, ValueError, r"`debias` is for nesterov=None or"),
-        ),
-    ),
-    Case(
-        name="newton_schulz",
-        public=transforms.newton_schulz,
-        settings=(
-            {},
-            {"coefficients": "dion", "steps": 3, "scale": "rms", "scale_factor": 0.2, "gram": True},
-            {
-                "coefficients": (3.0, -4.0, 2.0),
-                "dims": "hwio",
-                "scale_axes": (-2, -1),
-                "gram": False,
-            },
-            {"dims": "oihw", "scale": None, "eps": 1e-2, "eps_scope": "clamped"},
-        ),
-        errors=(
-            (
-                {"coefficients": "quintic"},
-                ValueError,
-                r"`coefficients` must be one of 'keller_jordan'",
-            ),
-            (
-                {"coefficients": (1.0, 2.0)},
-                ValueError,
-                r"`coefficients` must be a name, three numbers",
-            ),
-            ({"dims": "hw"}, ValueError, r"`dims` must be one of 'batched', 'hwio', 'oihw'"),
-            ({"dims": ((0,), (0,))}, ValueError, r"`dims` must name different axes"),
-            ({"scale": "max"}, ValueError, r"`scale` must be one of 'spectral', 'rms', None"),
-        ),
-        shapes={"wide": (3, 5), "tall": (4, 2), "kernel": (2, 2, 3, 4)},
-        stateless=True,
-        half_tolerance=0.3,  # small singular values are multiplied by some hundreds
-        tolerance=1e-4,
-    ),
 )
 
 CHAINS: tuple[Case, ...] = (
@@ -568,12 +531,14 @@ CHAINS: tuple[Case, ...] = (
         name="muon",
         public=chains.muon,
         settings=(
-            {},
+            {"weight_decay": 0.1},
             {
                 "learning_rate": _schedule,
-                "weight_decay": 0.1,
-                "beta": 0.5,
+                "weight_decay": None,
                 "nesterov": None,
+                "debias": True,
+                "coefficients": "dion",
+                "dims": "hwio",
                 "scale": "rms",
                 "scale_factor": 0.2,
                 "adam_lr_ratio": 0.5,
@@ -585,7 +550,7 @@ CHAINS: tuple[Case, ...] = (
             (
                 {"routing": transforms.Routing(exclude="head")},
                 ValueError,
-                r"`exclude` pattern 'head' matches none of the leaves 'dense/bias', 'dense/kernel'",
+                r"`exclude` pattern 'head' matches none of the leaves 'conv/kernel', 'dense/bias'",
             ),
             (
                 {"routing": transforms.Routing(labels="sgd")},
@@ -606,12 +571,13 @@ CHAINS: tuple[Case, ...] = (
                 },
                 transforms.Routing(),
             ),
-            transforms.decoupled_weight_decay(0.0),
+            transforms.decoupled_weight_decay(0.1),
             optax.scale_by_learning_rate(0.02),
         ),
         reference=lambda learning_rate=0.02, weight_decay=0.0, **settings: descent(
             muon_reference.muon_direction(**settings), learning_rate, weight_decay
         ),
+        shapes={"conv": {"kernel": (2, 2, 3, 8)}, "dense": {"bias": (3,), "kernel": (5, 2)}},
         needs_params=True,
         half_tolerance=0.2,
     ),
@@ -704,41 +670,6 @@ CHAINS: tuple[Case, ...] = (
         ),
         needs_params=True,
         complex_error="real floating-point",
-    ),
-    Case(
-        name="muon",
-        public=chains.muon,
-        settings=(
-            {"weight_decay": 0.1},
-            {
-                "learning_rate": _schedule,
-                "weight_decay": None,
-                "nesterov": None,
-                "debias": True,
-                "coefficients": "dion",
-                "dims": "hwio",
-                "scale": "rms",
-                "scale_factor": 0.2,
-                "caution": "mean",
-                "use_nadam": True,
-                "adam_weight_decay": 0.1,
-            },
-        ),
-        links=lambda: (
-            optax.partition(
-                {
-                    "muon": chain(transforms.ema_momentum(0.95), transforms.newton_schulz()),
-                    "adam": chain(transforms.scale_by_adam(0.9, 0.95, 1e-10), optax.scale(0.015)),
-                },
-                transforms.Routing(),
-            ),
-            transforms.decoupled_weight_decay(0.1),
-            optax.scale_by_learning_rate(0.02),
-        ),
-        shapes={"dense": {"bias": (3,), "kernel": (4, 3)}, "conv": {"kernel": (2, 2, 3, 4)}},
-        needs_params=True,
-        half_tolerance=0.3,
-        tolerance=1e-4,
     ),
 )
 

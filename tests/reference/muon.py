@@ -7,7 +7,16 @@ import numpy as np
 from reference.adam import adam
 from reference.steps import Step, Tree, elementwise
 
-KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS = {
+    "keller_jordan": [(3.4445, -4.7750, 2.0315)] * 5,
+    "dion": [
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ],
+}
 
 
 def ema_momentum(decay: float = 0.95, nesterov: str | None = "lerp", debias: bool = False) -> Step:
@@ -33,13 +42,16 @@ def ema_momentum(decay: float = 0.95, nesterov: str | None = "lerp", debias: boo
 
 def orthogonalized(
     g: np.ndarray,
-    coefficients=KELLER_JORDAN,
+    coefficients="keller_jordan",
     steps: int = 5,
     eps: float = 1e-7,
     eps_scope: str = "added",
 ) -> np.ndarray:
     """The step's odd polynomial moves singular values and leaves singular vectors alone."""
-    triples = np.broadcast_to(coefficients, (steps, 3))
+    if isinstance(coefficients, str):
+        triples = COEFFICIENTS[coefficients][:steps]
+    else:
+        triples = [coefficients] * steps
     norm = np.linalg.norm(g)
     left, s, right = np.linalg.svd(g, full_matrices=False)
     if norm > 0:
@@ -50,7 +62,7 @@ def orthogonalized(
 
 
 def newton_schulz(
-    coefficients=KELLER_JORDAN,
+    coefficients="keller_jordan",
     steps: int = 5,
     eps: float = 1e-7,
     eps_scope: str = "added",
@@ -90,6 +102,7 @@ def newton_schulz(
 def muon_direction(
     beta: float = 0.95,
     nesterov: str | None = "lerp",
+    debias: bool = False,
     ns_steps: int = 5,
     adam_lr_ratio: float = 0.015,
     adam_b1: float = 0.9,
@@ -100,7 +113,7 @@ def muon_direction(
     **orthogonalisation,
 ) -> Step:
     """The direction before the decay and learning rate of all leaves."""
-    momentum = ema_momentum(beta, nesterov)
+    momentum = ema_momentum(beta, nesterov, debias)
     orthogonalize = newton_schulz(steps=ns_steps, **orthogonalisation)
     rest = adam(adam_b1, adam_b2, adam_eps, nesterov=use_nadam)
 
