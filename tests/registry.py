@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 import pytest
 
@@ -15,6 +16,7 @@ import chainrule
 from chainrule import chains, transforms
 from chainrule.transforms import chain
 from reference import adam as adam_reference
+from reference import cosmic as cosmic_reference
 from reference import filters
 from reference import magma as magma_reference
 from reference import muon as muon_reference
@@ -63,7 +65,7 @@ class Case:
     stateless: bool = False
     """Keeps nothing like the parameters, so integer leaves and another structure are no errors of its own."""
     unbounded: tuple[str, ...] = ()
-    """Numeric arguments that take any finite number."""
+    """Numeric arguments that are not in the table of bounds: any number will do, or `errors` holds their own."""
     zeroes_nonfinite: bool = False
     """NaN and infinite gradients are zeroed and the metric `nonfinite` says so; else the updates or state show them."""
     half_tolerance: float = 0.05
@@ -93,6 +95,20 @@ def around_adam(wrapper: Callable[..., optax.GradientTransformation]) -> Callabl
         return wrapper(chains.adam(learning_rate, weight_decay=0.1), **settings)
 
     return factory
+
+
+TIERS = (2, 1, 0)
+
+
+def in_tiers(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`tx` whose tensors are in `TIERS` in turn from the start, where `retier` would put them on the host."""
+
+    def init(params):
+        leaves = jax.tree.leaves(params)
+        tiers = [TIERS[i % len(TIERS)] for i in range(len(leaves))]
+        return transforms.assign(tx.init(params), tiers, params)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(tx).update)
 
 
 def _schedule(count):
@@ -438,6 +454,93 @@ ATOMS: tuple[Case, ...] = (
         missing=r"snr_confidence: needs `mu`.*chainrule\.chain.*scale_by_belief",
         complex_error="real floating-point",
     ),
+    Case(
+        name="scale_by_dual_ema",
+        public=transforms.scale_by_dual_ema,
+        settings=(
+            {},
+            {"blend": 0.5, "start": "gradient", "b1": 0.5},
+            {"b2": None, "blend": 0.25},
+            {"blend": 0.0, "debias": "second"},
+            {"keep_long": True},
+        ),
+        errors=(
+            ({"start": "g"}, ValueError, r"`start` must be one of 'zero', 'gradient', got 'g'"),
+            ({"debias": "first"}, ValueError, r"`debias` must be one of 'both', 'second'"),
+            ({"clock": "wall"}, ValueError, r"`clock` must be one of 'own', 'chain'"),
+            ({"blend": (0.0, 2.0)}, ValueError, r"`blend` must be in \[0, 1\], got 2.0"),
+        ),
+        alone=lambda: transforms.scale_by_dual_ema(blend=(0.0, 0.5, 1.0)),
+        missing=r"scale_by_dual_ema: needs `synced_tier`.*tiered_state",
+        reference=cosmic_reference.dual_ema,
+    ),
+    Case(
+        name="scale_by_gradient_magnitude",
+        public=transforms.scale_by_gradient_magnitude,
+        factory=lambda **settings: chain(
+            optax.scale_by_sign(), transforms.scale_by_gradient_magnitude(**settings)
+        ),
+        settings=({}, {"decay": 0.5}),
+        alone=transforms.scale_by_gradient_magnitude,
+        missing=r"scale_by_gradient_magnitude: needs `grad`.*chainrule\.chain.*grad=",
+        reference=cosmic_reference.sign_times_magnitude,
+    ),
+    Case(
+        name="gradient_gate",
+        public=transforms.gradient_gate,
+        factory=lambda **settings: chain(
+            optax.scale_by_sign(), transforms.gradient_gate(**settings)
+        ),
+        settings=(
+            {"warmup_steps": 0, "update_interval": 1},
+            {"warmup_steps": 4, "update_interval": 3, "min_scale": 0.5},
+            {"tier_scale": (0.05,), "min_lr_scale": 0.2},
+            {"tier_max": -1},
+        ),
+        alone=transforms.gradient_gate,
+        missing=r"gradient_gate: needs `grad`.*chainrule\.chain.*grad=",
+        reference=lambda **settings: cosmic_reference.gated(cosmic_reference.sign, **settings),
+        stateless=True,
+    ),
+    Case(
+        name="tiered_state",
+        public=transforms.tiered_state,
+        factory=lambda: in_tiers(
+            transforms.tiered_state(
+                {
+                    2: transforms.scale_by_adam(),
+                    1: transforms.scale_by_tensor_rms(),
+                    0: optax.scale_by_sign(),
+                }
+            )
+        ),
+        reference=lambda: cosmic_reference.tiered(
+            TIERS,
+            {2: adam_reference.adam(), 1: stam_reference.tensor_rms(), 0: cosmic_reference.sign},
+        ),
+    ),
+    Case(
+        name="quantized_state",
+        public=transforms.quantized_state,
+        factory=lambda **settings: transforms.quantized_state(
+            transforms.scale_by_adam(), **settings
+        ),
+        settings=(
+            {"block": 4},
+            {"block": 5, "bits": 8, "smaller": "quantize", "rounding": "stochastic", "seed": 1},
+            {"block": None, "fields": ("mu",)},
+            {"bits": None},
+        ),
+        errors=(
+            ({"bits": 3}, ValueError, r"`bits` must be one of None, 4, 8, got 3"),
+            ({"rounding": "up"}, ValueError, r"`rounding` must be one of 'nearest', 'stochastic'"),
+            ({"smaller": "drop"}, ValueError, r"`smaller` must be one of 'keep', 'quantize'"),
+            ({"block": 0}, ValueError, r"`block` must be at least 1, got 0"),
+        ),
+        no_reference="the rounding of a block; replayed nibble by nibble in tests/golden/test_cosmic.py",
+        unbounded=("bits", "block", "seed"),
+        half_tolerance=1.0,
+    ),
 )
 
 CHAINS: tuple[Case, ...] = (
@@ -670,6 +773,66 @@ CHAINS: tuple[Case, ...] = (
         ),
         needs_params=True,
         complex_error="real floating-point",
+    ),
+    Case(
+        name="cosmic",
+        public=chains.cosmic,
+        factory=lambda **settings: in_tiers(chains.cosmic(**settings)),
+        settings=(
+            {"weight_decay": 0.1, "gate_warmup_steps": 0, "gate_update_interval": 1},
+            {
+                "learning_rate": _schedule,
+                "weight_decay": None,
+                "gate_tier_max": 2,
+                "gate_warmup_steps": 2,
+                "gate_update_interval": 2,
+                "tier_scale": (0.5, 1.0, 2.0),
+                "kernel": "xla",
+            },
+        ),
+        errors=(
+            (
+                {"preset": "slow"},
+                ValueError,
+                r"`preset` must be one of None, 'safe', 'fast', 'memory'",
+            ),
+            ({"bits": 3}, ValueError, r"`bits` must be one of None, 4, 8"),
+        ),
+        links=lambda: (
+            in_tiers(
+                transforms.tiered_state(
+                    {
+                        2: transforms.scale_by_dual_ema(),
+                        1: chain(optax.scale_by_sign(), transforms.scale_by_gradient_magnitude()),
+                        0: optax.scale_by_sign(),
+                    }
+                )
+            ),
+            transforms.gradient_gate(warmup_steps=0, update_interval=1),
+            transforms.decoupled_weight_decay(0.1),
+            optax.scale_by_learning_rate(1e-3),
+        ),
+        reference=lambda learning_rate=1e-3, weight_decay=0.0, kernel="", tier_scale=(1.0, 1.0, 1.0), **gate: (
+            descent(
+                cosmic_reference.gated(
+                    cosmic_reference.tiered(
+                        TIERS,
+                        {
+                            2: cosmic_reference.dual_ema(),
+                            1: cosmic_reference.sign_times_magnitude(),
+                            0: cosmic_reference.sign,
+                        },
+                    ),
+                    tiers=TIERS,
+                    tier_scale=tier_scale,
+                    **{name.removeprefix("gate_"): value for name, value in gate.items()},
+                ),
+                learning_rate,
+                weight_decay,
+            )
+        ),
+        needs_params=True,
+        unbounded=("block",),
     ),
 )
 

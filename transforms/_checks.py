@@ -53,6 +53,7 @@ BOUNDS: dict[str, Interval] = {
     "b2": _DECAY,
     "blend": _FRACTION,
     "gate_min_scale": Interval(0.0, 1.0, open_low=True),
+    "gate_tier_max": Interval(-1, math.inf, open_high=True),
     "gate_update_interval": _AT_LEAST_ONE,
     "gate_warmup_steps": _NON_NEGATIVE,
     "min_lr_scale": _FRACTION,

@@ -16,7 +16,8 @@ def numeric_arguments(function):
         return isinstance(default, (int, float)) and not isinstance(default, bool)
 
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if numeric(p.default) or p.name in BOUNDS]
+    optional = [p.name for p in parameters if p.default is None and p.name in BOUNDS]
+    return [p.name for p in parameters if numeric(p.default)] + optional
 
 
 def outside(bounds):
