@@ -60,12 +60,23 @@ def _plateau_value(step: int) -> dict[str, Any]:
     return {"value": jnp.float32(1.0)}
 
 
+def _every_third(step: Any, **extra: Any) -> Any:
+    return step % 3 == 0
+
+
+def _first_five(step: Any, **extra: Any) -> Any:
+    return step < 5
+
+
 def _matrix_labels(params: Any) -> Any:
     return jax.tree.map(lambda p: "matrix" if p.ndim >= 2 else "vector", params)
 
 
-def _is_matrix(params: Any) -> Any:
+def _matrices(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim == 2, params)
+
+
+IS_MATRIX: Any = _matrices  # optax annotates its mask arguments as trees only
 
 
 def _core(name: str, *args: Any, **kwargs: Any) -> OptaxCase:
@@ -190,11 +201,11 @@ WRAPPERS: tuple[OptaxCase, ...] = (
     _variant("named_chain", lambda: optax.named_chain(("a", optax.sgd(0.1, momentum=0.9)))),
     _variant(
         "conditionally_mask",
-        lambda: optax.conditionally_mask(optax.sgd(0.1), lambda step: step % 3 == 0),
+        lambda: optax.conditionally_mask(optax.sgd(0.1), _every_third),
     ),
     _variant(
         "conditionally_transform",
-        lambda: optax.conditionally_transform(optax.adam(0.1), lambda step: step < 5),
+        lambda: optax.conditionally_transform(optax.adam(0.1), _first_five),
     ),
     _variant("flatten", lambda: optax.flatten(optax.adam(0.1))),
     _variant(
@@ -210,7 +221,7 @@ WRAPPERS: tuple[OptaxCase, ...] = (
         "inject_stateful_hyperparams",
         lambda: optax.inject_stateful_hyperparams(optax.rmsprop)(0.1),
     ),
-    _variant("masked", lambda: optax.masked(optax.adam(0.1), _is_matrix)),
+    _variant("masked", lambda: optax.masked(optax.adam(0.1), IS_MATRIX)),
     _variant(
         "MultiSteps",
         lambda: optax.MultiSteps(optax.adam(0.1), 3).gradient_transformation(),
@@ -235,7 +246,7 @@ WRAPPERS: tuple[OptaxCase, ...] = (
     ),
     _variant(
         "transforms.selective_transform",
-        lambda: optax.selective_transform(optax.adam(0.1), freeze_mask=_is_matrix),
+        lambda: optax.selective_transform(optax.adam(0.1), freeze_mask=IS_MATRIX),
     ),
 )
 
@@ -249,7 +260,7 @@ TRANSFORMS: tuple[OptaxCase, ...] = (
     _core("clip_by_block_rms", 0.5),
     _core("clip_by_global_norm", 0.5),
     _core("ema", 0.9),
-    _variant("freeze", lambda: optax.freeze(_is_matrix)),
+    _variant("freeze", lambda: optax.freeze(IS_MATRIX)),
     _core("identity"),
     _core("keep_params_nonnegative"),
     _variant(
@@ -342,7 +353,7 @@ TRANSFORMS: tuple[OptaxCase, ...] = (
                     lambda p: contrib.MuonDimensionNumbers(), params
                 )
             ),
-            _is_matrix,
+            IS_MATRIX,
         ),
     ),
     _contrib("scale_by_simplified_ademamix"),

@@ -24,6 +24,7 @@ from torch import fx
 from chainrule.bridges.lowering.convert import MASKS, is_key, to_torch, torch_dtype
 from chainrule.bridges.lowering.errors import UnsupportedPrimitive
 
+Equation: TypeAlias = Any  # a core.JaxprEqn; JAX does not type the avals of its variables
 Scalar: TypeAlias = bool | int | float | complex
 
 
@@ -35,7 +36,7 @@ class Full(NamedTuple):
 
 
 Value: TypeAlias = fx.Node | Scalar | Full
-Rule: TypeAlias = Callable[..., "Value | Sequence[Value]"]
+Rule: TypeAlias = Callable[..., Any]  # (Builder, Equation, *Value) -> Value or a sequence of them
 
 
 class Place(NamedTuple):
@@ -57,13 +58,13 @@ def scalar(value: Any, dtype: Any) -> Scalar:
     return float(array)
 
 
-_JAX_FILES = tuple(os.path.dirname(os.path.abspath(m.__file__)) + os.sep for m in (jax, np))
+_JAX_FILES = tuple(os.path.dirname(os.path.abspath(str(m.__file__))) + os.sep for m in (jax, np))
 # `scale_by_adam.<locals>.update_fn`, `adaptive_beta1.<locals>.update`, `MultiSteps.update`
 _LINK = re.compile(r"(?:^|\.)(\w+)\.(?:<locals>\.)?_?update\w*(?:\.|$)")
 _PLACES: dict[Any, Place] = {}
 
 
-def place_of(eqn: core.JaxprEqn) -> Place:
+def place_of(eqn: Equation) -> Place:
     """The innermost optax link, and the innermost line outside JAX, in an equation's traceback."""
     traceback = eqn.source_info.traceback
     if traceback is None:
@@ -88,7 +89,7 @@ class Shared(NamedTuple):
     table: dict[str, Rule]
     elementwise: frozenset[str]
     device: torch.device
-    live: dict[core.Jaxpr, list[core.JaxprEqn]]
+    live: dict[core.Jaxpr, list[Equation]]
     subgraphs: dict[Any, fx.GraphModule]
     folded: dict[Any, Scalar]
 
@@ -161,7 +162,7 @@ class Builder:
         name = "" if is_key(aval.dtype) else aval.dtype.name
         return self.emit(torch.bitwise_and, node, MASKS[name]) if name in MASKS else node
 
-    def unsupported(self, eqn: core.JaxprEqn, detail: str = "") -> UnsupportedPrimitive:
+    def unsupported(self, eqn: Equation, detail: str = "") -> UnsupportedPrimitive:
         """The error for an equation that has no lowering."""
         return UnsupportedPrimitive(eqn.primitive.name, *self.place, detail)
 
@@ -174,9 +175,10 @@ class Builder:
         env: dict[core.Var, Value] = dict(zip(jaxpr.invars, operands, strict=True))
         env |= {v: self.constant(c) for v, c in zip(jaxpr.constvars, constants, strict=True)}
 
-        def read(atom: core.Var | core.Literal) -> Value:
+        def read(atom: Any) -> Value:
             if isinstance(atom, core.Literal):
-                return scalar(atom.val, atom.aval.dtype)
+                aval: Any = atom.aval
+                return scalar(atom.val, aval.dtype)
             return env[atom]
 
         outer = self.place
@@ -191,7 +193,7 @@ class Builder:
         self.place = outer
         return [read(v) for v in jaxpr.outvars]
 
-    def _live(self, jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
+    def _live(self, jaxpr: core.Jaxpr) -> list[Equation]:
         if jaxpr not in self.shared.live:
             needed = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
             kept = []
@@ -202,7 +204,7 @@ class Builder:
             self.shared.live[jaxpr] = kept[::-1]
         return self.shared.live[jaxpr]
 
-    def _apply(self, eqn: core.JaxprEqn, operands: list[Value]) -> Sequence[Value]:
+    def _apply(self, eqn: Equation, operands: list[Value]) -> Sequence[Value]:
         name = eqn.primitive.name
         rule = self.shared.table.get(name)
         if rule is None:
@@ -214,7 +216,7 @@ class Builder:
         out = rule(self, eqn, *operands)
         return out if isinstance(out, list | tuple) and not isinstance(out, Full) else [out]
 
-    def _fold(self, eqn: core.JaxprEqn, operands: Sequence[Value]) -> Value:
+    def _fold(self, eqn: Equation, operands: Sequence[Value]) -> Value:
         """An elementwise equation of constants only, evaluated by JAX itself."""
         scalars = tuple(x.value if isinstance(x, Full) else x for x in operands)
         dtypes = tuple(v.aval.dtype for v in eqn.invars)
@@ -228,7 +230,7 @@ class Builder:
         value = self.shared.folded[key]
         return Full(value, aval) if aval.shape else value
 
-    def _narrow(self, eqn: core.JaxprEqn, operands: list[Value]) -> list[Value]:
+    def _narrow(self, eqn: Equation, operands: list[Value]) -> list[Value]:
         """Constants and broadcast scalars as scalars, if another operand has the full shape."""
         shape = eqn.outvars[0].aval.shape
         sources = [

@@ -18,7 +18,7 @@ from jax.extend import core
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.builder import Builder, Full, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
 
 _LINEAR_ALGEBRA = {"svd", "qr", "eigh", "cholesky", "triangular_solve", "lu"}
 _CHEAP_PRODUCT = 2**20  # multiply-adds of a dot_general that a `cond` may evaluate in vain
@@ -31,19 +31,20 @@ def _size(jaxpr: core.Jaxpr) -> int:
     return sum(_eqn_size(eqn) for eqn in jaxpr.eqns)
 
 
-def _eqn_size(eqn: core.JaxprEqn) -> int:
+def _eqn_size(eqn: Equation) -> int:
     inner = sum(_size(j) for j in _jaxprs(eqn))
     return max(1, inner) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
 
 
-def _jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+def _jaxprs(eqn: Equation) -> list[core.Jaxpr]:
     return list(core.jaxprs_in_params(eqn.params))
 
 
 @functools.lru_cache(maxsize=4096)
 def _heavy(jaxpr: core.Jaxpr) -> bool:
     """Whether evaluating ``jaxpr`` in vain would cost more than asking the host."""
-    for eqn in jaxpr.eqns:
+    equations: list[Equation] = list(jaxpr.eqns)
+    for eqn in equations:
         name = eqn.primitive.name
         if name == "while" or name in _LINEAR_ALGEBRA:
             return True
@@ -62,7 +63,7 @@ def _heavy(jaxpr: core.Jaxpr) -> bool:
 def _call(parameter: str) -> Rule:
     """A call primitive: its jaxpr, inlined."""
 
-    def rule(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
+    def rule(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
         inner = eqn.params[parameter]
         if isinstance(inner, core.ClosedJaxpr):
             return b.inline(inner.jaxpr, inner.consts, operands)
@@ -75,7 +76,7 @@ def _tensors(b: Builder, values: Sequence[Value], atoms: Sequence[Any]) -> list[
     return [b.tensor(x, a.aval) for x, a in zip(values, atoms, strict=True)]
 
 
-def _cond(b: Builder, eqn: core.JaxprEqn, index: Value, *operands: Value) -> Sequence[Value]:
+def _cond(b: Builder, eqn: Equation, index: Value, *operands: Value) -> Sequence[Value]:
     branches = eqn.params["branches"]
     if not isinstance(index, fx.Node):
         chosen = branches[min(max(int(np.real(_number(index))), 0), len(branches) - 1)]
@@ -117,7 +118,7 @@ def _after(b: Builder, index: fx.Node, i: int) -> fx.Node:
     return b.emit(torch.gt, index, i)
 
 
-def _while(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
+def _while(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     p = eqn.params
     nodes = _tensors(b, operands, eqn.invars)
     first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
@@ -132,7 +133,7 @@ def _while(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
     return b.items(node, len(eqn.outvars))
 
 
-def _scan(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
+def _scan(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     p = eqn.params
     length, reverse, body = p["length"], bool(p["reverse"]), p["jaxpr"]
     first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
@@ -166,7 +167,7 @@ def _scan(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
     return [*carry, *(b.emit(torch.stack, column) for column in zip(*rows, strict=True))]
 
 
-def _same(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
+def _same(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     return operands
 
 

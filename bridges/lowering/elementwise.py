@@ -10,11 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.extend import core
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.builder import Builder, Full, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
 from chainrule.bridges.lowering.convert import MASKS, is_key, physical_shape, torch_dtype
 
 
@@ -27,14 +26,14 @@ def unary(target: Any) -> Rule:
     return lambda b, eqn, x: b.emit(target, x)
 
 
-def _tensors(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> list[fx.Node]:
+def _tensors(b: Builder, eqn: Equation, *operands: Value) -> list[fx.Node]:
     return [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
 
 
 def binary(target: Any, wraps: bool = False) -> Rule:
     """The rule of a commutative torch function whose second argument may be a scalar."""
 
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
         if not isinstance(x, fx.Node):
             x, y = y, x
         node = b.emit(target, x, y)
@@ -43,7 +42,7 @@ def binary(target: Any, wraps: bool = False) -> Rule:
     return rule
 
 
-def _mul(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _mul(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     if eqn.params.get("out_dtype") not in (None, eqn.invars[0].aval.dtype):
         raise b.unsupported(eqn, f"with out_dtype={eqn.params['out_dtype']}")
     return _product(b, eqn, x, y)
@@ -52,7 +51,7 @@ def _mul(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
 def compare(target: Any, mirrored: Any) -> Rule:
     """The rule of a comparison; a scalar on the left turns it round."""
 
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
         return b.emit(target, x, y) if isinstance(x, fx.Node) else b.emit(mirrored, y, x)
 
     return rule
@@ -63,16 +62,16 @@ def strict(target: Any) -> Rule:
     return lambda b, eqn, *operands: b.emit(target, *_tensors(b, eqn, *operands))
 
 
-def _sub(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _sub(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     node = b.emit(torch.sub, x, y) if isinstance(x, fx.Node) else b.emit(torch.rsub, y, x)
     return b.wrap(node, eqn.outvars[0].aval)
 
 
-def _neg(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _neg(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.wrap(b.emit(torch.neg, x), eqn.outvars[0].aval)
 
 
-def _div(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _div(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     if not _is(eqn.outvars[0].aval, np.integer):
         if not isinstance(x, fx.Node) and x == 1:
             return b.emit(torch.reciprocal, y)
@@ -82,7 +81,7 @@ def _div(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
     return b.emit(ops.int_div, *_tensors(b, eqn, x, y))
 
 
-def _rem(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _rem(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     integer = _is(eqn.outvars[0].aval, np.integer)
     if integer and (isinstance(y, fx.Node) or y in (0, -1)):
         return b.emit(ops.int_rem, *_tensors(b, eqn, x, y))
@@ -92,7 +91,7 @@ def _rem(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
 def _extremum(tensors: Any, bound: Any) -> Rule:
     """max or min: NaN propagates; a bound on one side may be a scalar."""
 
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
         if not isinstance(x, fx.Node):
             x, y = y, x
         ordered = _is(eqn.outvars[0].aval, np.integer) or _is(eqn.outvars[0].aval, np.floating)
@@ -103,20 +102,20 @@ def _extremum(tensors: Any, bound: Any) -> Rule:
     return rule
 
 
-def _clamp(b: Builder, eqn: core.JaxprEqn, low: Value, x: Value, high: Value) -> Value:
+def _clamp(b: Builder, eqn: Equation, low: Value, x: Value, high: Value) -> Value:
     if not isinstance(x, fx.Node) or isinstance(low, fx.Node) != isinstance(high, fx.Node):
         low, x, high = _tensors(b, eqn, low, x, high)
     return b.emit(torch.clamp, x, low, high)
 
 
-def _pow(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _pow(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     base, exponent = (v.aval for v in eqn.invars)
     if isinstance(y, fx.Node) and base.dtype != exponent.dtype:
         y = b.emit(torch.Tensor.to, y, torch_dtype(base.dtype))
     return b.emit(torch.pow, x, y)
 
 
-def _integer_pow(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _integer_pow(b: Builder, eqn: Equation, x: Value) -> Value:
     exponent, aval = eqn.params["y"], eqn.outvars[0].aval
     if exponent == 1:
         return x
@@ -127,22 +126,22 @@ def _integer_pow(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     return b.wrap(b.emit(torch.pow, x, exponent), aval)
 
 
-def _square(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _square(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.wrap(b.emit(torch.square, x), eqn.outvars[0].aval)
 
 
-def _sign(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _sign(b: Builder, eqn: Equation, x: Value) -> Value:
     aval = eqn.outvars[0].aval
     if _is(aval, np.complexfloating):
         return b.emit(torch.sgn, x)
     return b.emit(ops.sign if _is(aval, np.floating) else torch.sign, x)
 
 
-def _not(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _not(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.wrap(b.emit(torch.bitwise_not, x), eqn.outvars[0].aval)
 
 
-def _round(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _round(b: Builder, eqn: Equation, x: Value) -> Value:
     away = int(eqn.params["rounding_method"]) == 0
     return b.emit(ops.round_away if away else torch.round, x)
 
@@ -150,7 +149,7 @@ def _round(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
 def _shift(target: Any, plain: Any) -> Rule:
     """A shift; by a scalar within the width it is torch's own operator, where that agrees."""
 
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value, n: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value, n: Value) -> Value:
         aval = eqn.outvars[0].aval
         bits = np.iinfo(aval.dtype).bits
         known = not isinstance(n, fx.Node) and 0 <= int(np.real(n)) < bits
@@ -163,7 +162,7 @@ def _shift(target: Any, plain: Any) -> Rule:
     return rule
 
 
-def _population_count(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _population_count(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.emit(ops.population_count, x, np.iinfo(eqn.outvars[0].aval.dtype).bits)
 
 
@@ -191,11 +190,11 @@ def convert(b: Builder, x: fx.Node, old: Any, new: Any) -> fx.Node:
     return b.emit(torch.bitwise_and, node, MASKS[np.dtype(new).name])
 
 
-def _convert(b: Builder, eqn: core.JaxprEqn, x: fx.Node) -> Value:
+def _convert(b: Builder, eqn: Equation, x: fx.Node) -> Value:
     return convert(b, x, eqn.invars[0].aval.dtype, eqn.params["new_dtype"])
 
 
-def _select(b: Builder, eqn: core.JaxprEqn, which: Value, *cases: Value) -> Value:
+def _select(b: Builder, eqn: Equation, which: Value, *cases: Any) -> Value:
     values = list(cases)
     if not isinstance(which, fx.Node) or len(cases) == 1:
         chosen = values[0 if isinstance(which, fx.Node) else int(np.real(which))]
@@ -216,11 +215,11 @@ def _select(b: Builder, eqn: core.JaxprEqn, which: Value, *cases: Value) -> Valu
     return out
 
 
-def _identity(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _identity(b: Builder, eqn: Equation, x: Value) -> Value:
     return x
 
 
-def _reduce_precision(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _reduce_precision(b: Builder, eqn: Equation, x: Value) -> Value:
     exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
     dtype = eqn.outvars[0].aval.dtype
     info = jnp.finfo(dtype)
@@ -233,7 +232,7 @@ def _reduce_precision(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     raise b.unsupported(eqn, f"{exponent} exponent and {mantissa} mantissa bits of {dtype}")
 
 
-_product = binary(torch.mul, wraps=True)
+_product: Rule = binary(torch.mul, wraps=True)
 
 ELEMENTWISE: dict[str, Rule] = {
     "abs": unary(torch.abs),

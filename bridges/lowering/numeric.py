@@ -8,19 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax.extend import core
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.builder import Builder, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Value
 from chainrule.bridges.lowering.convert import MASKS, torch_dtype
 
 
-def _axes(eqn: core.JaxprEqn) -> tuple[int, ...]:
+def _axes(eqn: Equation) -> tuple[int, ...]:
     return tuple(int(a) for a in eqn.params["axes"])
 
 
-def _sum(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _sum(b: Builder, eqn: Equation, x: Value) -> Value:
     aval, node = eqn.outvars[0].aval, b.tensor(x, eqn.invars[0].aval)
     if not _axes(eqn):
         return node
@@ -28,13 +27,13 @@ def _sum(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     return b.wrap(b.emit(torch.sum, node, _axes(eqn), dtype=torch_dtype(aval.dtype)), aval)
 
 
-def _prod(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _prod(b: Builder, eqn: Equation, x: Value) -> Value:
     node = b.tensor(x, eqn.invars[0].aval)
     return b.wrap(b.emit(ops.reduce_prod, node, _axes(eqn)), eqn.outvars[0].aval)
 
 
 def _extremum(target: Any, sign: int) -> Rule:
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value) -> Value:
         aval, axes = eqn.invars[0].aval, _axes(eqn)
         node = b.tensor(x, aval)
         if not axes:
@@ -49,7 +48,7 @@ def _extremum(target: Any, sign: int) -> Rule:
 
 
 def _logical(target: Any) -> Rule:
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value) -> Value:
         if eqn.invars[0].aval.dtype != np.bool_:
             raise b.unsupported(eqn, "of integers")
         node = b.tensor(x, eqn.invars[0].aval)
@@ -59,7 +58,7 @@ def _logical(target: Any) -> Rule:
 
 
 def _arg_extremum(target: Any) -> Rule:
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value) -> Value:
         aval = eqn.invars[0].aval
         node = b.tensor(x, aval)
         if aval.dtype == np.bool_:
@@ -73,7 +72,7 @@ def _arg_extremum(target: Any) -> Rule:
 
 
 def _cumulative(function: Any) -> Rule:
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value) -> Value:
         node = b.tensor(x, eqn.invars[0].aval)
         p = eqn.params
         node = b.emit(function, node, int(p["axis"]), bool(p["reverse"]))
@@ -82,7 +81,7 @@ def _cumulative(function: Any) -> Rule:
     return rule
 
 
-def _dot_general(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _dot_general(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     left, right = (b.tensor(v, a.aval) for v, a in zip((x, y), eqn.invars, strict=True))
     (contract, batch), out = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     avals = [v.aval for v in eqn.invars]
@@ -106,33 +105,33 @@ def _dot_general(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
 # ---- linear algebra: the signs of singular and eigenvectors are LAPACK's, so may differ ----
 
 
-def _matrix(b: Builder, eqn: core.JaxprEqn, x: Value) -> fx.Node:
+def _matrix(b: Builder, eqn: Equation, x: Value) -> fx.Node:
     if eqn.params.get("subset_by_index") is not None or eqn.params.get("pivoting"):
         raise b.unsupported(eqn, "of a subset or with pivoting")
     return b.tensor(x, eqn.invars[0].aval)
 
 
-def _svd(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
+def _svd(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
     node = _matrix(b, eqn, x)
     if not eqn.params["compute_uv"]:
         return [b.emit(ops.singular_values, node)]
     return b.items(b.emit(ops.svd, node, bool(eqn.params["full_matrices"])), 3)
 
 
-def _qr(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
+def _qr(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
     mode = "complete" if eqn.params["full_matrices"] else "reduced"
     return b.items(b.emit(torch.linalg.qr, _matrix(b, eqn, x), mode), 2)
 
 
-def _eigh(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
+def _eigh(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
     return b.items(b.emit(ops.eigh, _matrix(b, eqn, x), bool(eqn.params["lower"])), 2)
 
 
-def _cholesky(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _cholesky(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.emit(ops.cholesky, _matrix(b, eqn, x))
 
 
-def _triangular_solve(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
+def _triangular_solve(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     left, right = (b.tensor(v, a.aval) for v, a in zip((x, y), eqn.invars, strict=True))
     names = ("left_side", "lower", "transpose_a", "conjugate_a", "unit_diagonal")
     return b.emit(ops.triangular_solve, left, right, *(bool(eqn.params[n]) for n in names))
@@ -141,7 +140,7 @@ def _triangular_solve(b: Builder, eqn: core.JaxprEqn, x: Value, y: Value) -> Val
 # ---- bits and randomness -----------------------------------------------------------------
 
 
-def _bitcast(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _bitcast(b: Builder, eqn: Equation, x: Value) -> Value:
     """Reinterpret the bits; between widths the last axis splits or joins, as in XLA."""
     old, new = eqn.invars[0].aval, eqn.outvars[0].aval
     node = b.tensor(x, old)
@@ -158,7 +157,7 @@ def _bitcast(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     return node
 
 
-def _threefry(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
+def _threefry(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     words = [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
     return b.items(b.emit(ops.threefry2x32, *words), 2)
 
@@ -179,7 +178,7 @@ def _expanded(impl: Any, method: str, shapes: tuple[tuple[int, ...], ...], *stat
     return jax.make_jaxpr(mapped)(*structs)
 
 
-def _random(b: Builder, eqn: core.JaxprEqn, method: str, *args: Value, static: Any = ()) -> Value:
+def _random(b: Builder, eqn: Equation, method: str, *args: Value, static: Any = ()) -> Value:
     avals = [v.aval for v in eqn.invars]
     if len({a.shape for a in avals}) > 1:
         raise b.unsupported(eqn, "of keys and data of different shapes")
@@ -189,20 +188,20 @@ def _random(b: Builder, eqn: core.JaxprEqn, method: str, *args: Value, static: A
     return b.inline(closed.jaxpr, closed.consts, nodes)[0]
 
 
-def _random_bits(b: Builder, eqn: core.JaxprEqn, key: Value) -> Value:
+def _random_bits(b: Builder, eqn: Equation, key: Value) -> Value:
     p = eqn.params
     return _random(b, eqn, "random_bits", key, static=(p["bit_width"], tuple(p["shape"])))
 
 
-def _random_split(b: Builder, eqn: core.JaxprEqn, key: Value) -> Value:
+def _random_split(b: Builder, eqn: Equation, key: Value) -> Value:
     return _random(b, eqn, "split", key, static=(tuple(eqn.params["shape"]),))
 
 
-def _random_fold_in(b: Builder, eqn: core.JaxprEqn, key: Value, data: Value) -> Value:
+def _random_fold_in(b: Builder, eqn: Equation, key: Value, data: Value) -> Value:
     return _random(b, eqn, "fold_in", key, data)
 
 
-def _random_seed(b: Builder, eqn: core.JaxprEqn, seed: Value) -> Value:
+def _random_seed(b: Builder, eqn: Equation, seed: Value) -> Value:
     aval = eqn.invars[0].aval
     if aval.shape:
         raise b.unsupported(eqn, "of an array of seeds")
@@ -210,7 +209,7 @@ def _random_seed(b: Builder, eqn: core.JaxprEqn, seed: Value) -> Value:
     return b.inline(closed.jaxpr, closed.consts, [seed])[0]
 
 
-def _same(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _same(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.tensor(x, eqn.invars[0].aval)
 
 

@@ -11,6 +11,7 @@ import jax
 import torch
 from torch import Tensor, fx
 
+from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.builder import Shared, build
 from chainrule.bridges.lowering.convert import is_key
 from chainrule.bridges.lowering.elementwise import ELEMENTWISE
@@ -31,14 +32,22 @@ class Lowered:
       out_avals: shape and dtype of every flat output, in order.
       passthrough: output index to input index where the output *is* that input, unchanged. Every
         other output has memory of its own, shared with no input and no other output.
+      device: where its constants live, and its inputs must.
     """
 
     graph: fx.GraphModule
-    in_tree: jax.tree_util.PyTreeDef
-    out_tree: jax.tree_util.PyTreeDef
+    in_tree: Any
+    out_tree: Any
     in_avals: tuple[jax.ShapeDtypeStruct, ...]
     out_avals: tuple[jax.ShapeDtypeStruct, ...]
     passthrough: dict[int, int]
+    device: torch.device
+
+    @property
+    def synchronises(self) -> bool:
+        """Whether a run reads a value on the host: a heavy ``cond``, or a ``while``, somewhere."""
+        modules = [m for m in self.graph.modules() if isinstance(m, fx.GraphModule)]
+        return any(n.target in _ON_HOST for m in modules for n in m.graph.nodes)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The flat outputs for flat inputs."""
@@ -73,7 +82,7 @@ def lower(
     paths, in_tree = jax.tree_util.tree_flatten_with_path(example_args)
     in_avals = tuple(_struct(leaf) for _, leaf in paths)
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
-    with collector_paused(), jax.enable_x64(wide or jax.config.jax_enable_x64):
+    with collector_paused(), jax.enable_x64(wide or jax.config.read("jax_enable_x64")):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
         shared = Shared(TABLE, frozenset(ELEMENTWISE), torch.device(device), {}, {}, {})
@@ -83,10 +92,10 @@ def lower(
         graph = build(jaxpr, shared, names)
     out_leaves, out_tree = jax.tree.flatten(out)
     inputs = {n: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    results = graph.graph.output_node().args[0]
+    results: Any = graph.graph.output_node().args[0]
     passthrough = {i: inputs[n] for i, n in enumerate(results) if n in inputs}
     out_avals = tuple(_struct(leaf) for leaf in out_leaves)
-    return Lowered(graph, in_tree, out_tree, in_avals, out_avals, passthrough)
+    return Lowered(graph, in_tree, out_tree, in_avals, out_avals, passthrough, shared.device)
 
 
 @contextlib.contextmanager
@@ -101,6 +110,7 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+_ON_HOST = (ops.branch, ops.while_loop)
 _WIDE = {"int64", "uint64", "float64", "complex128"}
 
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jax.extend import core
 from jax.lax import GatherScatterMode
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.builder import Builder, Full, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
 from chainrule.bridges.lowering.convert import is_key, physical_shape, torch_dtype
 
 
@@ -24,7 +23,7 @@ def _physical(aval: Any, axes: Sequence[int]) -> list[int]:
     return [*axes, *range(len(aval.shape), len(physical_shape(aval)))]
 
 
-def broadcast_in_dim(b: Builder, eqn: core.JaxprEqn, x: Value, *_: Value) -> Value:
+def broadcast_in_dim(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
     """``x`` with its axes at ``broadcast_dimensions`` of ``shape``."""
     old, new = eqn.invars[0].aval, eqn.outvars[0].aval
     if not isinstance(x, fx.Node):
@@ -49,7 +48,7 @@ def broadcast_in_dim(b: Builder, eqn: core.JaxprEqn, x: Value, *_: Value) -> Val
     return node
 
 
-def _reshape(b: Builder, eqn: core.JaxprEqn, x: Value, *_: Value) -> Value:
+def _reshape(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
     old, new = eqn.invars[0].aval, eqn.outvars[0].aval
     if isinstance(x, Full):
         return Full(x.value, new) if new.shape else x.value
@@ -60,7 +59,7 @@ def _reshape(b: Builder, eqn: core.JaxprEqn, x: Value, *_: Value) -> Value:
     return b.emit(torch.reshape, x, physical_shape(new))
 
 
-def _transpose(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _transpose(b: Builder, eqn: Equation, x: Value) -> Value:
     old, new = eqn.invars[0].aval, eqn.outvars[0].aval
     if isinstance(x, Full):
         return Full(x.value, new)
@@ -70,7 +69,7 @@ def _transpose(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     return b.emit(torch.permute, x, _physical(old, axes))
 
 
-def _slice(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _slice(b: Builder, eqn: Equation, x: Value) -> Value:
     aval = eqn.outvars[0].aval
     if isinstance(x, Full):
         return Full(x.value, aval)
@@ -89,29 +88,29 @@ def _slice(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
     return x
 
 
-def _rev(b: Builder, eqn: core.JaxprEqn, x: Value) -> Value:
+def _rev(b: Builder, eqn: Equation, x: Value) -> Value:
     if isinstance(x, Full):
         return x
     return b.emit(torch.flip, x, tuple(eqn.params["dimensions"]))
 
 
-def _concatenate(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Value:
+def _concatenate(b: Builder, eqn: Equation, *operands: Value) -> Value:
     nodes = [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
     return nodes[0] if len(nodes) == 1 else b.emit(torch.cat, nodes, eqn.params["dimension"])
 
 
-def _stack(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Value:
+def _stack(b: Builder, eqn: Equation, *operands: Value) -> Value:
     nodes = [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
     return b.emit(torch.stack, nodes, eqn.params["axis"])
 
 
-def _unstack(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
+def _unstack(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
     node = b.tensor(x, eqn.invars[0].aval)
     axis = eqn.params["axis"]
     return [b.emit(torch.select, node, axis, i) for i in range(len(eqn.outvars))]
 
 
-def _split(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
+def _split(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
     starts = np.cumsum([0, *eqn.params["sizes"]])
     node = b.tensor(x, eqn.invars[0].aval)
     return [
@@ -120,11 +119,11 @@ def _split(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
     ]
 
 
-def _pad(b: Builder, eqn: core.JaxprEqn, x: Value, value: Value) -> Value:
+def _pad(b: Builder, eqn: Equation, x: Value, value: Value) -> Value:
     return b.emit(ops.pad, b.tensor(x, eqn.invars[0].aval), value, eqn.params["padding_config"])
 
 
-def _iota(b: Builder, eqn: core.JaxprEqn, *_: Value) -> Value:
+def _iota(b: Builder, eqn: Equation, *_: Value) -> Value:
     aval, axis = eqn.outvars[0].aval, eqn.params["dimension"]
     n = aval.shape[axis]
     node = b.emit(torch.arange, n, dtype=torch_dtype(aval.dtype), device=b.device)
@@ -134,18 +133,18 @@ def _iota(b: Builder, eqn: core.JaxprEqn, *_: Value) -> Value:
     return b.emit(torch.broadcast_to, node, tuple(aval.shape))
 
 
-def _iota_2x32(b: Builder, eqn: core.JaxprEqn) -> Sequence[Value]:
+def _iota_2x32(b: Builder, eqn: Equation) -> Sequence[Value]:
     return b.items(b.emit(ops.iota_2x32, tuple(eqn.params["shape"]), b.device), 2)
 
 
-def _dynamic_slice(b: Builder, eqn: core.JaxprEqn, x: Value, *starts: Value) -> Value:
+def _dynamic_slice(b: Builder, eqn: Equation, x: Value, *starts: Value) -> Value:
     if isinstance(x, Full):
         return Full(x.value, eqn.outvars[0].aval)
     return b.emit(ops.dynamic_slice, x, starts, tuple(eqn.params["slice_sizes"]))
 
 
 def _dynamic_update_slice(
-    b: Builder, eqn: core.JaxprEqn, x: Value, update: Value, *starts: Value
+    b: Builder, eqn: Equation, x: Value, update: Value, *starts: Value
 ) -> Value:
     operand, new = (b.tensor(v, a.aval) for v, a in zip((x, update), eqn.invars, strict=False))
     if is_key(eqn.invars[0].aval.dtype):
@@ -169,7 +168,7 @@ def _ints(values: Sequence[Any]) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 
-def _gather(b: Builder, eqn: core.JaxprEqn, x: Value, indices: Value) -> Value:
+def _gather(b: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
     aval, p = eqn.invars[0].aval, eqn.params
     if is_key(aval.dtype):
         raise b.unsupported(eqn, "of typed PRNG keys")
@@ -190,7 +189,7 @@ def _gather(b: Builder, eqn: core.JaxprEqn, x: Value, indices: Value) -> Value:
 
 
 def _scatter(reduce: str) -> Rule:
-    def rule(b: Builder, eqn: core.JaxprEqn, x: Value, indices: Value, updates: Value) -> Value:
+    def rule(b: Builder, eqn: Equation, x: Value, indices: Value, updates: Value) -> Value:
         p = eqn.params
         if is_key(eqn.invars[0].aval.dtype):
             raise b.unsupported(eqn, "of typed PRNG keys")
@@ -211,13 +210,13 @@ def _scatter(reduce: str) -> Rule:
     return rule
 
 
-def _sort(b: Builder, eqn: core.JaxprEqn, *operands: Value) -> Sequence[Value]:
+def _sort(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     nodes = [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
     node = b.emit(ops.sort, nodes, eqn.params["dimension"], eqn.params["num_keys"])
     return b.items(node, len(nodes))
 
 
-def _top_k(b: Builder, eqn: core.JaxprEqn, x: Value) -> Sequence[Value]:
+def _top_k(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
     aval, k, axis = eqn.invars[0].aval, eqn.params["k"], eqn.params.get("axis", -1)
     dtype = torch_dtype(eqn.outvars[1].aval.dtype)
     return b.items(b.emit(ops.top_k, b.tensor(x, aval), k, axis % len(aval.shape), dtype), 2)

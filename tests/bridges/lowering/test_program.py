@@ -102,6 +102,7 @@ def test_condition_that_hands_an_operand_through() -> None:
 
     lowered = lower(fn, struct(dtype=jnp.bool_), struct(2, 2))
     x = torch.eye(2)
+    assert lowered.synchronises
     (out,) = lowered(torch.tensor(True), x)
     assert out is not x
     assert out.data_ptr() != x.data_ptr()
@@ -116,6 +117,7 @@ def test_cheap_conditions_do_not_synchronise() -> None:
         torch.empty(a.shape, dtype=torch_dtype(a.dtype), device="meta") for a in lowered.in_avals
     ]
     lowered(*meta)  # a tensor on the meta device has no value to read
+    assert not lowered.synchronises
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "noisy_sgd", "adafactor", "novograd", "lamb"])
