@@ -104,15 +104,49 @@ def candidates() -> dict[str, MakeChain]:
     return found
 
 
-def init_params(key: jax.Array) -> Params:
+class Seeds(NamedTuple):
+    """What a seed decides, drawn once for all chains; every leaf has a leading axis of seeds."""
+
+    params: Params
+    """The initial parameters."""
+    labels: np.ndarray
+    """(seeds, n): the training labels, 30 % of them wrong."""
+    batches: np.ndarray
+    """(seeds, epochs, steps, batch): rows of the training split."""
+
+
+def draw_seeds(data: Data, seeds: int, epochs: int) -> Seeds:
+    """Initial parameters, wrong labels and batches of the seeds 0, 1, ..."""
+
+    def draw(seed: int) -> Seeds:
+        random, n = np.random.default_rng(seed), len(data.train.labels)
+        orders = np.stack([random.permutation(n)[: n // BATCH * BATCH] for _ in range(epochs)])
+        return Seeds(
+            init_params(random),
+            wrong_labels(random, np.asarray(data.train.labels)),
+            orders.reshape(epochs, -1, BATCH),
+        )
+
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(draw, range(seeds)))
+
+
+def init_params(random: np.random.Generator) -> Params:
     """He-normal weights and zero biases of a network with `WIDTHS`."""
     layers = {}
     names = [*(f"hidden_{i + 1}" for i in range(len(WIDTHS) - 2)), "output"]
     for name, fan_in, fan_out in zip(names, WIDTHS[:-1], WIDTHS[1:], strict=True):
-        key, subkey = jax.random.split(key)
-        kernel = jax.random.normal(subkey, (fan_in, fan_out)) * jnp.sqrt(2 / fan_in)
-        layers[name] = {"kernel": kernel, "bias": jnp.zeros(fan_out)}
+        kernel = random.normal(0, np.sqrt(2 / fan_in), (fan_in, fan_out))
+        layers[name] = {
+            "kernel": kernel.astype(np.float32),
+            "bias": np.zeros(fan_out, np.float32),
+        }
     return layers
+
+
+def wrong_labels(random: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    """`labels` with 30 % of them replaced by another class, drawn uniformly."""
+    others = (labels + random.integers(1, 10, labels.shape)) % 10
+    return np.where(random.random(labels.shape) < WRONG_LABELS, others, labels)
 
 
 def logits(params: Params, images: jax.Array) -> jax.Array:
@@ -128,22 +162,13 @@ def accuracy(params: Params, split: Split) -> jax.Array:
     return jnp.mean(jnp.argmax(logits(params, split.images), -1) == split.labels)
 
 
-def wrong_labels(key: jax.Array, labels: jax.Array) -> jax.Array:
-    """`labels` with 30 % of them replaced by another class, drawn uniformly."""
-    chosen, other = jax.random.split(key)
-    shift = jax.random.randint(other, labels.shape, 1, 10)
-    return jnp.where(
-        jax.random.uniform(chosen, labels.shape) < WRONG_LABELS, (labels + shift) % 10, labels
-    )
-
-
 def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy."""
     outputs = logits(params, images)
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
 
-def first_tiers(tx: optax.GradientTransformation, batch: Split) -> tuple[int, ...] | None:
+def first_tiers(tx: optax.GradientTransformation, params: Params, batch: Split) -> Any:
     """The tier that a tiered chain gives each tensor at its first step, None for other chains.
 
     Tiers are static, so that runs which train together share them: the demo does not move tensors
@@ -154,7 +179,6 @@ def first_tiers(tx: optax.GradientTransformation, batch: Split) -> tuple[int, ..
         nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TieredState))
         return [node for node in nodes if isinstance(node, TieredState)]
 
-    params = init_params(jax.random.key(0))
     if not tiered(jax.eval_shape(tx.init, params)):
         return None
     state = retier(tx.init(params), jax.grad(loss)(params, *batch), params)
@@ -162,24 +186,19 @@ def first_tiers(tx: optax.GradientTransformation, batch: Split) -> tuple[int, ..
 
 
 def train(
-    name: str, make: MakeChain, data: Data, rates: tuple[float, ...], seeds: int, epochs: int
+    name: str, make: MakeChain, data: Data, drawn: Seeds, rates: tuple[float, ...]
 ) -> Iterator[Run | None]:
-    """Trains every learning rate and seed at once; yields None after each epoch, and the `Run` at the end."""
+    """Trains all learning rates and seeds at once; yields None after each epoch, then the `Run`."""
+    first_params = jax.tree.map(lambda leaf: leaf[0], drawn.params)
+    first_batch = Split(*(part[:BATCH] for part in data.train))
+    tiers = first_tiers(make(rates[0]), first_params, first_batch)
 
-    tiers = first_tiers(make(rates[0]), Split(*(part[:BATCH] for part in data.train)))
-
-    def init(rate, seed):
-        params = init_params(jax.random.key(seed))
+    def init(rate, params):
         state = make(rate).init(params)
         return params, state if tiers is None else assign(state, tiers, params)
 
-    def run_epoch(carry, rate, seed, epoch):
+    def run_epoch(rate, carry, labels, batches):
         tx = optax.with_extra_args_support(make(rate))
-        labels = wrong_labels(jax.random.fold_in(jax.random.key(seed), 1), data.train.labels)
-        order = jax.random.permutation(
-            jax.random.fold_in(jax.random.key(seed), 2 + epoch), len(labels)
-        )
-        order = order[: len(labels) // BATCH * BATCH].reshape(-1, BATCH)
 
         def step(carry, rows):
             params, state = carry
@@ -187,31 +206,28 @@ def train(
             updates, state = tx.update(grads, state, params)
             return (jax.tree.map(jnp.add, params, updates), state), None
 
-        carry, _ = jax.lax.scan(step, carry, order)
+        carry, _ = jax.lax.scan(step, carry, batches)
         return carry, (accuracy(carry[0], data.validation), accuracy(carry[0], data.test))
 
-    grid = [(rate, seed) for rate in rates for seed in range(seeds)]
-    all_rates, all_seeds = (
-        jnp.asarray([rate for rate, _ in grid]),
-        jnp.asarray([seed for _, seed in grid]),
-    )
     start = time.perf_counter()
-    carry = jax.jit(jax.vmap(init))(all_rates, all_seeds)
-    program = jax.jit(jax.vmap(run_epoch, in_axes=(0, 0, 0, None)), donate_argnums=0)
-    compiled = program.lower(carry, all_rates, all_seeds, 0).compile()
+    grid = jnp.asarray(rates)
+    carry = jax.jit(jax.vmap(jax.vmap(init, (None, 0)), (0, None)))(grid, drawn.params)
+    over_runs = jax.vmap(jax.vmap(run_epoch, (None, 0, 0, 0)), (0, 0, None, None))
+    program = jax.jit(over_runs, donate_argnums=1)
+    program = program.lower(grid, carry, drawn.labels, drawn.batches[:, 0]).compile()
     compile_seconds = time.perf_counter() - start
 
     start, history = time.perf_counter(), []
-    for epoch in range(epochs):
-        carry, accuracies = compiled(carry, all_rates, all_seeds, epoch)
-        history.append(np.asarray(accuracies).reshape(2, len(rates), seeds))
+    for epoch in range(drawn.batches.shape[1]):
+        carry, accuracies = program(grid, carry, drawn.labels, drawn.batches[:, epoch])
+        history.append(np.asarray(accuracies))
         yield None
     seconds = time.perf_counter() - start
 
     validation, test = np.stack(history, 1)  # each (epochs, learning rates, seeds)
     final = validation[-1].mean(-1)
     best = int(np.argmax(final))
-    one_state = jax.tree.map(lambda leaf: leaf[0], carry[1])
+    one_state = jax.tree.map(lambda leaf: leaf[0, 0], carry[1])
     yield Run(
         name=name,
         learning_rate=rates[best],
@@ -289,6 +305,7 @@ def main(
 
     console = Console()
     data = load_digits()
+    drawn = draw_seeds(data, seeds, epochs)
     rates = LEARNING_RATES[1:-1:2] if quick else LEARNING_RATES
     makers = candidates()
     columns = [
@@ -303,7 +320,7 @@ def main(
         task = progress.add_task("", total=len(makers) * epochs)
         for name, make in makers.items():
             progress.update(task, description=name)
-            for run in train(name, make, data, rates, seeds, epochs):
+            for run in train(name, make, data, drawn, rates):
                 if run is None:
                     progress.advance(task)
                 else:
