@@ -22,6 +22,7 @@ Triple = tuple[float, float, float]
 
 _MAX_ERROR = 2.0**-12  # that keeping one Gram matrix for several steps may add to a singular value
 _PANELS = 3  # of rows that a Hermitian matrix is held in
+_TILE = 64  # heights of panels are multiples of it, which suits vector registers and matrix units
 _SMALL = 384  # up to this side the products cost less than what surrounds them
 
 
@@ -74,8 +75,7 @@ def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
     """Several steps by way of the Gram matrix of the smaller side, held in panels of rows."""
     tall = x.shape[-2] > x.shape[-1]
     small = x.shape[-1] if tall else x.shape[-2]
-    # Multiples of 64, which suit matrix units and vector registers.
-    height = -(-small // (64 * _PANELS)) * 64 if small > _SMALL else small
+    height = -(-small // (_TILE * _PANELS)) * _TILE if small > _SMALL else small
     starts = list(range(0, small, height))
     axis = x.ndim - 1 if tall else x.ndim - 2
     panels = [jax.lax.slice_in_dim(x, s, min(s + height, small), axis=axis) for s in starts]

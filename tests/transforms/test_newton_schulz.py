@@ -1,0 +1,277 @@
+"""Newton-Schulz: the Gram iteration, how leaves are read as matrices, scales, and what it refuses."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chainrule.transforms import _gram_iteration, newton_schulz
+from reference import muon as reference
+
+SIDE = 20  # with `small_panels`, three panels of Hermitian matrices
+
+
+@pytest.fixture
+def small_panels(monkeypatch):
+    """Panels and segments on matrices that are quick to multiply."""
+    monkeypatch.setattr(_gram_iteration, "_SMALL", 4)
+    monkeypatch.setattr(_gram_iteration, "_TILE", 2)
+
+
+def orthogonalize(x, **settings):
+    tx = newton_schulz(**{"scale": None, **settings})
+    return tx.update(x, tx.init(x))[0]
+
+
+def with_singular_values(s, rows, cols, seed=0):
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.normal(size=(rows, len(s))))[0]
+    right = np.linalg.qr(rng.normal(size=(cols, len(s))))[0]
+    return (left * s) @ right.T
+
+
+SPECTRA = {
+    "flat": np.ones(SIDE),
+    "one over rank": 1 / np.arange(1.0, SIDE + 1),
+    "six decades": np.logspace(0, -6, SIDE),
+    "low rank and noise": np.r_[np.ones(3), np.full(SIDE - 3, 1e-3)],
+}
+
+
+@pytest.mark.parametrize("shape", [(SIDE, SIDE), (SIDE, 90), (90, SIDE)], ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA, ids=str)
+def test_the_gram_iteration_loses_no_small_singular_value(small_panels, shape, spectrum):
+    x = with_singular_values(SPECTRA[spectrum], *shape)
+    exact = reference.orthogonalized(x)
+    plain, auto = (
+        np.abs(orthogonalize(jnp.asarray(x, jnp.float32), gram=gram) - exact).max()
+        for gram in (False, "auto")
+    )
+    assert auto <= max(4 * plain, 2e-5)
+
+
+def test_one_gram_matrix_for_all_steps_would_lose_them(small_panels):
+    x = with_singular_values(SPECTRA["six decades"], SIDE, 90)
+    exact = reference.orthogonalized(x)
+    one, auto = (
+        np.abs(orthogonalize(jnp.asarray(x, jnp.float32), gram=gram) - exact).max()
+        for gram in (True, "auto")
+    )
+    assert one > 4 * auto
+
+
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1),
+    exponent=st.integers(-6, 6),
+)
+def test_singular_values_end_near_one(rows, cols, seed, exponent):
+    x = np.random.default_rng(seed).normal(size=(rows, cols))
+    x = with_singular_values(np.linspace(1, 2, min(x.shape)), rows, cols, seed) * 10.0**exponent
+    s = np.linalg.svd(orthogonalize(jnp.asarray(x, jnp.float32)), compute_uv=False)
+    assert s.min() > 0.6 and s.max() < 1.3
+
+
+@given(st.integers(2, 7), st.integers(2, 7), st.integers(0, 2**32 - 1))
+def test_it_commutes_with_transposition_and_ignores_scale(rows, cols, seed):
+    x = with_singular_values(np.linspace(1, 2, min(rows, cols)), rows, cols, seed)
+    x = jnp.asarray(x, jnp.float32)
+    o = orthogonalize(x)
+    np.testing.assert_allclose(orthogonalize(x.T), o.T, atol=1e-5)
+    np.testing.assert_allclose(orthogonalize(64 * x), o, atol=1e-5)
+
+
+def test_float64_meets_the_oracle():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(7, 11))
+        got = orthogonalize(jnp.asarray(x), coefficients="dion", gram=True)
+        np.testing.assert_allclose(got, reference.orthogonalized(x, "dion"), atol=1e-12)
+
+
+def test_classical_coefficients_converge_to_the_polar_factor():
+    x = with_singular_values(np.array([1.0, 0.4, 0.1]), 3, 5)
+    left, _, right = np.linalg.svd(x, full_matrices=False)
+    got = orthogonalize(jnp.asarray(x, jnp.float32), coefficients="classical", steps=12)
+    np.testing.assert_allclose(got, left @ right, atol=1e-5)
+
+
+def test_the_last_triple_is_repeated():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    two = ((3.0, -4.0, 2.0), (1.5, -0.5, 0.0))
+    np.testing.assert_array_equal(
+        orthogonalize(x, coefficients=two, steps=4),
+        orthogonalize(x, coefficients=(*two, two[1], two[1]), steps=4),
+    )
+
+
+def test_complex_matrices_use_the_conjugate_transpose():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 8)) + 1j * rng.normal(size=(3, 8))
+    left, _, right = np.linalg.svd(x, full_matrices=False)
+    x = jnp.asarray(x, jnp.complex64)
+    got = orthogonalize(x, coefficients="classical", steps=12)
+    np.testing.assert_allclose(got, left @ right, atol=1e-5)
+    np.testing.assert_allclose(orthogonalize(x, gram=True), orthogonalize(x), atol=1e-3)
+    assert orthogonalize(x, dtype="bfloat16").dtype == jnp.complex64
+
+
+# Leaves
+
+
+def test_leading_axes_are_batched():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 9)), jnp.float32)
+    got = orthogonalize(x, scale="spectral")
+    for index in itertools.product(range(2), range(3)):
+        np.testing.assert_allclose(
+            got[index], orthogonalize(x[index], scale="spectral"), rtol=1e-5, atol=1e-6
+        )
+
+
+DIMS = {
+    "hwio": lambda x: x.reshape(-1, x.shape[-1]),
+    "oihw": lambda x: x.reshape(x.shape[0], -1),
+    "axes": lambda x: x.transpose(1, 0, 2, 3).reshape(x.shape[1], -1),
+}
+
+
+@pytest.mark.parametrize("dims", DIMS)
+def test_a_kernel_is_one_matrix(dims):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 2, 5)), jnp.float32)
+    got = orthogonalize(x, dims=((1,), (0, -2, -1)) if dims == "axes" else dims)
+    assert got.shape == x.shape
+    read = DIMS[dims]
+    np.testing.assert_allclose(read(got), orthogonalize(read(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_axes_that_are_no_matrix_axes_are_batched():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3, 6)), jnp.float32)
+    got = orthogonalize(x, dims=((0,), (2,)))
+    for i in range(3):
+        np.testing.assert_allclose(got[:, i], orthogonalize(x[:, i]), rtol=1e-5, atol=1e-6)
+
+
+def test_dims_may_depend_on_path_and_shape():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, 5)), jnp.float32)
+    tree = {"conv": {"kernel": x}, "stack": x}
+
+    def dims(path, shape):
+        assert shape == x.shape
+        return "hwio" if path == "conv/kernel" else "batched"
+
+    got = orthogonalize(tree, dims=dims)
+    np.testing.assert_array_equal(got["conv"]["kernel"], orthogonalize(x, dims="hwio"))
+    np.testing.assert_array_equal(got["stack"], orthogonalize(x))
+
+
+SCALES = [
+    ({"scale": "spectral"}, (8, 2), 1.0),
+    ({"scale": "spectral"}, (2, 8), 2.0),
+    ({"scale": "spectral", "scale_axes": "out_in"}, (8, 2), 2.0),
+    ({"scale": "spectral", "scale_axes": "out_in"}, (2, 8), 1.0),
+    ({"scale": "rms"}, (4, 9), 3.0),
+    ({"scale": "rms", "scale_factor": 0.2}, (25, 4), 1.0),
+    ({"scale": None, "scale_factor": 0.2}, (2, 8), 0.2),
+    # A kernel's own axes, whatever matrix it is read as.
+    ({"scale": "spectral", "scale_axes": (-2, -1), "dims": "oihw"}, (3, 3, 8, 2), 2.0),
+    ({"scale": "spectral", "scale_axes": (-1, -2), "dims": "hwio"}, (3, 3, 8, 2), 1.0),
+    ({"scale": "spectral", "dims": "hwio"}, (1, 2, 1, 8), 2.0),
+]
+
+
+@pytest.mark.parametrize(("settings", "shape", "factor"), SCALES)
+def test_scales(settings, shape, factor):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    plain = orthogonalize(x, **{k: v for k, v in settings.items() if k == "dims"})
+    np.testing.assert_allclose(orthogonalize(x, **settings), factor * plain, rtol=1e-6)
+
+
+def test_the_dual_norm_is_the_sum_of_singular_values():
+    x = jnp.asarray(with_singular_values(np.array([3.0, 2.0]), 2, 4), jnp.float32)
+    exact = {"coefficients": "classical", "steps": 12}
+    got = orthogonalize(x, dual_norm=True, **exact)
+    np.testing.assert_allclose(got, 5.0 * orthogonalize(x, **exact), rtol=1e-4)
+
+
+# Degenerate matrices and dtypes
+
+
+@pytest.mark.parametrize("eps", [1e-7, 0.0])
+@pytest.mark.parametrize("eps_scope", ["added", "clamped"])
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_zero_matrix_stays_zero(eps, eps_scope, gram):
+    x = jnp.zeros((2, 3, 4))
+    x = x.at[1].set(jnp.eye(3, 4))
+    got = orthogonalize(x, eps=eps, eps_scope=eps_scope, gram=gram)
+    assert not np.any(got[0])
+    assert np.all(np.isfinite(got)) and np.any(got[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 2, 3)], ids=str)
+def test_no_elements(shape):
+    assert orthogonalize(jnp.zeros(shape), scale="spectral").shape == shape
+
+
+def test_rank_one_is_one_pair_of_singular_vectors():
+    x = np.outer([1.0, -2.0, 2.0], [3.0, 4.0])
+    got = orthogonalize(jnp.asarray(x, jnp.float32), coefficients="classical", steps=8)
+    np.testing.assert_allclose(got, x / 15, atol=1e-4)
+
+
+@pytest.mark.parametrize("eps_scope", ["added", "clamped"])
+def test_eps_bounds_what_a_tiny_matrix_becomes(eps_scope):
+    x = 1e-9 * jnp.eye(2)
+    got = orthogonalize(x, eps_scope=eps_scope, eps=1e-2)
+    assert np.abs(got).max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("gram", [False, "auto"])
+def test_half_precision_iterations_are_near_float32(dtype, gram):
+    x = jnp.asarray(with_singular_values(np.linspace(0.5, 1, 6), 6, 40), jnp.float32)
+    got = orthogonalize(x, dtype=dtype, gram=gram)
+    assert got.dtype == x.dtype
+    assert np.abs(got - orthogonalize(x)).max() < 0.08
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_updates_are_iterated_in_float32(dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 9)), dtype)
+    got = orthogonalize(x)
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, orthogonalize(x.astype(jnp.float32)).astype(dtype))
+
+
+@pytest.mark.parametrize("eps", [2.0**-8, 2.0**-10], ids=["bfloat16", "float16"])
+def test_half_precision_keeps_no_gram_matrix(eps):
+    triples = [(3.4445, -4.7750, 2.0315)] * 5
+    assert _gram_iteration._segments(768, 3072, triples, eps, "auto") == (1,) * 5
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_a_vector_is_refused_by_name_with_the_remedy(shape):
+    tree = {"hidden": jnp.ones((2, 2)), "gain": jnp.ones(shape)}
+    tx = newton_schulz()
+    for call in (tx.init, lambda tree: tx.update(tree, optax.EmptyState())):
+        with pytest.raises(ValueError, match=r"'gain' has shape .*chains\.muon.*optax\.partition"):
+            call(tree)
+
+
+def test_an_integer_leaf_is_refused():
+    tx = newton_schulz()
+    for call in (tx.init, lambda tree: tx.update(tree, optax.EmptyState())):
+        with pytest.raises(TypeError, match=r"\['hidden'\] has dtype int32.*optax\.partition"):
+            call({"hidden": jnp.ones((2, 2), jnp.int32)})
+
+
+def test_holes_and_masked_leaves_pass():
+    tree = {"a": None, "b": optax.MaskedNode(), "c": jnp.eye(2)}
+    assert jax.tree.structure(orthogonalize(tree)) == jax.tree.structure(tree)
