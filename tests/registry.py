@@ -336,6 +336,7 @@ ATOMS: tuple[Case, ...] = (
         shapes={"kernel": (2, 2, 8), "tall": (6, 2), "wide": (2, 6)},
         stateless=True,
         half_tolerance=0.1,
+        tolerance=1e-4,
     ),
     Case(
         name="grokfast_ema",
