@@ -1,4 +1,4 @@
-"""From a jaxpr to an ``torch.fx.Graph``, one equation at a time.
+"""From a jaxpr to a ``torch.fx.Graph``, one equation at a time.
 
 While building, a value is a graph node, a Python scalar (a literal, or what folding literals
 gave), or ``Full``, a constant array that is one scalar everywhere. Scalars stay Python scalars as
@@ -23,6 +23,7 @@ from torch import fx
 
 from chainrule.bridges.lowering.convert import MASKS, is_key, to_torch, torch_dtype
 from chainrule.bridges.lowering.errors import UnsupportedPrimitive
+from chainrule.bridges.lowering.simplify import own_outputs, simplify
 
 Equation: TypeAlias = Any  # a core.JaxprEqn; JAX does not type the avals of its variables
 Scalar: TypeAlias = bool | int | float | complex
@@ -77,7 +78,7 @@ def place_of(eqn: Equation) -> Place:
         if frames:
             file = frames[0].file_name.replace(os.sep, "/").split("/site-packages/")[-1]
             source = f"{file}:{frames[0].line_num}"
-        if len(_PLACES) > 100_000:  # tracebacks keep frames alive
+        if len(_PLACES) > 100_000:  # tracebacks keep code objects alive
             _PLACES.clear()
         _PLACES[traceback] = Place(link, source)
     return _PLACES[traceback]
@@ -233,14 +234,7 @@ class Builder:
     def _narrow(self, eqn: Equation, operands: list[Value]) -> list[Value]:
         """Constants and broadcast scalars as scalars, if another operand has the full shape."""
         shape = eqn.outvars[0].aval.shape
-        sources = [
-            x.value
-            if isinstance(x, Full)
-            else x.meta.get("broadcast_of")
-            if isinstance(x, fx.Node)
-            else None
-            for x in operands
-        ]
+        sources = [_scalar_source(x) for x in operands]
         full = [
             isinstance(x, fx.Node) and source is None and v.aval.shape == shape
             for x, source, v in zip(operands, sources, eqn.invars, strict=True)
@@ -256,10 +250,15 @@ class Builder:
         return [self.tensor(x) if isinstance(x, Full) else x for x in narrowed]
 
 
+def _scalar_source(x: Value) -> Value | None:
+    """The scalar that ``x`` repeats everywhere, if it is known to."""
+    if isinstance(x, Full):
+        return x.value
+    return x.meta.get("broadcast_of") if isinstance(x, fx.Node) else None
+
+
 def build(jaxpr: core.ClosedJaxpr, shared: Shared, names: Sequence[str] = ()) -> fx.GraphModule:
     """The GraphModule of a closed jaxpr: flat tensors in, a tuple of flat tensors out."""
-    from chainrule.bridges.lowering.simplify import own_outputs, simplify
-
     builder = Builder(shared)
     inputs: list[Value] = []
     for i, var in enumerate(jaxpr.jaxpr.invars):

@@ -196,6 +196,8 @@ def _convert(b: Builder, eqn: Equation, x: fx.Node) -> Value:
 
 def _select(b: Builder, eqn: Equation, which: Value, *cases: Any) -> Value:
     values = list(cases)
+    if is_key(eqn.outvars[0].aval.dtype) and eqn.invars[0].aval.shape:
+        raise b.unsupported(eqn, "of typed PRNG keys one by one")
     if not isinstance(which, fx.Node) or len(cases) == 1:
         chosen = values[0 if isinstance(which, fx.Node) else int(np.real(which))]
         shape = eqn.outvars[0].aval.shape  # which the operands may have lost to a scalar

@@ -1,6 +1,7 @@
 """Rules for reductions, scans along an axis, matrix products, linear algebra, bits, randomness."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value, scalar
 from chainrule.bridges.lowering.convert import MASKS, torch_dtype
 
 
@@ -34,17 +35,30 @@ def _prod(b: Builder, eqn: Equation, x: Value) -> Value:
 
 def _extremum(target: Any, sign: int) -> Rule:
     def rule(b: Builder, eqn: Equation, x: Value) -> Value:
-        aval, axes = eqn.invars[0].aval, _axes(eqn)
+        aval, out, axes = eqn.invars[0].aval, eqn.outvars[0].aval, _axes(eqn)
         node = b.tensor(x, aval)
         if not axes:
             return node
-        if any(aval.shape[a] == 0 for a in axes):
-            raise b.unsupported(eqn, "of no elements")
+        if any(aval.shape[a] == 0 for a in axes):  # of no elements: the neutral one
+            neutral = scalar(-sign * math.inf, out.dtype) if _floating(out) else _limit(out, -sign)
+            return Full(neutral, out) if out.shape else neutral
         if aval.dtype == np.bool_:
             return b.emit(torch.any if sign > 0 else torch.all, node, axes)
         return b.emit(target, node, axes)
 
     return rule
+
+
+def _floating(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, np.floating)
+
+
+def _limit(aval: Any, sign: int) -> int | bool:
+    """The lowest or highest value of an integer or bool dtype."""
+    if aval.dtype == np.bool_:
+        return sign > 0
+    info = np.iinfo(aval.dtype)
+    return int(info.max if sign > 0 else info.min)
 
 
 def _logical(target: Any) -> Rule:

@@ -99,10 +99,11 @@ def own_outputs(graph: fx.Graph) -> None:
     broadcast does), so a caller may keep the outputs and write to the inputs.
     """
     output = graph.output_node()
+    nodes: Any = output.args[0]
     taken: set[fx.Node] = set()
     results = []
     with graph.inserting_before(output):
-        for node in output.args[0]:  # type: ignore[union-attr]
+        for node in nodes:
             root, overlaps = node, False
             while root.op == "call_function" and root.target in _VIEWS:
                 overlaps |= root.target is torch.broadcast_to

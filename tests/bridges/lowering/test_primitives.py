@@ -204,6 +204,10 @@ CASES: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (lambda x: (jnp.argmax(x), jnp.argmin(x)), (f32([1, 3, 3, 1, 1]),)),
     (lambda x: (jnp.argmax(x, 1), jnp.max(x), jnp.min(x)), (jnp.asarray([[False, True, True]]),)),
     (lambda x: (jnp.any(x, 0), jnp.all(x), jnp.any(x)), (jnp.asarray([[False, True], [True, True]]),)),
+    *(
+        (lambda x: (lax.reduce_max(x, (0,)), lax.reduce_min(x, (0, 1))), (jnp.zeros((0, 2), t),))
+        for t in (jnp.float32, jnp.int32, jnp.bool_)
+    ),
     (lambda x: lax.reduce_xor(x, (0,)), (jnp.asarray(BOOLS),)),
     (lambda x: (jnp.sum(x), jnp.prod(x), jnp.max(x)), (i32([INT.max, 5, -2]),)),
     (lambda x: jnp.sum(x), (u32(WORDS),)),

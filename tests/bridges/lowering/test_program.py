@@ -164,6 +164,32 @@ def test_float64_leaves_turn_on_x64() -> None:
     np.testing.assert_allclose(update.numpy(), want, rtol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [optax.adam(0.1), optax.contrib.split_real_and_imaginary(optax.lion(0.1))],
+    ids=["adam", "split"],
+)
+def test_complex_leaves(tx: Any) -> None:
+    x = jnp.asarray([1 + 2j, -3j, 0.5], jnp.complex64)
+    state = tx.init(x)
+    want = jax.jit(tx.update)(x, state, x)
+    got = lower(tx.update, x, state, x)(*map(to_torch, jax.tree.leaves((x, state, x))))
+    for tensor, array in zip(got, jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(to_jax(tensor), array, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor", "novograd", "adamax"])
+def test_leaves_of_no_elements(name: str) -> None:
+    tx = getattr(optax, name)(0.1)
+    params = {"empty": jnp.zeros((0, 3)), "w": jnp.ones((2, 3))}
+    state = tx.init(params)
+    want = jax.jit(tx.update)(params, state, params)
+    lowered = lower(tx.update, params, state, params)
+    got = lowered(*map(to_torch, jax.tree.leaves((params, state, params))))
+    for tensor, array in zip(got, jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(to_jax(tensor), array, rtol=1e-6)
+
+
 def test_gradients_are_not_recorded() -> None:
     (out,) = lower(lambda x: x * 2, struct(2))(torch.ones(2, requires_grad=True))
     assert not out.requires_grad
