@@ -58,9 +58,10 @@ def norm(x: jax.Array) -> jax.Array:
     >>> norm(jnp.array([[3.0, -4.0]])).item()
     5.0
     """
-    # |x| |x|, not x x: if that occurs elsewhere too (in a second moment) XLA:CPU keeps it in memory for both.
-    size = jnp.abs(up(x))
-    return jnp.sqrt(jnp.sum(size * size))
+    # Behind a barrier, because x * x may occur elsewhere too (in a second moment): XLA:CPU would then write it to memory
+    # for both, at several times the cost of this sum.
+    x = jnp.abs(jax.lax.optimization_barrier(up(x)))
+    return jnp.sqrt(jnp.sum(x * x))
 
 
 def finite(x: jax.Array, max_abs: Any) -> jax.Array:
@@ -78,14 +79,17 @@ def finite(x: jax.Array, max_abs: Any) -> jax.Array:
     return jnp.clip(up(x), -max_abs, max_abs).astype(x.dtype)
 
 
-def own_scalars(x: Any, n: int) -> list[jax.Array]:
-    """`n` scalars equal to `x`, except that 0 becomes a smallest normal number, each different.
+def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
+    """The scalar `x`, to be broadcast in a sum over `leaf`; 0 becomes a smallest normal number.
 
-    For sums over `n` arrays. XLA:CPU writes out the broadcast of a scalar that several sums use, and fuses that of a scalar
-    which only one uses; what is added here is far below the precision of any `x` that is not zero.
+    XLA:CPU fuses the broadcast of a scalar that only one sum uses, and writes out that of a scalar which several use. What
+    is added to `x` for a large leaf, to tell it from those of other leaves, is far below its precision.
 
-    >>> [float(x) for x in own_scalars(1.0, 2)]
-    [1.0, 1.0]
+    >>> float(own_scalar(1.0, jnp.ones(2))), float(own_scalar(0.0, jnp.ones(2)))
+    (1.0, 1.17...e-38)
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
-    return list(jnp.asarray(x, jnp.float32) + tiny * jnp.arange(1, n + 1, dtype=jnp.float32))
+    if leaf.size < 2**16:
+        return x + jnp.float32(tiny)
+    first = jax.lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim)
+    return x + tiny * (1 + jnp.sum(first > 0, dtype=jnp.float32))

@@ -8,6 +8,7 @@ included; so does this atom behind a whole optimizer, but before `decoupled_weig
 leaves decay alone.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import abs_sq, ema, finite, up
+from chainrule.transforms._numerics import ema, finite, inner, norm, up
 from chainrule.transforms._trees import is_masked, map_unmasked, select
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
@@ -137,10 +138,8 @@ def momentum_alignment_mask(
                     f"{owner}: no earlier link keeps `{moment}` of a parameter of shape {g.shape}; "
                     'leave it out with `exclude`, or use moment="own"'
                 )
-            mu, g = up(mu), up(g)
-            mu_norm, g_norm = (jnp.sqrt(jnp.sum(abs_sq(x))) for x in (mu, g))
-            norms = jnp.maximum(mu_norm, _NORM_FLOOR) * jnp.maximum(g_norm, _NORM_FLOOR)
-            cos = (jnp.sum((jnp.conj(mu) * g).real) / norms).astype(jnp.float32)
+            norms = (jnp.maximum(norm(x), _NORM_FLOOR) for x in (mu, g))
+            cos = (inner(mu, g) / math.prod(norms)).astype(jnp.float32)
             return jnp.where(jnp.isfinite(cos), cos, 0)  # or s_t would be NaN for ever
 
         def follow(s, c):

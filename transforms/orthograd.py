@@ -7,13 +7,12 @@ but the rounding residue of a gradient parallel to its parameters (|o| <= rtol |
 residue at full length; a tensor of one element, in which nothing is orthogonal to anything, is passed as it is.
 """
 
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, require_params
-from chainrule.transforms._numerics import abs_sq, up
+from chainrule.transforms._numerics import inner, norm, up
 from chainrule.transforms._trees import map_unmasked
 
 
@@ -58,11 +57,10 @@ def orthograd(
         def project(g, p):
             if g.size <= 1:
                 return g
-            p, x = up(p), up(g)
-            square = jnp.sum(abs_sq(p)) + eps
-            along = jnp.sum((jnp.conj(p) * x).real) / jnp.where(square > 0, square, 1)
-            rest = x - along * p
-            length, residue = jnp.sqrt(jnp.sum(abs_sq(x))), jnp.sqrt(jnp.sum(abs_sq(rest)))
+            square = inner(p, p) + eps
+            along = inner(p, g) / jnp.where(square > 0, square, 1)
+            rest = up(g) - along * up(p)
+            length, residue = norm(g), norm(rest)
             parallel = residue <= rtol * length
             scale = jnp.where(parallel, 0, length / jnp.where(parallel, 1, residue + eps))
             return (scale * rest).astype(g.dtype)
