@@ -29,7 +29,7 @@ def explain_group(index: int, leaves: list[Tensor], tree: GroupTree) -> str:
     ]
     lines.append(
         f"  hyperparameters: {', '.join(tree.keys)}"
-        + ("; reads the loss" if tree.needs_value else "")
+        + ("; reads the loss" if tree.reads_value else "")
     )
     if tree.lowered is None:
         lines.append("  runs in XLA over DLPack")

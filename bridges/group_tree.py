@@ -21,7 +21,9 @@ from chainrule.bridges.program import (
     as_transformation,
     settled,
 )
+from chainrule.bridges.tiers import tiers_of
 from chainrule.bridges.xla_engine import make_xla_step, used_inputs, x64_if_wide
+from chainrule.transforms import assign
 from chainrule.transforms._checks import check_bounds
 
 _MULTIPLIER = "lr"  # the key of the learning rate, or of the multiplier that stands in for it
@@ -64,15 +66,22 @@ class GroupTree:
       slots: the home of every leaf of the state.
       homes: for every leaf of the state the parameter and name it is kept under; None: a live hyperparameter.
       live: group key -> position of the hyperparameter's leaf in the state.
-      needs_value: whether the chain reads the loss.
+      reads_value: whether the chain reads the loss if it is given one.
+      tiers: the tier of every parameter, or None if the chain has no tiers.
       lowered: the torch program, or None when XLA runs it.
     """
 
     def __init__(
-        self, options: Options, params: Sequence[Tensor], labels: Sequence[str], named: bool
+        self,
+        options: Options,
+        params: Sequence[Tensor],
+        labels: Sequence[str],
+        named: bool,
+        tiers: Sequence[int] | None = None,
     ):
         """Traces the chain; `labels` are the keys of the chain's tree if `named`."""
         self.options = options
+        self.tiers = tiers
         self.chain = as_transformation(options.chain)
         places: Any = (
             dict(zip(labels, range(len(params)), strict=True))
@@ -123,11 +132,12 @@ class GroupTree:
         params = jax.tree.unflatten(self.params_structure, self._structs)
         self._init: Lowered | None = None
         if self.options.engine == "torch":
-            self._init = lower(self.chain.init, params, device=self.device)
+            self._init = lower(self._initial, params, device=self.device)
             initial = jax.tree.unflatten(self._init.out_tree, self._init.out_avals)
         else:
             with x64_if_wide(params):
-                initial = jax.eval_shape(self.chain.init, params)
+                initial = jax.eval_shape(self._initial, params)
+        self.tiers = tiers_of(initial)
         rounding = Struct((2,), jnp.int32) if self.options.rounding else None
         live = live_leaves(jax.tree.structure(initial))
 
@@ -145,14 +155,19 @@ class GroupTree:
             )
         self.live = {_key(name): leaf for name, leaf in settable.items()}
         self.multiplier = multiplier
-        self.needs_value = used[-1]
+        self.reads_value = used[-1]
+        self._run_without_value: InPlace | None = None
         self.state_avals, self.state_structure = jax.tree.flatten(state)
 
+    def _initial(self, params: Any) -> Any:
+        state = self.chain.init(params)
+        return state if self.tiers is None else assign(state, self.tiers, params)
+
     def _program(
-        self, params: Any, state: BridgeState, multiplier: bool
+        self, params: Any, state: BridgeState, multiplier: bool, value: bool = True
     ) -> tuple[list[bool], InPlace, Lowered | None, BridgeState]:
         """Which flat inputs the program reads, its in-place step, its graph, and the structs of its state."""
-        update = Update(self.chain, multiplier, self.options.rounding is not None)
+        update = Update(self.chain, multiplier, self.options.rounding is not None, value)
         scalar = Struct((), jnp.float32)
         extras = Extras(scalar, scalar)
 
@@ -208,7 +223,7 @@ class GroupTree:
                 arrays = [
                     to_jax(p, aval) for p, aval in zip(self.params, self._structs, strict=True)
                 ]
-                state = self.chain.init(jax.tree.unflatten(self.params_structure, arrays))
+                state = self._initial(jax.tree.unflatten(self.params_structure, arrays))
                 leaves = [to_torch(leaf, self.device) for leaf in jax.tree.leaves(state)]
         values = {key: shortest(leaves[leaf]) for key, leaf in self.live.items()}
         if self.multiplier:
@@ -229,6 +244,32 @@ class GroupTree:
         for key, leaf in self.live.items():
             leaves[leaf] = self._live_tensors[key]
         return leaves  # pyright: ignore[reportReturnType]
+
+    def state(self, leaves: Sequence[Any]) -> Any:
+        """The chain's state with these leaves."""
+        return jax.tree.unflatten(self.state_structure, leaves).chain
+
+    def jax_state(self, leaves: Sequence[Tensor]) -> Any:
+        """The chain's state in JAX."""
+        with jax.enable_x64(True):
+            arrays = [to_jax(t, aval) for t, aval in zip(leaves, self.state_avals, strict=True)]
+        return self.state(arrays)
+
+    def jax_tree(self, tensors: Sequence[Tensor | None]) -> Any:
+        """Tensors like the parameters as the chain's tree in JAX, zeros for None."""
+        with jax.enable_x64(True):
+            arrays = [
+                jnp.zeros(aval.shape, aval.dtype) if t is None else to_jax(t, aval)
+                for t, aval in zip(tensors, self._structs, strict=True)
+            ]
+        return jax.tree.unflatten(self.params_structure, arrays)
+
+    def torch_leaves(self, state: Any) -> list[Tensor]:
+        """The leaves of the chain's state in torch, in the dtypes of the program."""
+        return [
+            to_torch(leaf, self.device).to(torch_dtype(aval.dtype))
+            for leaf, aval in zip(jax.tree.leaves(state), self.state_avals, strict=False)
+        ]
 
     # ---- hyperparameters -------------------------------------------------------------------
 
@@ -272,25 +313,35 @@ class GroupTree:
             group["b1"], group["b2"] = group["betas"]
         group["betas"] = self._filled["betas"] = (group["b1"], group["b2"])
 
-    def extras(self, loss: Any) -> list[Tensor]:
-        """The last two inputs of the program.
+    def program(self, loss: Any) -> tuple[InPlace, list[Tensor]]:
+        """The program for a step with this loss, and the last two of its inputs.
 
         Raises:
-          ValueError: the chain reads the loss, and there is none, or it is no scalar.
+          ValueError: the chain cannot do without the loss, and there is none, or it is no scalar.
         """
-        if self.needs_value:
-            if loss is None:
+        if self.reads_value and loss is None:
+            return self._without_value(), [self._multiplier, self._value]
+        if self.reads_value and isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                shape = tuple(loss.shape)
+                raise ValueError(
+                    f"TorchBridge: the closure must return a scalar loss, got shape {shape}"
+                )
+            self._value.copy_(loss.detach().reshape(()))
+        elif self.reads_value:
+            self._value.fill_(loss)
+        return self.run, [self._multiplier, self._value]
+
+    def _without_value(self) -> InPlace:
+        if self._run_without_value is None:
+            params = jax.tree.unflatten(self.params_structure, self._structs)
+            state = jax.tree.unflatten(self.state_structure, self.state_avals)
+            try:
+                _, run, _, _ = self._program(params, state, self.multiplier, value=False)
+            except (TypeError, ValueError) as error:  # with a loss the same trace worked
                 raise ValueError(
                     "TorchBridge: this chain reads the loss (`value`); call `step(closure)` with a closure that "
                     "evaluates the model, calls backward and returns the loss"
-                )
-            if isinstance(loss, Tensor):
-                if loss.numel() != 1:
-                    shape = tuple(loss.shape)
-                    raise ValueError(
-                        f"TorchBridge: the closure must return a scalar loss, got shape {shape}"
-                    )
-                self._value.copy_(loss.detach().reshape(()))
-            else:
-                self._value.fill_(loss)
-        return [self._multiplier, self._value]
+                ) from error
+            self._run_without_value = run
+        return self._run_without_value

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from chainrule.transforms import hyperparams
+from chainrule.transforms import TieredState, hyperparams
 
 
 class Slot(NamedTuple):
@@ -55,6 +55,8 @@ def slots(state: Any, params: Any) -> list[Slot]:
     position = {key: i for i, key in enumerate(keys)}
 
     def like_params(node: Any) -> bool:
+        if isinstance(node, TieredState):
+            return True
         if isinstance(params, dict):
             return isinstance(node, dict) and node.keys() == params.keys()
         return type(node) is list and len(node) == len(params)
@@ -66,8 +68,16 @@ def slots(state: Any, params: Any) -> list[Slot]:
             found.append((None, prefix, ()))
             continue
         for inner, _ in jax.tree_util.tree_flatten_with_path(node)[0]:
-            key = inner[0].key if isinstance(params, dict) else inner[0].idx
-            found.append((position[key], prefix, tuple(map(_part, inner[1:]))))
+            parts = tuple(map(_part, inner))
+            if not isinstance(node, TieredState):
+                key = inner[0].key if isinstance(params, dict) else inner[0].idx
+                found.append((position[key], prefix, parts[1:]))
+            elif parts[0] == "inner" and len(node.inner) == len(keys):
+                owner = parts[1]
+                assert isinstance(owner, int)
+                found.append((owner, prefix + parts[:1] + parts[2:], ()))
+            else:
+                found.append((None, prefix + parts, ()))
 
     def text(*parts: tuple[str | int, ...]) -> str:
         return ".".join(str(part) for path in parts for part in path) or "state"

@@ -95,7 +95,7 @@ def from_jax(
     Raises:
       ValueError: structure or shapes differ.
     """
-    expected = jax.tree.unflatten(tree.state_structure, tree.state_avals).chain
+    expected = tree.state(tree.state_avals)
     got, wanted = jax.tree.structure(state), jax.tree.structure(expected)
     if got != wanted:
         raise ValueError(f"{where}: expected a state of structure {wanted}, got {got}")
@@ -148,7 +148,7 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
     Raises:
       ValueError: see `TorchBridge.load_torch_adam`.
     """
-    numbers = jax.tree.unflatten(tree.state_structure, range(len(leaves))).chain
+    numbers = tree.state(range(len(leaves)))
     fields = {"mu": "exp_avg", "nu": "exp_avg_sq"}
     wanted = [
         (leaf, theirs)

@@ -47,11 +47,13 @@ class Update(NamedTuple):
       chain: the gradient transformation.
       multiplier: whether updates are multiplied by `Extras.multiplier`.
       rounding: whether bfloat16 parameters are rounded stochastically.
+      value: whether the chain is given the loss.
     """
 
     chain: optax.GradientTransformation
     multiplier: bool
     rounding: bool
+    value: bool
 
     def __call__(
         self, params: Any, grads: Any, state: BridgeState, extras: Extras
@@ -63,7 +65,7 @@ class Update(NamedTuple):
             grads = jax.tree.map(
                 lambda g: g.astype(jnp.float32) if g.dtype == jnp.bfloat16 else g, grads
             )
-        offered = {"grad": grads, "value": extras.value}
+        offered = {"grad": grads, **({"value": extras.value} if self.value else {})}
         updates, new = self.chain.update(
             grads, state.chain, params, **_taken(self.chain.update, offered)
         )

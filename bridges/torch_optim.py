@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,12 +9,15 @@ import jax
 import torch
 from torch import Tensor
 
+from chainrule.bridges.checks import check_gradients, check_params
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
-from chainrule.bridges.lowering import to_jax
+from chainrule.bridges.tiers import is_due, retiered, tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
+
+_TIERS = "tiers"  # the entry of a tiered state's assignment
 
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
 _TORCH_KEYS = {
@@ -125,7 +127,7 @@ class TorchBridge(torch.optim.Optimizer):
     def _adopt(self, group: dict[str, Any], given: set[str]) -> None:
         owner = f"TorchBridge: param group {len(self._trees)}"
         params, labels = group["params"], self._labels(group)
-        _check_params(params, labels)
+        check_params(params, labels)
         members = [p for p in params if p.requires_grad] or params
         tree = self._make_tree(group, members) if members else None
         leaves: list[Tensor] = []
@@ -162,22 +164,40 @@ class TorchBridge(torch.optim.Optimizer):
         names = group.get("param_names")
         return list(names) if names is not None else [str(i) for i in range(len(group["params"]))]
 
-    def _make_tree(self, group: dict[str, Any], members: list[Tensor]) -> GroupTree:
+    def _make_tree(
+        self, group: dict[str, Any], members: Sequence[Tensor], tiers: Any = None
+    ) -> GroupTree:
         label = dict(zip(group["params"], self._labels(group), strict=True))
-        return GroupTree(
-            self._options, members, [label[p] for p in members], "param_names" in group
-        )
+        labels = [label[p] for p in members]
+        return GroupTree(self._options, members, labels, "param_names" in group, tiers)
 
     def _tree(self, index: int) -> GroupTree | None:
         """The tree of a group; made again after unpickling."""
-        if self._trees[index] is None and self._members[index]:
-            self._trees[index] = self._make_tree(self.param_groups[index], self._members[index])
+        members = self._members[index]
+        if self._trees[index] is None and members:
+            tiers = self.state[members[0]].get(_TIERS)
+            tiers = None if tiers is None else tuple(tiers.tolist())
+            self._trees[index] = self._make_tree(self.param_groups[index], members, tiers)
         return self._trees[index]
 
-    def _store(self, tree: GroupTree, leaves: list[Tensor]) -> None:
+    def _replace(self, index: int, tree: GroupTree, leaves: Sequence[Tensor]) -> None:
+        """Makes `tree` the tree of a group, and `leaves` its state."""
+        if old := self._trees[index]:
+            for home in old.homes:
+                if home:
+                    self.state[home[0]].pop(home[1], None)
+            self.state[old.head].pop(_TIERS, None)
+        self._store(tree, leaves)
+        inside = set(tree.params)
+        self._trees[index] = tree
+        self._members[index] = [p for p in self.param_groups[index]["params"] if p in inside]
+
+    def _store(self, tree: GroupTree, leaves: Sequence[Tensor]) -> None:
         for home, leaf in zip(tree.homes, leaves, strict=True):
             if home:
                 self.state[home[0]][home[1]] = leaf
+        if tree.tiers is not None:  # static in JAX; what a saved state needs to be loaded
+            self.state[tree.head][_TIERS] = torch.tensor(tree.tiers)
 
     def _grow(self, index: int, members: Iterable[Tensor]) -> None:
         """Takes parameters into the tree of a group; what the others remember stays."""
@@ -187,23 +207,41 @@ class TorchBridge(torch.optim.Optimizer):
         leaves, values = new.initial_state()
         known = dict(zip(old.homes, old.leaves(self.state), strict=True)) if old else {}
         for i, (home, slot) in enumerate(zip(new.homes, new.slots, strict=True)):
-            if home is None:
-                continue
             before = known.get((old.head, slot.name) if old and slot.owner is None else home)
-            if before is not None and before.shape != leaves[i].shape:
+            if home is None or before is None:
+                continue
+            if before.shape != leaves[i].shape:
                 raise ValueError(
                     f"TorchBridge: param group {index}: state entry `{slot.name}` spans all parameters of the group, "
                     "so none can join later; give those that are frozen at first a group of their own"
                 )
-            leaves[i] = leaves[i] if before is None else before
+            leaves[i] = before
         for key, value in values.items():
             group.setdefault(key, value)
-        if old and old.head is not new.head:
-            for slot in old.slots:
-                if slot.owner is None:
-                    self.state[old.head].pop(slot.name, None)
-        self._store(new, leaves)
-        self._trees[index], self._members[index] = new, new.params
+        self._replace(index, new, leaves)
+
+    def _retier(self) -> None:
+        """Moves parameters between tiers where a policy says so; see `chainrule.retier`."""
+        trees = [(i, tree) for i, tree in enumerate(self._trees) if tree and tree.tiers is not None]
+        trees = [(i, tree) for i, tree in trees if any(p.grad is not None for p in tree.params)]
+        if not any(is_due(tree.state(tree.leaves(self.state))) for _, tree in trees):
+            return
+        states, grads, params = [], [], []
+        for index, tree in trees:
+            given = [p.grad for p in tree.params]
+            check_gradients(tree.params, given, tree.dtypes, tree.labels)
+            tree.sync(self.param_groups[index], f"TorchBridge: param group {index}")
+            states.append(tree.jax_state(tree.leaves(self.state)))
+            grads.append(tree.jax_tree(given))
+            params.append(tree.jax_tree(tree.params))
+        moved = retiered(states, grads, params)
+        for (index, tree), old, state in zip(trees, states, moved, strict=True):
+            tiers = tiers_of(state)
+            new = tree
+            if tiers != tree.tiers:
+                new = self._make_tree(self.param_groups[index], self._members[index], tiers)
+            own = tree.leaves(self.state)[len(jax.tree.leaves(old)) :]
+            self._replace(index, new, [*new.torch_leaves(state), *own])
 
     # ---- the step --------------------------------------------------------------------------
 
@@ -226,6 +264,7 @@ class TorchBridge(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._retier()
         ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
         for work in ready:
             if work is not None:
@@ -243,7 +282,7 @@ class TorchBridge(torch.optim.Optimizer):
             joining = [p for p in group["params"] if p not in members and p.grad is not None]
             if joining:
                 labels = [f"of shape {tuple(p.shape)}" for p in joining]
-                _check_gradients(
+                check_gradients(
                     joining, [p.grad for p in joining], [p.dtype for p in joining], labels
                 )
                 self._grow(index, [*members, *joining])
@@ -254,12 +293,12 @@ class TorchBridge(torch.optim.Optimizer):
         absent = [i for i, g in enumerate(grads) if g is None]
         if len(absent) == len(grads):
             return None
-        _check_gradients(tree.params, grads, tree.dtypes, tree.labels)
+        check_gradients(tree.params, grads, tree.dtypes, tree.labels)
         if tree.params[0].device != tree.device:
             tree.move()
             self._store(tree, [leaf.to(tree.device) for leaf in tree.leaves(self.state)])
         tree.sync(group, f"TorchBridge: param group {index}")
-        extras = tree.extras(loss)
+        run, extras = tree.program(loss)
         params, leaves = tree.params, tree.leaves(self.state)
         if absent:
             # The program runs on copies of what shall stay, which are then forgotten.
@@ -272,7 +311,7 @@ class TorchBridge(torch.optim.Optimizer):
                 leaf.clone() if slot.owner in kept else leaf
                 for leaf, slot in zip(leaves, tree.slots, strict=True)
             ]
-        return tree.run, [*params, *grads, *leaves, *extras]
+        return run, [*params, *grads, *leaves, *extras]
 
     # ---- saving and loading ----------------------------------------------------------------
 
@@ -299,35 +338,45 @@ class TorchBridge(torch.optim.Optimizer):
         saved_groups = copy.deepcopy(state_dict["param_groups"])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
-        plan: Plan = []
-        for index, saved in enumerate(saved_groups):
-            plan += self._read(index, saved, state_dict["state"])
-        carry_out(plan)
+        readings = [
+            self._read(index, saved, state_dict["state"])
+            for index, saved in enumerate(saved_groups)
+        ]
+        for index, (tree, leaves, plan) in enumerate(readings):
+            if tree and tree is not self._tree(index):
+                self._replace(index, tree, leaves)
+            carry_out(plan)
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             fixed = {key: group[key] for key in ("params", "param_names") if key in group}
             self.param_groups[index] = {**group, **saved, **fixed}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _read(self, index: int, saved: dict[str, Any], saved_state: dict[Any, Any]) -> Plan:
-        """Pairs of a tensor of the state and its saved value, for one group."""
-        group = self.param_groups[index]
+    def _read(
+        self, index: int, saved: dict[str, Any], saved_state: dict[Any, Any]
+    ) -> tuple[GroupTree | None, list[Tensor], Plan]:
+        """The tree that the saved state of a group asks for, the leaves of its state, and what to copy into them."""
+        group, tree = self.param_groups[index], self._tree(index)
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
             )
         entries = {
-            p: saved_state.get(k) or {}
+            p: dict(saved_state.get(k) or {})
             for k, p in zip(saved["params"], group["params"], strict=True)
         }
-        members = set(self._members[index])
-        if any(entry and p not in members for p, entry in entries.items()):
-            self._grow(index, [p for p, entry in entries.items() if entry or p in members])
-        tree = self._tree(index)
+        found = [entry.pop(_TIERS) for entry in entries.values() if _TIERS in entry]
+        tiers = tuple(torch.as_tensor(found[0]).tolist()) if found else None
+        inside = set(self._members[index])
+        members = [p for p, entry in entries.items() if entry or p in inside]
+        leaves = tree.leaves(self.state) if tree else []
+        if members and (tree is None or len(members) > len(inside) or tiers != tree.tiers):
+            tree = self._make_tree(group, members, tiers)
+            leaves, _ = tree.initial_state()
         if tree is None:
-            return []
+            return None, [], []
         where = f"TorchBridge: param group {index} of the loaded state dict"
-        return from_state_dict(tree, tree.leaves(self.state), saved, entries, where)
+        return tree, leaves, from_state_dict(tree, leaves, saved, entries, where)
 
     def __getstate__(self) -> dict[str, Any]:
         try:
@@ -361,11 +410,7 @@ class TorchBridge(torch.optim.Optimizer):
         Returns:
           The state of the only group, or a list with the state of each.
         """
-        states = []
-        for _, leaves, tree in self._synced():
-            with jax.enable_x64(True):
-                arrays = [to_jax(t, aval) for t, aval in zip(leaves, tree.state_avals, strict=True)]
-            states.append(jax.tree.unflatten(tree.state_structure, arrays).chain)
+        states = [tree.jax_state(leaves) for _, leaves, tree in self._synced()]
         return states[0] if len(self.param_groups) == 1 else states
 
     def load_jax_state(self, state: Any) -> None:
@@ -429,10 +474,7 @@ class TorchBridge(torch.optim.Optimizer):
         Returns:
           The dict of the only group, or a list with the dict of each.
         """
-        found = [
-            metrics(jax.tree.unflatten(tree.state_structure, leaves).chain)
-            for _, leaves, tree in self._synced()
-        ]
+        found = [metrics(tree.state(leaves)) for _, leaves, tree in self._synced()]
         return found[0] if len(self.param_groups) == 1 else found
 
     def explain(self) -> str:
@@ -450,48 +492,3 @@ class TorchBridge(torch.optim.Optimizer):
                 tree.sync(group, f"TorchBridge: param group {index}")
                 found.append((index, tree.leaves(self.state), tree))
         return found
-
-
-def _check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
-    if len(set(labels)) != len(labels):
-        raise ValueError("TorchBridge: two parameters of one group have the same name")
-    for p, label in zip(params, labels, strict=True):
-        if p.is_complex():
-            raise TypeError(
-                f"TorchBridge: parameter {label} is {p.dtype}; JAX and torch conjugate complex gradients differently, "
-                "so optimize torch.view_as_real of it"
-            )
-        if not p.is_floating_point():
-            raise TypeError(
-                f"TorchBridge: parameter {label} is {p.dtype}, expected a floating-point dtype"
-            )
-        distributed = sys.modules.get("torch.distributed.tensor")
-        if distributed is not None and isinstance(p, distributed.DTensor):
-            raise TypeError(
-                f"TorchBridge: parameter {label} is a DTensor; a chain may couple parameters, so pass full tensors, or "
-                "the local ones (`p.to_local()`) to a chain that works leaf by leaf"
-            )
-
-
-def _check_gradients(
-    params: Sequence[Tensor],
-    grads: Sequence[Any],
-    dtypes: Sequence[torch.dtype],
-    labels: Sequence[str],
-) -> None:
-    for p, g, dtype, label in zip(params, grads, dtypes, labels, strict=True):
-        if p.dtype is not dtype:
-            raise RuntimeError(
-                f"TorchBridge: parameter {label} was {dtype} when the bridge was made and is {p.dtype} now; make a new "
-                "bridge"
-            )
-        if g is None:
-            continue
-        if g.layout is not torch.strided:
-            raise RuntimeError(
-                f"TorchBridge does not support sparse gradients, got one for parameter {label}"
-            )
-        if g.dtype is not dtype:
-            raise RuntimeError(
-                f"TorchBridge: the gradient of parameter {label} is {g.dtype}, the parameter {p.dtype}; cast it first"
-            )

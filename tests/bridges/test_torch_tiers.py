@@ -1,0 +1,96 @@
+"""A chain with tiers through `TorchBridge`: it moves parameters by itself, as `chainrule.retier` does in JAX."""
+
+import copy
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from torch import nn
+
+import chainrule
+from chainrule import TorchBridge, chains
+from chainrule.transforms import TierPolicy
+
+SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 6), "d": (7,)}
+STEPS = 12
+
+
+def cosmic() -> Any:
+    policy = TierPolicy({2: 0.4, 1: 0.4}, reassignment_interval=3, warmup_steps=0)
+    return chains.cosmic(0.01, policy=policy, gate_warmup_steps=4, kernel="xla")
+
+
+def gradients() -> list[dict[str, np.ndarray]]:
+    """Each tensor has the largest gradients for a while."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            name: (rng.normal(size=shape) * 10.0 ** ((i + step // 4) % 4)).astype(np.float32)
+            for i, (name, shape) in enumerate(SHAPES.items())
+        }
+        for step in range(STEPS)
+    ]
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+
+
+def run(bridge: TorchBridge, params: dict[str, nn.Parameter], grads: Any) -> list[tuple[int, ...]]:
+    """The assignment after each step."""
+    seen = []
+    for grad in grads:
+        for name, p in params.items():
+            p.grad = torch.tensor(grad[name])
+        bridge.step()
+        seen.append(tuple(bridge.state[params["a"]]["tiers"].tolist()))
+    return seen
+
+
+def test_parameters_move_as_in_jax() -> None:
+    tx, params = cosmic(), parameters()
+    bridge = TorchBridge(tx, params.items())
+    seen = run(bridge, params, gradients())
+    assert len(set(seen)) > 2
+
+    want: Any = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+    state = tx.init(want)
+    for grad in gradients():
+        state = chainrule.retier(state, grad, want)
+        updates, state = tx.update(grad, state, want)
+        want = optax.apply_updates(want, updates)
+    assert jax.tree.structure(bridge.jax_state()) == jax.tree.structure(state)
+    for name, p in params.items():
+        np.testing.assert_allclose(p.detach().numpy(), want[name], rtol=1e-5, atol=1e-6)
+    assert bridge.metrics()["tier_occupancy"] == chainrule.metrics(state)["tier_occupancy"]
+
+
+def test_a_resumed_run_finds_its_tiers() -> None:
+    params, grads = parameters(), gradients()
+    bridge = TorchBridge(cosmic(), params.items())
+    run(bridge, params, grads[:7])
+    values, state = copy.deepcopy((list(params.values()), bridge.state_dict()))
+    seen = run(bridge, params, grads[7:])
+
+    other = dict(zip(params, values, strict=True))
+    resumed = TorchBridge(cosmic(), other.items())
+    resumed.load_state_dict(state)
+    assert run(resumed, other, grads[7:]) == seen
+    for name in params:
+        assert other[name].equal(params[name])
+
+
+def test_copies_and_pickles_keep_their_tiers() -> None:
+    params, grads = parameters(), gradients()
+    bridge = TorchBridge(cosmic, params.items())
+    run(bridge, params, grads[:7])
+    twins = [copy.deepcopy((params, bridge)), pickle.loads(pickle.dumps((params, bridge)))]
+    seen = run(bridge, params, grads[7:])
+    for other, twin in twins:
+        assert run(twin, other, grads[7:]) == seen
+        for name in params:
+            assert other[name].equal(params[name])
