@@ -16,6 +16,7 @@ import chainrule
 from chainrule import chains, transforms
 from chainrule.transforms import chain
 from reference import adam as adam_reference
+from reference import casmo as casmo_reference
 from reference import cosmic as cosmic_reference
 from reference import filters
 from reference import magma as magma_reference
@@ -71,7 +72,7 @@ class Case:
     half_tolerance: float = 0.05
     """Largest difference of half precision from float32, relative to the largest entry of a leaf's updates."""
     tolerance: float = 1e-5
-    """Largest difference from the reference, relative to the largest entry of a leaf's updates."""
+    """Largest difference from the reference, relative to the largest entry of a leaf's updates so far."""
 
     def make(self, setting: Settings | None = None) -> optax.GradientTransformationExtraArgs:
         chosen = self.settings[0] if setting is None else setting
@@ -431,6 +432,9 @@ ATOMS: tuple[Case, ...] = (
         alone=transforms.agar_confidence,
         missing=r"agar_confidence: needs `mu`.*chainrule\.chain.*source=\"direction\".*source=\"own\"",
         complex_error="real floating-point",
+        reference=lambda **settings: casmo_reference.agar_confidence(
+            adam_reference.adam(), **settings
+        ),
     ),
     Case(
         name="scale_by_belief",
@@ -438,6 +442,7 @@ ATOMS: tuple[Case, ...] = (
         settings=({}, {"deviation": "raw", "b1": 0.5, "eps": 1e-4}),
         errors=(({"deviation": "g"}, ValueError, r"`deviation` must be one of 'unbiased', 'raw'"),),
         complex_error="real floating-point",
+        reference=casmo_reference.belief,
     ),
     Case(
         name="snr_confidence",
@@ -454,6 +459,9 @@ ATOMS: tuple[Case, ...] = (
         alone=transforms.snr_confidence,
         missing=r"snr_confidence: needs `mu`.*chainrule\.chain.*scale_by_belief",
         complex_error="real floating-point",
+        reference=lambda robustness=0.5, c_min=0.1, rel_floor=0.1, eps=1e-8: casmo_reference.belief(
+            confidence=(robustness, c_min, rel_floor, eps)
+        ),
     ),
     Case(
         name="scale_by_dual_ema",
@@ -753,6 +761,15 @@ CHAINS: tuple[Case, ...] = (
         ),
         needs_params=True,
         complex_error="real floating-point",
+        reference=lambda learning_rate=1e-3, weight_decay=0.0, agar_clamp_factor=None, **settings: (
+            descent(
+                casmo_reference.agar_confidence(
+                    adam_reference.adam(), clamp_factor=agar_clamp_factor, **settings
+                ),
+                learning_rate,
+                weight_decay,
+            )
+        ),
     ),
     Case(
         name="casmo_snr",
@@ -774,6 +791,15 @@ CHAINS: tuple[Case, ...] = (
         ),
         needs_params=True,
         complex_error="real floating-point",
+        reference=lambda learning_rate=1e-3, weight_decay=0.0, deviation="unbiased", robustness=0.5: (
+            descent(
+                casmo_reference.belief(
+                    deviation=deviation, confidence=(robustness, 0.1, 0.1, 1e-8)
+                ),
+                learning_rate,
+                weight_decay,
+            )
+        ),
     ),
     Case(
         name="cosmic",
