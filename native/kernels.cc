@@ -9,8 +9,8 @@ namespace chainrule {
 namespace CHAINRULE_ISA {
 extern const Kernels table;
 const Kernels table = {
-    CHAINRULE_TEXT(CHAINRULE_ISA), tier2, tier2_quantized, sign_step, partial_statistics, quantize,
-    dequantize,
+    CHAINRULE_TEXT(CHAINRULE_ISA), tier2,    tier2_quantized, sign_step, partial_statistics<true>,
+    partial_statistics<false>,     quantize, dequantize,
 };
 }  // namespace CHAINRULE_ISA
 }  // namespace chainrule

@@ -6,13 +6,16 @@
 
 namespace chainrule {
 
+using PartialStatistics = Partial(const Buffer&, std::int64_t begin, std::int64_t end);
+
 // Each runs on elements [begin, end) of one tensor.
 struct Kernels {
   const char* instruction_set;
   void (*tier2)(const Tier2&, std::int64_t begin, std::int64_t end);
   void (*tier2_quantized)(const Tier2Quantized&, std::int64_t begin, std::int64_t end);
   void (*sign_step)(const SignStep&, std::int64_t begin, std::int64_t end);
-  Partial (*partial_statistics)(const Buffer&, std::int64_t begin, std::int64_t end);
+  PartialStatistics* statistics;
+  PartialStatistics* mean_magnitude;  // the sum of |g| alone
   void (*quantize)(const Requantize&, std::int64_t begin, std::int64_t end);
   void (*dequantize)(const Requantize&, std::int64_t begin, std::int64_t end);
 };

@@ -276,7 +276,8 @@ inline void coded_ema(const Codes& c, bool start_at_gradient, std::int64_t begin
     if (!start_at_gradient || scales[block] != 0) return;
     std::memcpy(ema + first, g + first, static_cast<std::size_t>(count) * sizeof(float));
   });
-  update_ema(n, ema, g, decay, rest);
+  CHAINRULE_INDEPENDENT
+  for (std::int64_t i = 0; i < n; ++i) ema[i] = decay * ema[i] + rest * g[i];
 }
 
 inline void tier2_quantized(const Tier2Quantized& q, std::int64_t begin, std::int64_t end) {
@@ -309,9 +310,11 @@ inline void tier2_quantized(const Tier2Quantized& q, std::int64_t begin, std::in
           new_mu_long(first, n, g);
           const double scale = large ? scale_of(whole_long.peak, q.mu_long.levels()) : 0;
           encode(q.mu_long, first, n, mu_long, scale, nullptr);
-          blend(n, mu, mu, mu_long, c);
+          const auto blended = [&](std::int64_t i) { return c.blend * mu[i] + c.blend_rest * mu_long[i]; };
+          finish_tier2(t, c, first, n, blended, g);
+        } else {
+          finish_tier2(t, c, first, n, [&](std::int64_t i) { return mu[i]; }, g);
         }
-        finish_tier2(t, c, first, n, mu, g);
       },
       [&](std::int64_t block) {
         whole.close(q.mu, block);

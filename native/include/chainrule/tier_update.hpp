@@ -80,15 +80,18 @@ inline float signed_magnitude(float x, float magnitude) {
   return x > 0 ? magnitude : x < 0 ? -magnitude : x;
 }
 
-inline void update_ema(std::int64_t n, float* ema, const float* g, float decay, float rest) {
-  CHAINRULE_INDEPENDENT
-  for (std::int64_t i = 0; i < n; ++i) ema[i] = decay * ema[i] + rest * g[i];
+// How far to go at once: a tile, or all the way where nothing is widened and no scratch is needed.
+template <class... Buffers>
+inline std::int64_t stride(std::int64_t elements, const Buffers&... buffers) {
+  const bool direct = (... && (!buffers || buffers.element == Element::float32));
+  return direct && elements > kTile ? elements : kTile;
 }
 
-// Calls write(i, d) with tier 2's direction d of each of n elements, and updates nu on the way.
-template <class Write>
-inline void divide(Denominator denominator, std::int64_t n, const float* momentum, const float* g,
-                   float* nu, const Tier2Coefficients& c, Write write) {
+// Calls write(i, d) with tier 2's direction d of each of n elements, whose momentum is momentum(i), and updates
+// nu on the way. One loop over all memory: it is read faster than in two.
+template <class Momentum, class Write>
+inline void divide(Denominator denominator, std::int64_t n, Momentum momentum, const float* g, float* nu,
+                   const Tier2Coefficients& c, Write write) {
   const float mu_scale = c.mu_scale, eps = c.eps;
   if (denominator == Denominator::root) {
     const float b2 = c.b2, b2_rest = c.b2_rest, root_scale = c.root_scale;
@@ -96,16 +99,14 @@ inline void divide(Denominator denominator, std::int64_t n, const float* momentu
     for (std::int64_t i = 0; i < n; ++i) {
       const float second = b2 * nu[i] + b2_rest * (g[i] * g[i]);
       nu[i] = second;
-      write(i, mu_scale * momentum[i] / (std::sqrt(second) * root_scale + eps));
+      write(i, mu_scale * momentum(i) / (std::sqrt(second) * root_scale + eps));
     }
   } else if (denominator == Denominator::magnitude) {
     CHAINRULE_INDEPENDENT
-    for (std::int64_t i = 0; i < n; ++i) {
-      write(i, mu_scale * momentum[i] / (magnitude_of(g[i]) + eps));
-    }
+    for (std::int64_t i = 0; i < n; ++i) write(i, mu_scale * momentum(i) / (magnitude_of(g[i]) + eps));
   } else {
     CHAINRULE_INDEPENDENT
-    for (std::int64_t i = 0; i < n; ++i) write(i, mu_scale * momentum[i]);
+    for (std::int64_t i = 0; i < n; ++i) write(i, mu_scale * momentum(i));
   }
 }
 
@@ -131,46 +132,46 @@ inline void finish(const Step& t, std::int64_t begin, std::int64_t n, Each each)
 }
 
 // The part of tier 2 after the momentum, for elements [begin, begin + n).
-inline void finish_tier2(const Tier2& t, const Tier2Coefficients& c, std::int64_t begin,
-                         std::int64_t n, const float* momentum, const float* g) {
+template <class Momentum>
+inline void finish_tier2(const Tier2& t, const Tier2Coefficients& c, std::int64_t begin, std::int64_t n,
+                         Momentum momentum, const float* g) {
   float nu_scratch[kTile];
   float* nu = t.nu ? load(t.nu, begin, n, nu_scratch) : nullptr;
   finish(t, begin, n, [&](auto write) { divide(t.denominator, n, momentum, g, nu, c, write); });
   if (nu != nullptr) store(t.nu, begin, n, nu);
 }
 
-inline void blend(std::int64_t n, float* momentum, const float* mu, const float* mu_long,
-                  const Tier2Coefficients& c) {
-  const float share = c.blend, rest = c.blend_rest;
-  CHAINRULE_INDEPENDENT
-  for (std::int64_t i = 0; i < n; ++i) momentum[i] = share * mu[i] + rest * mu_long[i];
-}
-
 inline void tier2(const Tier2& t, std::int64_t begin, std::int64_t end) {
-  float g_scratch[kTile], mu_scratch[kTile], long_scratch[kTile], momentum[kTile];
+  float g_scratch[kTile], mu_scratch[kTile], long_scratch[kTile];
   const Tier2Coefficients c(t);
-  for (std::int64_t tile = begin; tile < end; tile += kTile) {
-    const std::int64_t n = end - tile < kTile ? end - tile : kTile;
+  const std::int64_t step =
+      stride(end - begin, t.parameter, t.gradient, t.output, t.mu, t.mu_long, t.nu);
+  for (std::int64_t tile = begin; tile < end; tile += step) {
+    const std::int64_t n = end - tile < step ? end - tile : step;
     const float* g = load(t.gradient, tile, n, g_scratch);
     float* mu = load(t.mu, tile, n, mu_scratch);
-    update_ema(n, mu, g, c.b1, c.b1_rest);
-    store(t.mu, tile, n, mu);
+    const auto new_mu = [=](std::int64_t i) { return mu[i] = c.b1 * mu[i] + c.b1_rest * g[i]; };
     if (t.mu_long) {
       float* mu_long = load(t.mu_long, tile, n, long_scratch);
-      update_ema(n, mu_long, g, c.b1_long, c.b1_long_rest);
+      const auto momentum = [=](std::int64_t i) {
+        mu_long[i] = c.b1_long * mu_long[i] + c.b1_long_rest * g[i];
+        return c.blend * new_mu(i) + c.blend_rest * mu_long[i];
+      };
+      finish_tier2(t, c, tile, n, momentum, g);
       store(t.mu_long, tile, n, mu_long);
-      blend(n, momentum, mu, mu_long, c);
-      mu = momentum;
+    } else {
+      finish_tier2(t, c, tile, n, new_mu, g);
     }
-    finish_tier2(t, c, tile, n, mu, g);
+    store(t.mu, tile, n, mu);
   }
 }
 
 inline void sign_step(const SignStep& t, std::int64_t begin, std::int64_t end) {
   float g_scratch[kTile];
   const float magnitude = static_cast<float>(t.magnitude);
-  for (std::int64_t tile = begin; tile < end; tile += kTile) {
-    const std::int64_t n = end - tile < kTile ? end - tile : kTile;
+  const std::int64_t step = stride(end - begin, t.parameter, t.gradient, t.output);
+  for (std::int64_t tile = begin; tile < end; tile += step) {
+    const std::int64_t n = end - tile < step ? end - tile : step;
     const float* g = load(t.gradient, tile, n, g_scratch);
     finish(t, tile, n, [&](auto write) {
       CHAINRULE_INDEPENDENT
@@ -189,7 +190,9 @@ inline std::uint32_t peak_bits(const float* x, std::int64_t n) {
   return static_cast<std::uint32_t>(peak);
 }
 
-// Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order.
+// Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order; only |g|
+// unless kAll.
+template <bool kAll>
 inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, std::int64_t end) {
 #if defined(__AVX512F__)
   constexpr int kWidth = 8;
@@ -211,8 +214,10 @@ inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, st
       std::memcpy(&x, g + v * kWidth, sizeof x);
       const Doubles wide = __builtin_convertvector(x, Doubles);
       magnitude[v] += (Doubles)((Words)wide & INT64_MAX);
-      sum[v] += wide;
-      square[v] += wide * wide;
+      if (kAll) {
+        sum[v] += wide;
+        square[v] += wide * wide;
+      }
     }
   };
   for (std::int64_t tile = begin; tile < end; tile += kTile) {
@@ -225,7 +230,7 @@ inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, st
       std::memcpy(rest, g + i, static_cast<std::size_t>(n - i) * sizeof(float));
       add_lanes(rest);
     }
-    const std::uint32_t peak_of_tile = peak_bits(g, n);
+    const std::uint32_t peak_of_tile = kAll ? peak_bits(g, n) : 0;
     peak = peak_of_tile > peak ? peak_of_tile : peak;
   }
   Partial total;
