@@ -1,12 +1,20 @@
 """Gradient filters before SGD and Adam against the official Grokfast and OrthoGrad and KerasOptimizers' wrappers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from chainrule import chains
-from chainrule.transforms import chain, grokfast_ma, orthograd, scale_by_adam
+from chainrule.transforms import (
+    Routing,
+    chain,
+    decoupled_weight_decay,
+    grokfast_ma,
+    orthograd,
+    scale_by_adam,
+)
 from tests.golden.replay import assert_follows, cases, recording, relative_error, replay
 
 
@@ -24,25 +32,48 @@ def official_ma(spec, inner):
     return chain(grokfast_ma(**hp), inner)
 
 
-def keras_base(spec, rec):
-    """The wrapped optimizer as the wrapper runs it: its step count stands still at 1 and its weight decay is left out.
-
-    Adam's bias corrections are then the constants 1 - b1 and 1 - b2: no debiasing, with another rate and eps.
-    """
-    lr = spec["hp"].get("learning_rate", float(rec.data.get("lr", 0.01)))
-    if "base" not in spec or spec["base"] == "sgd":
-        return optax.sgd(lr)
-    if spec["base"] == "sgdmom":
-        return optax.sgd(lr / 2, momentum=0.9)
-    b1 = 0.9
-    b2, eps, eps_is_raw = {"kadam": (0.999, 1e-7, True), "radam": (0.995, 1e-8, False)}[
-        spec["base"]
-    ]
+def constant_debias_adam(b1, b2, eps, *, eps_is_raw=False):
+    """Adam as it runs where the step count stands still at 1: its bias corrections are constants."""
     root = (1 - b2) ** 0.5
     return chain(
         scale_by_adam(b1, b2, eps if eps_is_raw else eps * root, debias=False),
-        optax.scale_by_learning_rate(lr * root / (1 - b1)),
+        optax.scale(root / (1 - b1)),
     )
+
+
+def keras_muon(lr, weight_decay=0.004):
+    """Muon at HEAD with the one of its two decays that a wrapper leaves it."""
+    rest = chain(
+        constant_debias_adam(0.9, 0.995, 1e-8),
+        decoupled_weight_decay(weight_decay),
+        optax.scale_by_learning_rate(lr),
+    )
+    matrices = chains.muon(
+        lr,
+        0.95,
+        weight_decay,
+        nesterov="elementwise",
+        ns_steps=6,
+        ns_dtype="float32",
+        dims="oihw",
+        scale_axes=(-2, -1),
+        routing=lambda tree: jax.tree.map(lambda _: "muon", tree),
+    )
+    return optax.partition({"muon": matrices, "adam": rest}, Routing(words=("bias", "embedding")))
+
+
+def keras_base(spec, rec):
+    """The wrapped optimizer as the wrapper runs it: its step count stands still, its base class does not decay."""
+    lr = spec["hp"].get("learning_rate", float(rec.data.get("lr", 0.01)))
+    return {
+        "sgd": lambda: optax.sgd(lr),
+        "sgdmom": lambda: optax.sgd(lr / 2, momentum=0.9),
+        "kadam": lambda: chain(
+            constant_debias_adam(0.9, 0.999, 1e-7, eps_is_raw=True), optax.scale(-lr)
+        ),
+        "radam": lambda: chain(constant_debias_adam(0.9, 0.995, 1e-8), optax.scale(-lr)),
+        "muon HEAD f32 NS": lambda: keras_muon(lr),
+    }[spec.get("base", "sgd")]()
 
 
 def keras_grokfast(spec, rec):
@@ -67,19 +98,21 @@ def spec_of(case):
     return recording(case.recording).variants[case.variant]
 
 
-def followed_here(case):
-    spec = spec_of(case)
-    return spec["algo"] in BUILDERS and not str(spec.get("base")).startswith("muon")
-
-
-@pytest.mark.parametrize("case", [p for p in cases(FILES) if followed_here(p.values[0])])
+@pytest.mark.parametrize(
+    "case", [p for p in cases(FILES) if spec_of(p.values[0])["algo"] in BUILDERS]
+)
 def test_follows(case):
-    rec, variant = recording(case.recording), case.variant
-    spec = spec_of(case)
-    run = replay(BUILDERS[spec["algo"]](spec, rec), rec.params, rec.gradients(variant))
+    rec, variant, spec = recording(case.recording), case.variant, spec_of(case)
+    paths = spec.get("paths", dict(zip(rec.names, rec.names, strict=True)))
+    run = replay(
+        BUILDERS[spec["algo"]](spec, rec),
+        {paths[name]: p for name, p in rec.params.items()},
+        {paths[name]: g for name, g in rec.gradients(variant).items()},
+    )
+    params = {name: run.params[paths[name]] for name in rec.names}
     # The references blow the rounding residue of a one-element tensor up to its gradient's length.
     degenerate = tuple(name for name, p in rec.params.items() if p.size == 1)
-    assert_follows(run.params, rec, variant, skip=degenerate if "rtho" in spec["algo"] else ())
+    assert_follows(params, rec, variant, skip=degenerate if "rtho" in spec["algo"] else ())
 
 
 UNITS = sorted(
