@@ -20,7 +20,13 @@ STEPS = 12
 
 
 def cosmic() -> Any:
-    policy = TierPolicy({2: 0.4, 1: 0.4}, reassignment_interval=3, warmup_steps=0)
+    eager = {
+        "min_tier_steps": 0,
+        "signal_ema_decay": None,
+        "signal_margin": 0.0,
+        "confirmations": 1,
+    }
+    policy = TierPolicy({2: 0.25, 1: 0.25}, reassignment_interval=3, warmup_steps=0, **eager)
     return chains.cosmic(0.01, policy=policy, gate_warmup_steps=4, kernel="xla")
 
 
