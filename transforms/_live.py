@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
+from chainrule.transforms._numerics import increment
 
 
 class LiveState(NamedTuple):
@@ -106,7 +107,7 @@ def live(
                 new, inner_state = links.update(updates, state.inner_state, params, **extra_args)
                 new = jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates)
                 inner_state = jax.tree.map(_in_dtype_of, state.inner_state, inner_state)
-                return new, LiveState(optax.safe_increment(state.count), values, inner_state)
+                return new, LiveState(increment(state.count), values, inner_state)
 
             return optax.GradientTransformationExtraArgs(init, update)
 

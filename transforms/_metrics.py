@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 
-def state_bytes(state: optax.OptState) -> int:
+def state_bytes(state: Any) -> int:
     """Bytes of all arrays in `state`.
 
     >>> state_bytes(optax.scale_by_adam().init(jnp.zeros(100)))

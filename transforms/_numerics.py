@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def up(x: jax.Array) -> jax.Array:
@@ -15,6 +16,11 @@ def up(x: jax.Array) -> jax.Array:
 def ema(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
     """decay * old + (1 - decay) * new."""
     return decay * up(old) + (1 - decay) * up(new)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """count + 1, held at the largest int32 where it would wrap around."""
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def bias_correction(decay: Any, count: jax.Array) -> jax.Array:
@@ -58,8 +64,8 @@ def norm(x: jax.Array) -> jax.Array:
     >>> norm(jnp.array([[3.0, -4.0]])).item()
     5.0
     """
-    # Behind a barrier, because x * x may occur elsewhere too (in a second moment): XLA:CPU would then write it to memory
-    # for both, at several times the cost of this sum.
+    # Behind a barrier, because x * x may occur elsewhere too (in a second moment): XLA:CPU would then write it to
+    # memory for both, at several times the cost of this sum.
     x = jnp.abs(jax.lax.optimization_barrier(up(x)))
     return jnp.sqrt(jnp.sum(x * x))
 
@@ -82,8 +88,8 @@ def finite(x: jax.Array, max_abs: Any) -> jax.Array:
 def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
     """The scalar `x`, to be broadcast in a sum over `leaf`; 0 becomes a smallest normal number.
 
-    XLA:CPU fuses the broadcast of a scalar that only one sum uses, and writes out that of a scalar which several use. What
-    is added to `x` for a large leaf, to tell it from those of other leaves, is far below its precision.
+    XLA:CPU fuses the broadcast of a scalar that only one sum uses, and writes out that of a scalar which several use.
+    What is added to `x` for a large leaf, to tell it from those of other leaves, is far below its precision.
 
     >>> float(own_scalar(1.0, jnp.ones(2))), float(own_scalar(0.0, jnp.ones(2)))
     (1.0, 1.17...e-38)

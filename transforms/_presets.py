@@ -34,7 +34,7 @@ def presets(
             given = signature.bind_partial(*args, **kwargs).arguments
             name = given.get("preset")
             check_choice(factory.__name__, "preset", name, (None, *table))
-            return factory(**{**table.get(name, {}), **given})
+            return factory(**{**table.get(name or "", {}), **given})
 
         return make
 

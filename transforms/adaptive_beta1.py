@@ -22,7 +22,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
-from chainrule.transforms._numerics import bias_correction, ema, finite, up
+from chainrule.transforms._numerics import bias_correction, ema, finite, increment, up
 
 _HUGE = 2.0**48  # entries from here on, in a tensor whose mean square overflows, are why it does
 
@@ -154,7 +154,7 @@ def adaptive_beta1(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         renew = state.count % jnp.asarray(b1_update_interval, jnp.int32) == 0
 
         def mean(x):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
-from chainrule.transforms._numerics import bias_correction, ema, up
+from chainrule.transforms._numerics import bias_correction, ema, increment, up
 
 
 class EmaMomentumState(NamedTuple):
@@ -80,7 +80,7 @@ def ema_momentum(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         now, ahead = (
             (bias_correction(decay, count), bias_correction(decay, count + 1))
             if debias

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, require
-from chainrule.transforms._numerics import up
+from chainrule.transforms._numerics import increment, up
 
 _EPS = 1e-12
 
@@ -135,7 +135,7 @@ def gradient_gate(
         leaves, treedef = jax.tree.flatten(updates)
         own = (0,) * len(leaves) if tiers is None else tiers
         synced = own if synced_tiers is None else synced_tiers
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         gated = [g for g, tier in zip(jax.tree.leaves(grad), own, strict=True) if tier <= tier_max]
 
         raw, signal = state.raw, state.signal

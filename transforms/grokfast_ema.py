@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
-from chainrule.transforms._numerics import ema, up
+from chainrule.transforms._numerics import ema, increment, up
 
 
 class GrokfastEmaState(NamedTuple):
@@ -74,6 +74,6 @@ def grokfast_ema(
         averages = jax.tree.map(lambda old, g: ema(decay, old, g), state.ema, updates)
         new = jax.tree.map(lambda g, slow: (up(g) + lamb * slow).astype(g.dtype), updates, averages)
         stored = optax.tree.cast_like(averages, state.ema)
-        return new, GrokfastEmaState(optax.safe_increment(state.count), stored)
+        return new, GrokfastEmaState(increment(state.count), stored)
 
     return optax.GradientTransformation(init, update)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
-from chainrule.transforms._numerics import up
+from chainrule.transforms._numerics import increment, up
 
 
 class GrokfastMaState(NamedTuple):
@@ -74,7 +74,7 @@ def grokfast_ma(
     def update(updates, state, params=None):
         del params
         slot = state.count % window_size
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         held = jnp.minimum(count, window_size)
         gain = jnp.where(held == window_size, lamb / held, 0) if warmup else lamb / held
 

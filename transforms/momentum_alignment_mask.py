@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import ema, finite, inner, norm, up
+from chainrule.transforms._numerics import ema, finite, increment, inner, norm, up
 from chainrule.transforms._trees import is_masked, map_unmasked, select
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
@@ -104,7 +104,7 @@ def momentum_alignment_mask(
     )
     check_choice(owner, "moment", moment, ("mu", "nu", "trace", "own"))
 
-    def init(params):
+    def init(params) -> Any:
         excluded = select(owner, "exclude", exclude, params)
         included = jax.tree.map(lambda out, p: optax.MaskedNode() if out else p, excluded, params)
         key = seed if isinstance(seed, jax.Array) else jax.random.key(seed, impl=_PRNG)
@@ -121,7 +121,7 @@ def momentum_alignment_mask(
             own=zeros_like(owner, included, state_dtype) if moment == "own" else None,
         )
 
-    def update(updates, state, params=None, *, grad=None, mask=None, **extra_args: Any):
+    def update(updates, state, params=None, *, grad=None, mask=None, **extra_args: Any) -> Any:
         del params
         grad = require(owner, "grad", grad, f"{_PASS} `update(..., grad=gradients)`")
         if moment == "own":
@@ -161,7 +161,7 @@ def momentum_alignment_mask(
         kept = jax.tree.unflatten(treedef, list(draws))
         new = jax.tree.map(scaled, alignment, kept, updates, is_leaf=is_masked)
         own = None if state.own is None else optax.tree.cast_like(moments, state.own)
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         rate = jnp.sum(draws) / len(leaves) if leaves else state.mask_rate
         return new, MomentumAlignmentMaskState(count, state.key, alignment, cosines, rate, own)
 

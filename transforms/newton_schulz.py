@@ -60,8 +60,9 @@ def newton_schulz(
 
     $$X_{k+1} = a X_k + b (X_k X_k^H) X_k + c (X_k X_k^H)^2 X_k, \quad X_0 = G / (\|G\|_F + \epsilon)$$
 
-    A zero matrix stays zero. A NaN or infinite entry makes its whole matrix NaN: put `zero_nonfinite`
-    before it if gradients may hold any. Complex matrices work, with the conjugate transpose.
+    A zero matrix stays zero. A NaN or infinite entry makes its whole matrix NaN, finite ones whose squares
+    overflow make it zero: put `zero_nonfinite` before it if gradients may hold any. Complex matrices work,
+    with the conjugate transpose.
 
     Args:
       coefficients: a name in `COEFFICIENTS` (`"keller_jordan"`, `"dion"`, `"classical"`), a triple
@@ -95,7 +96,7 @@ def newton_schulz(
 
     Raises:
       ValueError: an argument outside its range; a leaf of fewer than two axes; axes that a leaf does not have.
-      TypeError: a leaf that is not floating point or complex.
+      TypeError: a leaf that is not floating point or complex; `steps` that are no integer.
 
     >>> tx = newton_schulz(steps=10, coefficients="classical")
     >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
@@ -115,6 +116,8 @@ def newton_schulz(
         check_choice("newton_schulz", "scale_axes", scale_axes, ("in_out", "out_in"))
     if isinstance(dims, str):
         check_choice("newton_schulz", "dims", dims, ("batched", "hwio", "oihw"))
+    if not hasattr(steps, "__index__"):
+        raise TypeError(f"newton_schulz: `steps` must be an integer, got {steps!r}")
     triples = _triples(coefficients, operator.index(steps))
 
     def shape_factor(shape, rows, cols):
@@ -165,7 +168,7 @@ def _triples(coefficients: Any, steps: int) -> list[Triple]:
     if isinstance(coefficients, str):
         check_choice("newton_schulz", "coefficients", coefficients, tuple(COEFFICIENTS))
         coefficients = COEFFICIENTS[coefficients]
-    nested = list(coefficients)
+    nested: list[Any] = list(coefficients)
     if nested and not isinstance(nested[0], (list, tuple)):
         nested = [nested]
     if not nested or any(len(triple) != 3 for triple in nested):

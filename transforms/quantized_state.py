@@ -171,11 +171,11 @@ def quantized_state(
         ]
         return jax.tree.unflatten(treedef, encoded)
 
-    def init(params):
+    def init(params) -> Any:
         key = jax.random.PRNGKey(seed) if stochastic else None
         return QuantizedState(key, encode(inner.init(params), None))
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args) -> Any:
         key, now = state.key, None
         if stochastic:
             key, now = jax.random.split(state.key)

@@ -3,8 +3,9 @@ r"""Adam's direction, from raw gradients or from a first moment that an earlier 
     mu_t = b1 mu_{t-1} + (1 - b1) g_t              nu_t = b2 nu_{t-1} + (1 - b2) |g_t|^2
     u_t  = mu_hat_t / (sqrt(nu_hat_t + eps_root) + eps),   mu_hat = mu / (1 - b1^t),  nu_hat = nu / (1 - b2^t)
 
-Source: Kingma & Ba, "Adam", 2015, algorithm 1; Dozat, "Incorporating Nesterov Momentum into Adam", 2016. Departure: a momentum
-leaf of `adaptive_beta1` replaces mu_hat by its own moment, and 1 - b^t is computed without float32's cancellation.
+Source: Kingma & Ba, "Adam", 2015, algorithm 1; Dozat, "Incorporating Nesterov Momentum into Adam", 2016. Departure: a
+momentum leaf of `adaptive_beta1` replaces mu_hat by its own moment, and 1 - b^t is computed without float32's
+cancellation.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
-from chainrule.transforms._numerics import abs_sq, bias_correction, ema, up
+from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 
 
 class ScaleByAdamState(NamedTuple):
@@ -50,12 +51,13 @@ def scale_by_adam(
     \(\nu_t\). Arithmetic is float32 at least; updates keep the gradient's dtype, moments the parameter's.
 
     Args:
-      b1: decay of the first moment, in [0, 1). `None`: the moment comes from `adaptive_beta1` upstream and none is stored.
+      b1: decay of the first moment, in [0, 1). `None`: it comes from `adaptive_beta1` upstream and none is stored.
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator outside the root, at least 0.
       eps_root: added inside the root, at least 0.
-      nesterov: `True`, Dozat's look-ahead as in optax, \(b_1 \mu_t/(1-b_1^{t+1}) + (1-b_1) g_t/(1-b_1^t)\); `"keras"`, the
-        same with \(1-b_1^t\) under both, which makes the first step larger by \(1 + b_1\) (KerasOptimizers).
+      nesterov: `True`, Dozat's look-ahead as in optax, \(b_1 \mu_t/(1-b_1^{t+1}) + (1-b_1) g_t/(1-b_1^t)\);
+        `"keras"`, the same with \(1-b_1^t\) under both, which makes the first step larger by \(1 + b_1\)
+        (KerasOptimizers).
       debias: divide the moments by \(1 - b^t\).
       debias_eps: added to both \(1 - b^t\), at least 0 (the STAM repository uses its eps here).
       eps_scope: `"corrected"`, eps is added to \(\sqrt{\hat\nu}\); `"raw"`, to \(\sqrt\nu\) before its bias correction
@@ -82,9 +84,11 @@ def scale_by_adam(
     check_choice("scale_by_adam", "nesterov", nesterov, (False, True, "keras"))
     check_choice("scale_by_adam", "eps_scope", eps_scope, ("corrected", "raw"))
     if b1 is None and nesterov:
-        raise ValueError("scale_by_adam: `nesterov` needs a `b1` of its own, got b1=None; give `b1` a number")
+        raise ValueError(
+            "scale_by_adam: `nesterov` needs a `b1` of its own, got b1=None; give `b1` a number"
+        )
 
-    def init(params):
+    def init(params) -> Any:
         nu_params = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.real(p).dtype), params)
         return ScaleByAdamState(
             count=jnp.zeros((), jnp.int32),
@@ -92,9 +96,9 @@ def scale_by_adam(
             nu=zeros_like("scale_by_adam", nu_params, nu_dtype),
         )
 
-    def update(updates, state, params=None, **_):
+    def update(updates, state, params=None, **_) -> Any:
         del params
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         correction = bias_correction(b2, count) + debias_eps if debias else 1.0
 
         def gradient(u):
@@ -105,19 +109,22 @@ def scale_by_adam(
                 return u.mu
             if b1 is None:
                 raise TypeError(
-                    "scale_by_adam: b1=None says that the moment comes from upstream, but the updates are plain arrays; put "
-                    "`adaptive_beta1` directly before it, or give `b1` a number"
+                    "scale_by_adam: b1=None says that the moment comes from upstream, but the updates are "
+                    "plain arrays; put `adaptive_beta1` directly before it, or give `b1` a number"
                 )
             return ema(b1, mu, u)
 
         def first(u, mu):
             if isinstance(u, MomentumLeaf):
                 return mu / (u.correction + debias_eps)
+            assert b1 is not None  # `moment` has refused plain arrays without b1
             c1 = bias_correction(b1, count) + debias_eps if debias else 1.0
             if not nesterov:
                 return mu / c1
-            ahead = bias_correction(b1, count + 1) + debias_eps if debias and nesterov is True else c1
-            return b1 * mu / ahead + (1 - b1) * up(u) / c1  # pyright: ignore[reportOptionalOperand]
+            ahead = (
+                bias_correction(b1, count + 1) + debias_eps if debias and nesterov is True else c1
+            )
+            return b1 * mu / ahead + (1 - b1) * up(u) / c1
 
         def direction(u, mu, nu):
             if eps_scope == "raw":

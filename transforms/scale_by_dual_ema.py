@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import abs_sq, bias_correction, ema, up
+from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 
 
 class ScaleByDualEmaState(NamedTuple):
@@ -101,7 +101,7 @@ def scale_by_dual_ema(
     has_short = any(weight != 0 for weight in blends)
     has_long = keep_long or any(weight != 1 for weight in blends)
 
-    def init(params):
+    def init(params) -> Any:
         def zeros():
             return zeros_like("scale_by_dual_ema", params, state_dtype)
 
@@ -112,10 +112,10 @@ def scale_by_dual_ema(
             nu=None if b2 is None else zeros(),
         )
 
-    def update(updates, state, params=None, *, step=None, tier=None, synced_tier=None, **_):
+    def update(updates, state, params=None, *, step=None, tier=None, synced_tier=None, **_) -> Any:
         del params
         remedy = "wrap it in `tiered_state`, or pass it to `update`"
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         if clock == "chain":
             t = require("scale_by_dual_ema", "step", step, remedy)
         else:

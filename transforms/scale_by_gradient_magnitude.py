@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params, require
-from chainrule.transforms._numerics import ema, up
+from chainrule.transforms._numerics import ema, increment, up
 from chainrule.transforms._trees import map_unmasked
 
 
@@ -77,6 +77,6 @@ def scale_by_gradient_magnitude(
 
         magnitudes = map_unmasked(magnitude, updates, grad, state.magnitude)
         new = jax.tree.map(lambda u, c: (c * up(u)).astype(u.dtype), updates, magnitudes)
-        return new, ScaleByGradientMagnitudeState(optax.safe_increment(state.count), magnitudes)
+        return new, ScaleByGradientMagnitudeState(increment(state.count), magnitudes)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -16,7 +16,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._momentum_leaf import MomentumLeaf
-from chainrule.transforms._numerics import abs_sq, bias_correction, ema, up
+from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 
 
 class ScaleByTensorRmsState(NamedTuple):
@@ -72,7 +72,7 @@ def scale_by_tensor_rms(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         correction = bias_correction(decay, count) + debias_eps
 
         def gradient(u):

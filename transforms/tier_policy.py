@@ -195,10 +195,10 @@ class TierPolicy:
           fits: called as `fits(tensor, tier)` in order of rank; true takes the bytes off the
             budget.
         """
-        fractions = self.fractions
+        fractions = dict(self.fractions)
         if self.warmup_fractions is not None and step < self.warmup:
             warm = dict(self.warmup_fractions)
-            fractions = tuple((tier, warm.get(tier, share)) for tier, share in fractions)
+            fractions = {tier: warm.get(tier, share) for tier, share in fractions.items()}
         n = len(signals)
 
         def share_of(fraction: float) -> int:
@@ -208,7 +208,7 @@ class TierPolicy:
                 else math.ceil(n * fraction - 1e-9)
             )
 
-        room = [[tier, max(0, share_of(fraction))] for tier, fraction in fractions]
+        room = [[tier, max(0, share_of(fraction))] for tier, fraction in fractions.items()]
         highest = room[0][0] if room else 0
         tiers = [0] * n
         for i in range(n):

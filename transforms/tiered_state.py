@@ -24,6 +24,7 @@ import optax
 
 from chainrule.transforms._checks import check_params
 from chainrule.transforms._metrics import state_bytes
+from chainrule.transforms._numerics import increment
 from chainrule.transforms._trees import path_name
 from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signal
 
@@ -121,7 +122,7 @@ def tiered_state(
         raise ValueError(
             f"tiered_state: `tiers` must have keys of 0 or greater, got {sorted(tiers)}"
         )
-    unknown = {tier for tier, _ in policy.fractions} - set(tiers)
+    unknown = set(dict(policy.fractions)) - set(tiers)
     if unknown:
         raise ValueError(
             f"tiered_state: `policy` has fractions for tiers {sorted(unknown)}, `tiers` has "
@@ -130,7 +131,7 @@ def tiered_state(
     transforms = {tier: optax.with_extra_args_support(tx) for tier, tx in tiers.items()}
     lowest = min(tiers)
 
-    def init(params):
+    def init(params) -> Any:
         check_params("tiered_state", params)
         leaves = jax.tree.leaves(params)
         assignment = Assignment((lowest,) * len(leaves), policy, transforms)
@@ -155,7 +156,7 @@ def tiered_state(
                 f"tiered_state: the state has {len(assignment.tiers)} tensors, the gradients "
                 f"have {len(leaves)}; pass the tree that `init` was given"
             )
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         synced = _synced(assignment, count)
         param_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params)
         # Extra arguments in the shape of the gradients are handed out tensor by tensor.
