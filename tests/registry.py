@@ -317,7 +317,7 @@ ATOMS: tuple[Case, ...] = (
         ),
         errors=(
             ({"steps": 0}, ValueError, r"`steps` must be in \[1, 100\), got 0"),
-            ({"steps": 2.5}, TypeError, r"integer"),
+            ({"steps": 2.5}, TypeError, r"`steps` must be an integer, got 2.5"),
             (
                 {"coefficients": "muon"},
                 ValueError,
