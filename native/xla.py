@@ -111,6 +111,8 @@ def _table(tensors: int, *numbers: Number) -> jax.Array:
 
 def _call(target: str, results: list, operands: list, aliases: dict[int, int], **attributes):
     """One FFI call; `aliases` maps operand to result."""
+    if _kernel is None:
+        raise RuntimeError(f"{target}: the compiled kernel is not installed; choose the XLA form")
     call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method="sequential")
     return call(*operands, **attributes)
 

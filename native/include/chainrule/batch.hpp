@@ -24,8 +24,8 @@ namespace chainrule {
 using Loop = std::function<void(std::int64_t tasks, const std::function<void(std::int64_t)>& body)>;
 
 // Elements of a task, by those of the call. The least hides the hand-over; up to the most, longer runs of
-// memory are read faster (5 % at 40M elements, a 64th against 65536).
-constexpr std::int64_t kLeastGrain = 65536, kMostGrain = 1048576;
+// memory are read faster (5 % at 40M elements).
+constexpr std::int64_t kLeastGrain = 65536, kMostGrain = 262144;
 
 // What a task's arithmetic does with subnormal float32. An EMA of a parameter that gets no gradient would stay
 // subnormal, and slow, for ever: steps flush, as XLA does on its own threads. Codes are exact down to them.
