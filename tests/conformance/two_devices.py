@@ -27,10 +27,11 @@ def second_update(tx, step, params, grads):
     return step(grads, state, params)[0]
 
 
-assert jax.device_count() == 2
-for case in CASES:
-    trees = [random_tree(case.shapes, seed) for seed in (0, 1)]
-    tx = case.make()
-    updates = second_update(tx, jax.jit(tx.update), *map(sharded, trees))
-    assert_close(updates, second_update(tx, tx.update, *trees))
-    sys.stdout.write(f"{case.name}\n")
+if __name__ == "__main__":
+    assert jax.device_count() == 2
+    for case in CASES:
+        trees = [random_tree(case.shapes, seed) for seed in (0, 1)]
+        tx = case.make()
+        updates = second_update(tx, jax.jit(tx.update), *map(sharded, trees))
+        assert_close(updates, second_update(tx, tx.update, *trees))
+        sys.stdout.write(f"{case.name}\n")
