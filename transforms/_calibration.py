@@ -3,8 +3,9 @@
     before:  confidence = clip(agar, c_min, 1)
     after:   confidence = c_min + (1 - c_min) sigmoid((agar - tau) / std)
 
-tau and std are the centre and spread of the first `steps` finite samples. A calibration has the shape `()`, or `(n,)` for
-n of them side by side; each takes samples from the last axis of what it is given, in order.
+tau and std are the centre and spread of the first `steps` finite samples. A calibration has the
+shape `()`, or `(n,)` for n of them side by side; each takes samples from the last axis of what it
+is given, in order.
 """
 
 from typing import NamedTuple
@@ -66,12 +67,14 @@ class Calibration(NamedTuple):
     def __call__(
         self, state: CalibrationState, agar: jax.Array, counts: jax.Array
     ) -> tuple[CalibrationState, jax.Array]:
-        """Takes samples and maps them, so that the last sample of a calibration is already mapped by it.
+        """Takes samples and maps them, so that the last sample of a calibration is already mapped
+        by it.
 
         Args:
           state: of shape [n].
           agar: float32 [n] x k, the samples in the order in which they are taken.
-          counts: bool of that shape: whether a sample may be taken. One that is not finite never is.
+          counts: bool of that shape: whether a sample may be taken. One that is not finite never
+          is.
 
         Returns:
           The new state and the confidence of each of `agar`; of one that is not finite, the least.
@@ -79,7 +82,8 @@ class Calibration(NamedTuple):
         finite = jnp.isfinite(agar)
         taken = finite & counts
         reached = state.filled[..., None] + jnp.cumsum(taken, axis=-1, dtype=jnp.int32)
-        # Slots are compared instead of scattered to: the arrays are small, and a full buffer is hit by no sample.
+        # Slots are compared instead of scattered to: the arrays are small, and a full buffer is hit
+        # by no sample.
         hit = (jnp.arange(self.steps) == reached[..., None] - 1) & taken[..., None]
         new = jnp.sum(jnp.where(hit, agar[..., None], 0), axis=-2)
         samples = jnp.where(jnp.any(hit, axis=-2), new, state.samples)

@@ -1,15 +1,20 @@
-r"""Scales updates by a confidence that is calibrated on AGAR, the share of the gradient that is signal.
+r"""Scales updates by a confidence calibrated on AGAR, the share of the gradient that is signal.
 
-    AGAR = mean_i [ m_i^2 / max(v_i, m_i^2) ],   m = mu / (1 - b1^t),  v = nu / (1 - b2^t),   u' = confidence(AGAR) u
-    confidence(x) = clip(x, c_min, 1) for the first samples, then c_min + (1 - c_min) sigmoid((x - tau) / std)
+    AGAR = mean_i [ m_i^2 / max(v_i, m_i^2) ],   m = mu / (1 - b1^t),  v = nu / (1 - b2^t)
+    u' = confidence(AGAR) u
+    confidence(x) = clip(x, c_min, 1) for the first samples,
+                    c_min + (1 - c_min) sigmoid((x - tau) / std) after
 
-tau and std are the mean and standard deviation of the first `tau_init_steps` samples; the map is frozen then.
+tau and std are the mean and standard deviation of the first `tau_init_steps` samples; the map is
+frozen then.
 
-Source: the CASMO repository, its first version (commit 2bed798), THEORY.md. Departures, each an argument that leads back: the
-code centres on a clipped median (`center`, `tau_clip_range`), takes the moments as they are, which puts AGAR near one for
-hundreds of steps whatever the gradient (`debias`), clamps them, which raises AGAR of heavy tails (`clamp_factor`), adds an
-eps that makes AGAR depend on the gradient's scale (`eps`), replaces the user's c_min (`adapt_c_min`) and lets the tensors
-of granularity "parameter" share one calibration, which ends in the middle of a step (`shared_calibration`).
+Source: the CASMO repository, its first version (commit 2bed798), THEORY.md. Departures, each an
+argument that leads back: the code centres on a clipped median (`center`, `tau_clip_range`), takes
+the moments as they are, which puts AGAR near one for hundreds of steps whatever the gradient
+(`debias`), clamps them, which raises AGAR of heavy tails (`clamp_factor`), adds an eps that makes
+AGAR depend on the gradient's scale (`eps`), replaces the user's c_min (`adapt_c_min`) and lets the
+tensors of granularity "parameter" share one calibration, which ends in the middle of a step
+(`shared_calibration`).
 """
 
 import numbers
@@ -21,14 +26,20 @@ import numpy as np
 import optax
 
 from chainrule.transforms._calibration import Calibration, CalibrationState
-from chainrule.transforms._checks import check_bounds, check_choice, check_params, require, zeros_like
-from chainrule.transforms._numerics import bias_correction, ema, up
+from chainrule.transforms._checks import (
+    check_bounds,
+    check_choice,
+    check_params,
+    require,
+    zeros_like,
+)
+from chainrule.transforms._numerics import bias_correction, ema, own_scalar, up
 from chainrule.transforms._trees import map_unmasked
 
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 _REMEDY = (
-    "use `chainrule.chain` in place of `optax.chain` with a link before it that keeps moments, such as `scale_by_adam`, "
-    "or source=\"direction\" (Adam's updates are enough) or source=\"own\" (it keeps moments itself)"
+    "use `chainrule.chain` in place of `optax.chain` with a link before it that keeps moments, "
+    'such as `scale_by_adam`, or source="direction" (Adam\'s updates are enough) or source="own" '
+    "(it keeps moments itself)"
 )
 
 
@@ -46,7 +57,7 @@ class AgarConfidenceState(NamedTuple):
     confidence: Any
     """float32 scalar [a tree]: what the last update was multiplied by."""
     calibration: CalibrationState
-    """The samples and the map; one, or with granularity "parameter" one a parameter in leaf order."""
+    """The samples and the map; one, or with granularity "parameter" one a parameter."""
 
     metric_fields = ("agar", "confidence")
 
@@ -63,7 +74,7 @@ def agar_confidence(
     tau_clip_range: tuple[float, float] | None = None,
     clamp_factor: jax.typing.ArrayLike | None = None,
     debias: bool = True,
-    eps: jax.typing.ArrayLike = 0.0,
+    eps: jax.typing.ArrayLike | None = None,
     adapt_c_min: bool = False,
     shared_calibration: bool = False,
     mu_dtype: Any = None,
@@ -71,39 +82,48 @@ def agar_confidence(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by one confidence in (0, 1], for the whole tree or tensor by tensor.
 
-    $$u' = c\,u,\qquad c = c_{min} + (1 - c_{min})\,\sigma\!\Big(\frac{\mathrm{AGAR} - \tau}{s}\Big),\qquad
+    $$u' = c\,u,\qquad
+    c = c_{min} + (1 - c_{min})\,\sigma\!\Big(\frac{\mathrm{AGAR} - \tau}{s}\Big),\qquad
     \mathrm{AGAR} = \overline{\hat\mu^2 / \max(\hat\nu, \hat\mu^2)}$$
 
-    AGAR is 1 for a constant gradient and about \((1-b_1)/(1+b_1)\) for noise. Entries whose gradient was always zero have AGAR
-    0. An AGAR that is not finite is shown as such by `chainrule.metrics`, never becomes a sample, and yields the
-    least confidence.
+    AGAR is 1 for a constant gradient and about \((1-b_1)/(1+b_1)\) for noise. Entries whose
+    gradient was always zero have AGAR 0. An AGAR that is not finite is shown as such by
+    `chainrule.metrics`, never becomes a sample, and yields the least confidence.
 
     Args:
-      tau_init_steps: samples that the calibration takes, at least 1. `None`: max(500, 50 / (1 - b1)).
+      tau_init_steps: samples that the calibration takes, at least 1. `None`: max(500, 50 / (1 -
+        b1)).
       c_min: least confidence, in [0, 1].
       b1: decay of the first moment, in [0, 1); that of its owner if it comes from upstream.
       b2: decay of the second moment, likewise.
-      source: `"upstream"`, the moments of an earlier link, and no memory of its own; `"direction"`, recovered from Adam's
-        updates, of which m^2/v is the square, up to Adam's eps; `"own"`, moments kept here of the argument `grad`, or of the
-        updates where it is not given.
+      source: `"upstream"`, the moments of an earlier link, and no memory of its own; `"direction"`,
+        recovered from Adam's updates, of which m^2/v is the square, up to Adam's eps; `"own"`,
+        moments kept here of the argument `grad`, or of the updates where it is not given.
       granularity: `"group"`, one AGAR over all entries of the tree; `"parameter"`, one a tensor.
-      center: tau is the `"mean"` of the samples (THEORY.md) or their `"median"` (the repository's code).
-      tau_clip_range: bounds of tau, within [0, 1]; the repository has (0.01, 0.5), which usually binds. `None`: none.
-      clamp_factor: clamp moments to this many times their mean magnitude before AGAR, positive; the repository has 10.
-        `None`: no clamp.
+      center: tau is the `"mean"` of the samples (THEORY.md) or their `"median"` (the repository's
+        code).
+      tau_clip_range: bounds of tau, within [0, 1]; the repository has (0.01, 0.5), which usually
+        binds. `None`: none.
+      clamp_factor: clamp moments to this many times their mean magnitude before AGAR, positive; the
+        repository has 10. `None`: no clamp.
       debias: divide the moments by 1 - b^t; the repository does not.
       eps: least noise, and added to the denominator, at least 0; the repository has Adam's eps.
-      adapt_c_min: once calibrated, replace c_min by 0.1, 0.3 or 0.5 as the samples vary, as the repository does.
-      shared_calibration: with granularity "parameter", one calibration that takes a sample from each tensor at each step, in
-        leaf order, as in the repository. Otherwise each tensor has its own.
+        `None`: no such number, so that AGAR does not depend on the gradient's scale.
+      adapt_c_min: once calibrated, replace c_min by 0.1, 0.3 or 0.5 as the samples vary, as the
+        repository does.
+      shared_calibration: with granularity "parameter", one calibration that takes a sample from
+        each tensor at each step, in leaf order, as in the repository. Otherwise each tensor has its
+        own.
       mu_dtype: dtype of an own `mu`, default the parameter's.
       nu_dtype: dtype of an own `nu`, default the parameter's.
 
     Returns:
-      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra arguments `mu`, `nu`, `count` and `grad`.
+      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra arguments `mu`, `nu`,
+      `count` and `grad`.
 
     Raises:
-      ValueError: an argument outside its range; `clamp_factor` with source "direction"; at `update`, missing moments.
+      ValueError: an argument outside its range; `clamp_factor` with source "direction"; at
+        `update`, missing moments.
       TypeError: a parameter that is not real floating point.
 
     >>> tx = optax.chain(optax.scale_by_adam(), agar_confidence(source="direction"))
@@ -129,18 +149,20 @@ def agar_confidence(
     check_choice(owner, "center", center, ("mean", "median"))
     if tau_init_steps is not None and not isinstance(tau_init_steps, numbers.Integral):
         raise ValueError(
-            f"{owner}: `tau_init_steps` is the length of a buffer, an integer, got {tau_init_steps!r}"
+            f"{owner}: `tau_init_steps` is the length of a buffer, an integer, got "
+            f"{tau_init_steps!r}"
         )
     if tau_clip_range is not None:
         low, high = tau_clip_range
         if not 0 <= low <= high <= 1:
             raise ValueError(
-                f"{owner}: `tau_clip_range` must be (low, high) with 0 <= low <= high <= 1, got {tau_clip_range}"
+                f"{owner}: `tau_clip_range` must be (low, high) with 0 <= low <= high <= 1, got "
+                f"{tau_clip_range}"
             )
     if clamp_factor is not None and source == "direction":
         raise ValueError(
-            f'{owner}: `clamp_factor` clamps the moments, which source="direction" has not; use source="upstream" or '
-            '"own", or clamp_factor=None'
+            f'{owner}: `clamp_factor` clamps the moments, which source="direction" has not; use '
+            'source="upstream" or "own", or clamp_factor=None'
         )
     by_group = granularity == "group"
 
@@ -174,7 +196,9 @@ def agar_confidence(
         if source == "own":
             gradient = updates if grad is None else grad
             mu = map_unmasked(lambda _, old, g: ema(b1, old, g), updates, state.mu, gradient)
-            nu = map_unmasked(lambda _, old, g: ema(b2, old, up(g) ** 2), updates, state.nu, gradient)
+            nu = map_unmasked(
+                lambda _, old, g: ema(b2, old, up(g) ** 2), updates, state.nu, gradient
+            )
             kept["mu"] = optax.tree.cast_like(mu, state.mu)
             kept["nu"] = optax.tree.cast_like(nu, state.nu)
         if source == "direction":
@@ -198,19 +222,22 @@ def agar_confidence(
             if by_group:
                 pooled = sum(m * x.size for m, x in zip(means, magnitudes, strict=True)) / total
                 means = [pooled] * len(means)
-            return [clamp_factor * (mean + eps) for mean in means]
+            return [clamp_factor * (mean + (eps or 0)) for mean in means]
 
         if clamp_factor is not None:
-            limits = zip(bounds([jnp.abs(m) for m, _ in moments]), bounds([v for _, v in moments]))
+            first = bounds([jnp.abs(m) for m, _ in moments])
+            second = bounds([v for _, v in moments])
             moments = [
                 (jnp.clip(m, -a, a), jnp.minimum(v, b))
-                for (m, v), (a, b) in zip(moments, limits, strict=True)
+                for (m, v), a, b in zip(moments, first, second, strict=True)
             ]
-        sums = _ratio_sums(moments, scale, jnp.asarray(eps, jnp.float32))
+        sums = [_ratio_sum(m, v, scale, eps) for m, v in moments]
         if by_group:
             agar, counts = sum(sums, jnp.zeros(1)) / total, sizes.any(keepdims=True)
         else:
             agar, counts = jnp.stack([*sums, jnp.zeros(())])[:-1] / np.maximum(sizes, 1), sizes > 0
+        if eps is None:
+            agar = agar / scale
 
         fit = calibration(state.calibration.samples.shape[-1])
         side_by_side = state.calibration.filled.ndim == 1
@@ -226,7 +253,10 @@ def agar_confidence(
             return vector[0] if by_group else jax.tree.unflatten(structure, list(vector))
 
         state = state._replace(
-            agar=shown(samples.reshape(-1)), confidence=shown(confidence), calibration=fitted, **kept
+            agar=shown(samples.reshape(-1)),
+            confidence=shown(confidence),
+            calibration=fitted,
+            **kept,
         )
         return jax.tree.unflatten(structure, new), state
 
@@ -237,8 +267,8 @@ def _default_steps(b1: Any) -> int:
     """Long enough for the first moment to forget its start 50 times over."""
     if isinstance(b1, jax.core.Tracer):
         raise ValueError(
-            "agar_confidence: tau_init_steps=None derives the length of a buffer from `b1`, which is traced; give "
-            "`tau_init_steps` an integer"
+            "agar_confidence: tau_init_steps=None derives the length of a buffer from `b1`, which "
+            "is traced; give `tau_init_steps` an integer"
         )
     return max(500, round(50 / (1 - float(b1))))
 
@@ -248,13 +278,11 @@ def _leaves(updates: Any, tree: Any) -> list[jax.Array]:
     return [up(x) for x in jax.tree.leaves(map_unmasked(lambda _, x: x, updates, tree))]
 
 
-def _ratio_sums(moments: Any, scale: jax.Array, eps: jax.Array) -> list[jax.Array]:
-    """The sum over each tensor of s / (s + n + eps), where s = m^2 and the noise n = max(scale v - s, eps)."""
-    sums = []
-    for m, v in moments:
-        # Both scalars change by less than their precision, except that eps = 0 becomes the smallest number, for 0 / 0. XLA:CPU
-        # writes out a broadcast that two sums of one shape have in common; of scalars that differ it fuses each.
-        scale, eps = scale + _TINY, eps + _TINY
-        s = m * m
-        sums.append(jnp.sum(s / (jnp.maximum(scale * v, s + eps) + eps)))
-    return sums
+def _ratio_sum(m: jax.Array, v: jax.Array, scale: Any, eps: Any) -> jax.Array:
+    """The sum of s / (s + n + eps), where s = m^2 and the noise n = max(scale v - s, eps); with eps
+    `None` of scale s / (s + n), where n = max(scale v - s, 0)."""
+    s, scale = m * m, own_scalar(scale, m)
+    if eps is None:
+        return jnp.sum(jnp.minimum(s / jnp.maximum(v, own_scalar(0, m)), scale))
+    eps = own_scalar(eps, m)
+    return jnp.sum(s / (jnp.maximum(scale * v, s + eps) + eps))

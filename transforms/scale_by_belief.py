@@ -2,11 +2,13 @@ r"""Adam's direction with the second moment taken of the gradient's deviation fr
 
     d_t = g_t - mu_{t-1} / (1 - b1^(t-1)),  d_1 = 0
     mu_t = b1 mu_{t-1} + (1 - b1) g_t,      nu_t = b2 nu_{t-1} + (1 - b2) d_t^2
-    u_t = mu_hat / (sqrt(mu_hat^2 + nu_hat) + eps),   mu_hat = mu_t / (1 - b1^t),  nu_hat = nu_t / (1 - b2^(t-1))
+    mu_hat = mu_t / (1 - b1^t),  nu_hat = nu_t / (1 - b2^(t-1))
+    u_t = mu_hat / (sqrt(mu_hat^2 + nu_hat) + eps)
 
-Source: the CASMO repository, commit e81a36e. Departure: there d_t = g_t - mu_{t-1} from the first step on (`deviation="raw"`). As
-mu_0 = 0, the first deviation is the whole gradient, and a constant gradient passes for half noise. optax's `scale_by_belief`
-deviates from mu_t and leaves mu_hat^2 out of the denominator.
+Source: the CASMO repository, commit e81a36e. Departure: there d_t = g_t - mu_{t-1} from the first
+step on (`deviation="raw"`). As mu_0 = 0, the first deviation is the whole gradient, and a constant
+gradient passes for half noise. optax's `scale_by_belief` deviates from mu_t and leaves mu_hat^2 out
+of the denominator.
 """
 
 from typing import Any, NamedTuple
@@ -32,9 +34,7 @@ class ScaleByBeliefState(NamedTuple):
     """EMA of the squared deviation, like the parameters, in `nu_dtype`."""
 
 
-def corrections(
-    b1: Any, b2: Any, count: jax.Array, deviation: str
-) -> tuple[jax.Array, jax.Array]:
+def corrections(b1: Any, b2: Any, count: jax.Array, deviation: str) -> tuple[jax.Array, jax.Array]:
     """What mu and nu are divided by after `count` updates."""
     deviations = jnp.maximum(count - 1, 1) if deviation == "unbiased" else count
     return bias_correction(b1, count), bias_correction(b2, deviations)
@@ -60,8 +60,8 @@ def scale_by_belief(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator, at least 0.
-      deviation: `"unbiased"`, from the bias-corrected mean, the first left out; `"raw"`, from mu itself, which starts at zero
-        (the repository).
+      deviation: `"unbiased"`, from the bias-corrected mean, the first left out; `"raw"`, from mu
+        itself, which starts at zero (the repository).
       mu_dtype: dtype of `mu`, default the parameter's.
       nu_dtype: dtype of `nu`, default the parameter's.
 
@@ -98,21 +98,24 @@ def scale_by_belief(
         del params
         count = optax.safe_increment(state.count)
         c1, c2 = corrections(b1, b2, count, deviation)
-        seen, weight = 1.0, 1 - b2
+        # From the new mean, g - mu_hat_{t-1} = ((1 - b1^t) g - mu_t) / (b1 - b1^t), so that
+        # mu_{t-1} is read once and its memory can be reused.
+        seen, share, weight = 1.0, b1, 1 - b2
         if deviation == "unbiased":
-            seen = bias_correction(b1, jnp.maximum(state.count, 1))
+            seen, share = c1, b1 * bias_correction(b1, jnp.maximum(state.count, 1))
             weight = jnp.where(state.count > 0, weight, 0)
+        weight = weight / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
 
         def second(g, mu, nu):
-            d = up(g) - up(mu) / seen
+            d = seen * up(g) - mu
             return b2 * up(nu) + weight * (d * d)
 
         def direction(g, mu, nu):
-            mean = mu / c1
-            return (mean / (jnp.sqrt(mean * mean + nu / c2) + eps)).astype(g.dtype)
+            mean = mu * (1 / c1)
+            return (mean / (jnp.sqrt(mean * mean + nu * (1 / c2)) + eps)).astype(g.dtype)
 
-        nu = jax.tree.map(second, updates, state.mu, state.nu)
         mu = jax.tree.map(lambda g, mu: ema(b1, mu, g), updates, state.mu)
+        nu = jax.tree.map(second, updates, mu, state.nu)
         new = jax.tree.map(direction, updates, mu, nu)
         stored = optax.tree.cast_like((mu, nu), (state.mu, state.nu))
         return new, ScaleByBeliefState(count, *stored)

@@ -1,28 +1,29 @@
 r"""Scales updates by trust in the tensor and focus on its entries, both from their share of signal.
 
-    a = m^2 / (m^2 + s),  abar = mean(a) over the tensor,   m = mu / (1 - b1^t),  s = nu / (1 - b2^(t-1))
+    m = mu / (1 - b1^t),  s = nu / (1 - b2^(t-1)),   a = m^2 / (m^2 + s),  abar = mean of the tensor's a
     u' = (c_min + (1 - c_min) abar)^robustness  clip(a / (abar + eps), rel_floor, 1)  u
               trust                                      focus
 
-mu and nu are those of `scale_by_belief`: nu is a variance. Source: the CASMO repository, commit e81a36e. Departure: the
-moments' `deviation`, see there; and robustness may be any number from 0 on, as in the code, where the README says up to 1.
+mu and nu are those of `scale_by_belief`: nu is a variance. Source: the CASMO repository, commit
+e81a36e. Departure: the moments' `deviation`, see there; and robustness may be any number from 0 on,
+as in the code, where the README says up to 1.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
-from chainrule.transforms._numerics import up
+from chainrule.transforms._numerics import own_scalar, up
 from chainrule.transforms._trees import map_unmasked
 from chainrule.transforms.scale_by_belief import DEVIATIONS, corrections
 
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 _REMEDY = (
-    "use `chainrule.chain` in place of `optax.chain` with `scale_by_belief` before it, or give `update` the moments as "
-    "`mu=`, `nu=` and `count=`"
+    "use `chainrule.chain` in place of `optax.chain` with `scale_by_belief` before it, or give "
+    "`update` the moments as `mu=`, `nu=` and `count=`"
 )
 
 
@@ -31,10 +32,8 @@ class SnrConfidenceState(NamedTuple):
 
     agar: optax.Updates
     """float32 scalar for each parameter: abar, the mean share of signal."""
-    trust: optax.Updates
-    """float32 scalar for each parameter: the factor of the whole tensor."""
 
-    metric_fields = ("agar", "trust")
+    metric_fields = ("agar",)
 
 
 def snr_confidence(
@@ -49,11 +48,13 @@ def snr_confidence(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by trust x focus.
 
-    $$u'_i = \big(c_{min} + (1 - c_{min})\,\bar a\big)^{\rho}\ \mathrm{clip}\Big(\frac{a_i}{\bar a + \epsilon}, f, 1\Big)\,
-    u_i,\qquad a_i = \frac{\hat\mu_i^2}{\hat\mu_i^2 + \hat\nu_i}$$
+    $$u'_i = \big(c_{min} + (1 - c_{min})\,\bar a\big)^{\rho}\
+    \mathrm{clip}\Big(\frac{a_i}{\bar a + \epsilon}, f, 1\Big)\, u_i,\qquad
+    a_i = \frac{\hat\mu_i^2}{\hat\mu_i^2 + \hat\nu_i}$$
 
-    With `robustness=0, rel_floor=1` the updates pass unchanged. Entries without gradient have a = 0 and count in the
-    mean. A mean that is not finite is shown as such by `chainrule.metrics` and taken for 0.
+    With `robustness=0, rel_floor=1` the updates pass unchanged. Entries without gradient have a = 0
+    and count in the mean. A mean that is not finite is shown as such by `chainrule.metrics` and
+    taken for 0.
 
     Args:
       robustness: exponent of trust, at least 0; 0 trusts every tensor fully.
@@ -65,7 +66,8 @@ def snr_confidence(
       deviation: that of `scale_by_belief`, which decides how nu is bias-corrected.
 
     Returns:
-      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra arguments `mu`, `nu` and `count`.
+      A `optax.GradientTransformationExtraArgs`. Its `update` takes the extra arguments `mu`, `nu`
+      and `count`.
 
     Raises:
       ValueError: an argument outside its range; at `update`, missing moments.
@@ -90,10 +92,7 @@ def snr_confidence(
     def init(params):
         check_params(owner, params, real=True)
 
-        def scalars(value):
-            return jax.tree.map(lambda _: jnp.full((), value, jnp.float32), params)
-
-        return SnrConfidenceState(agar=scalars(0), trust=scalars(1))
+        return SnrConfidenceState(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params))
 
     def update(updates, state, params=None, *, mu=None, nu=None, count=None, **_: Any):
         del state, params
@@ -102,30 +101,30 @@ def snr_confidence(
             for name, value in (("mu", mu), ("nu", nu), ("count", count))
         )
         c1, c2 = corrections(b1, b2, count, deviation)
-        ratio = c2 / (c1 * c1)
+        ratio, tiny = c1 * c1 / c2, float(jnp.finfo(jnp.float32).tiny)
 
-        def share(m, v, ratio, least):
-            signal = ratio * (up(m) * up(m))
-            return signal / jnp.maximum(signal + up(v), least)
+        def share_sum(_, m, v):
+            signal, noise = up(m) * up(m), own_scalar(ratio, m) * up(v) + own_scalar(0, m)
+            return jnp.sum(signal / (signal + noise)).astype(jnp.float32)
 
-        def mean_share(u, m, v):
-            # Each tensor's own `ratio` and `least`: see `_ratio_sums` in agar_confidence.py
-            nonlocal ratio, least
-            ratio, least = ratio + _TINY, least + _TINY
-            return (jnp.sum(share(m, v, ratio, least)) / max(u.size, 1)).astype(jnp.float32)
+        sums = map_unmasked(share_sum, updates, mu, nu)
+        agar = map_unmasked(lambda u, x: x / max(u.size, 1), updates, sums)
+        leaves, structure = jax.tree.flatten(sums)
+        sizes = np.array([max(u.size, 1) for u in jax.tree.leaves(updates)] + [1], np.float32)
+        # The factors of all tensors are computed side by side: a kernel for each would cost as much
+        # as a small tensor's.
+        means = jnp.stack([*leaves, jnp.zeros((), jnp.float32)]) / sizes
+        means = jnp.where(jnp.isfinite(means), means, 0)
+        trust = (c_min + (1 - c_min) * means) ** robustness
+        # Multiplied by: XLA would turn a / b / c into a / (b c), which is 0 / 0 for small b and c.
+        inverse = 1 / jnp.maximum(means + eps, tiny)
 
-        least = jnp.float32(0)
-        agar = map_unmasked(mean_share, updates, mu, nu)
+        def scaled(u, m, v, i):
+            signal = (up(m) * (1 / c1)) ** 2
+            share = signal / jnp.maximum(signal + up(v) * (1 / c2), tiny)
+            return (up(u) * trust[i] * jnp.clip(share * inverse[i], rel_floor, 1)).astype(u.dtype)
 
-        def finite(mean):
-            return jnp.where(jnp.isfinite(mean), mean, 0)
-
-        def scaled(u, m, v, mean, trust):
-            focus = share(m, v, ratio, _TINY) / (finite(mean) + eps)
-            return (up(u) * trust * jnp.clip(focus, rel_floor, 1)).astype(u.dtype)
-
-        trust = jax.tree.map(lambda mean: (c_min + (1 - c_min) * finite(mean)) ** robustness, agar)
-        new = map_unmasked(scaled, updates, mu, nu, agar, trust)
-        return new, SnrConfidenceState(agar, jax.tree.map(lambda t: t.astype(jnp.float32), trust))
+        places = jax.tree.unflatten(structure, range(structure.num_leaves))
+        return map_unmasked(scaled, updates, mu, nu, places), SnrConfidenceState(agar)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -153,9 +153,7 @@ def test_head_follows(case):
         (per_tensor @ sizes / sizes.sum(), "agar_mean"),
         (mean, "confidence_mean"),
     ):
-        np.testing.assert_allclose(
-            got, rec.log(variant, what), rtol=1e-4, atol=1e-7, err_msg=what
-        )
+        np.testing.assert_allclose(got, rec.log(variant, what), rtol=1e-4, atol=1e-7, err_msg=what)
     for field, what in (("mu", "final_m"), ("nu", "final_s")):
         final = {name: x[-1] for name, x in getattr(moments, field).items()}
         for name, expected in rec.recorded(variant, what).items():
