@@ -1,0 +1,132 @@
+"""What the engines must agree on: dtypes, aliasing, layouts; and how the cost of tracing grows."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import nn
+
+from chainrule import TorchBridge, chains
+from chainrule.bridges.layout import slots
+
+ENGINES = ("torch", "xla")
+
+
+def keeps_parameters() -> optax.GradientTransformation:
+    """Its state is the parameters before the step: an output that is another input unchanged."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u: -0.5 * u, updates), {"before": params}
+
+    return optax.GradientTransformation(lambda params: {"before": params}, update)
+
+
+def steps(bridge: TorchBridge, params: list[nn.Parameter], count: int) -> None:
+    for step in range(count):
+        for p in params:
+            p.grad = torch.cos(p.detach() + step)
+        bridge.step()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_input_handed_through_is_read_before_it_is_written(engine: str) -> None:
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    bridge = TorchBridge(keeps_parameters(), [p], engine=engine)
+    for _ in range(3):
+        before = p.detach().clone()
+        p.grad = torch.ones(2)
+        bridge.step()
+        assert bridge.state[p]["before"].equal(before)
+        assert p.detach().equal(before - 0.5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_stay_what_they_are(engine: str, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.linspace(-1, 1, 6, dtype=dtype))
+    start = p.detach().clone()
+    bridge = TorchBridge(chains.adam(0.01), [p], engine=engine)
+    kinds = {name: value.dtype for name, value in bridge.state[p].items()}
+    steps(bridge, [p], 3)
+    assert p.dtype == dtype and not p.detach().equal(start) and p.isfinite().all()
+    assert {name: value.dtype for name, value in bridge.state[p].items()} == kinds
+
+
+def test_float64_is_not_narrowed() -> None:
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64)) for _ in range(2))
+    bridge = TorchBridge(optax.adam(0.01), [ours])
+    reference = torch.optim.Adam([theirs], lr=0.01)
+    steps(bridge, [ours], 5)
+    for step in range(5):
+        theirs.grad = torch.cos(theirs.detach() + step)
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "chain", [lambda: optax.add_noise(0.1, 0.5, key=jax.random.key(1)), chains.stam]
+)
+def test_engines_agree_also_on_strided_parameters(chain: Any) -> None:
+    ends = []
+    for engine in ENGINES:
+        p = nn.Parameter(torch.arange(12.0).reshape(3, 4).t())
+        steps(TorchBridge(chain(), [p], engine=engine), [p], 4)
+        assert p.stride() == (1, 4)
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_a_live_learning_rate_inside_multi_steps_is_the_groups() -> None:
+    p = nn.Parameter(torch.ones(2))
+    chain = optax.MultiSteps(optax.inject_hyperparams(optax.sgd)(0.5), every_k_schedule=2)
+    bridge = TorchBridge(chain, [p])
+    assert bridge.param_groups[0]["lr"] == 0.5
+    for lr, want in ((0.25, 1.0), (0.25, 0.75), (1.0, 0.75), (1.0, -0.25)):
+        bridge.param_groups[0]["lr"] = lr
+        p.grad = torch.ones(2)
+        bridge.step()
+        assert p.tolist() == [want, want]
+
+
+def test_names_of_state_entries_are_unique() -> None:
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    chain = optax.chain(
+        optax.scale_by_adam(), optax.ema(0.9), optax.trace(0.9), optax.scale_by_adam()
+    )
+    found = slots(chain.init(params), params)
+    assert len(set(found)) == len(found)
+    assert {slot.name for slot in found if slot.owner == 0} == {
+        "0.mu",
+        "0.nu",
+        "ema",
+        "trace",
+        "3.mu",
+        "3.nu",
+    }
+    assert {slot.name for slot in found if slot.owner is None} == {"0.count", "1.count", "3.count"}
+
+
+def test_a_partitioned_chain_keeps_each_part_with_its_parameter() -> None:
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3))]
+    bridge = TorchBridge(optax.contrib.muon(0.01), params)
+    entries = [set(bridge.state[p]) for p in params]
+    assert not any(name.endswith("nu") for name in entries[0])
+    assert any(name.endswith("nu") for name in entries[1])
+
+
+@pytest.mark.slow
+def test_tracing_and_lowering_grow_linearly() -> None:
+    def seconds(count: int) -> float:
+        params = [nn.Parameter(torch.ones(4, 3)) for _ in range(count)]
+        start = time.perf_counter()
+        TorchBridge(optax.adamw(1e-3), params)
+        return time.perf_counter() - start
+
+    seconds(10)
+    small, large = (np.median([seconds(count) for _ in range(3)]) for count in (100, 1000))
+    assert large < 15 * small
