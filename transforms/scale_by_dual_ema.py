@@ -127,6 +127,32 @@ def scale_by_dual_ema(
         else:
             short = blends[0]
 
+        corrected = debias == "both" and start == "zero"
+        correct_short = bias_correction(b1, t) if corrected else 1.0
+        correct_long = bias_correction(b1_long, t) if corrected else 1.0
+        only_short = not has_long or (keep_long and not by_tier and short == 1)
+        if kernel == "native":
+            # Without the short EMA, the long one is the kernel's only one.
+            own, decay = (state.mu, b1) if has_short else (state.mu_long, b1_long)
+            correction = correct_short if has_short else correct_long
+            weight = 1.0
+            if has_short and not only_short:
+                correction = 1 / (short / correct_short + (1 - short) / correct_long)
+                weight = short * correction / correct_short
+            new, kept = _in_kernel(
+                updates,
+                ScaleByDualEmaState(count, own, state.mu_long if has_short else None, state.nu),
+                first=(state.count == 0) if start == "gradient" else None,
+                b1=decay,
+                b1_long=b1_long,
+                b2=b2,
+                eps=eps,
+                blend=weight,
+                mu_correction=correction,
+                nu_correction=1.0 if b2 is None else bias_correction(b2, t),
+            )
+            return new, kept if has_short else kept._replace(mu=None, mu_long=kept.mu)
+
         def average(decay, old):
             if old is None:
                 return None
@@ -143,18 +169,18 @@ def scale_by_dual_ema(
         if b2 is not None:
             nu = jax.tree.map(lambda v, g: ema(b2, v, abs_sq(g)), state.nu, updates)
 
-        corrected = debias == "both" and start == "zero"
-
-        def weighted(moment, decay, weight):
-            scale = weight / bias_correction(decay, t) if corrected else weight
+        def weighted(moment, scale):
             return jax.tree.map(lambda m: scale * m, moment)
 
-        if not has_long or (keep_long and not by_tier and short == 1):
-            momentum = weighted(mu, b1, 1.0)
+        if only_short:
+            momentum = weighted(mu, 1.0 / correct_short)
         elif not has_short:
-            momentum = weighted(mu_long, b1_long, 1.0)
+            momentum = weighted(mu_long, 1.0 / correct_long)
         else:
-            parts = weighted(mu, b1, short), weighted(mu_long, b1_long, 1 - short)
+            parts = (
+                weighted(mu, short / correct_short),
+                weighted(mu_long, (1 - short) / correct_long),
+            )
             momentum = jax.tree.map(jnp.add, *parts)
 
         def direction(g, m, v=None):
@@ -167,3 +193,37 @@ def scale_by_dual_ema(
         return new, ScaleByDualEmaState(count, *stored)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_kernel(updates, state, *, first, b1, b1_long, b2, **numbers) -> Any:
+    """The update in the compiled kernel; `first` is whether the EMAs start at this gradient."""
+    from chainrule.native import xla  # not needed by any other atom
+
+    def decay(b):
+        # An EMA of decay 0 is the gradient.
+        return b if first is None else jnp.where(first, 0.0, b)
+
+    def leaves(tree):
+        return None if tree is None else jax.tree.leaves(tree)
+
+    results = xla.tier2(
+        jax.tree.leaves(updates),
+        jax.tree.leaves(state.mu),
+        leaves(state.nu),
+        mu_long=leaves(state.mu_long),
+        b1=decay(b1),
+        b1_long=decay(b1_long),
+        b2=0.0 if b2 is None else b2,
+        denominator="none" if b2 is None else "root",
+        **numbers,
+    )
+
+    def like(tree, new):
+        return None if tree is None else jax.tree.unflatten(jax.tree.structure(tree), new)
+
+    return like(updates, results.updates), ScaleByDualEmaState(
+        state.count,
+        like(state.mu, results.mu),
+        like(state.mu_long, results.mu_long),
+        like(state.nu, results.nu),
+    )
