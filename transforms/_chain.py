@@ -32,14 +32,16 @@ def _is_state(node: Any) -> bool:
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """`new`, and `old` where `new` is masked: together the links of an `optax.partition` cover all leaves."""
-
-    def masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    if jax.tree.structure(old, is_leaf=masked) != jax.tree.structure(new, is_leaf=masked):
+    """`new`, and `old` where `new` is masked: together the links of an `optax.partition` cover all
+    leaves."""
+    if isinstance(old, optax.MaskedNode) or isinstance(new, optax.MaskedNode):
+        return new if isinstance(old, optax.MaskedNode) else old
+    # Node by node, because one mask may stand for a whole subtree of the other.
+    olds, structure = jax.tree.flatten(old, is_leaf=lambda node: node is not old)
+    news, same = jax.tree.flatten(new, is_leaf=lambda node: node is not new)
+    if structure != same or jax.tree_util.treedef_is_leaf(structure):
         return new
-    return jax.tree.map(lambda o, n: o if masked(n) else n, old, new, is_leaf=masked)
+    return jax.tree.unflatten(structure, [_merge(*pair) for pair in zip(olds, news, strict=True)])
 
 
 def posted(state: Any) -> dict[str, Any]:

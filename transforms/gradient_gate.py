@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, require
-from chainrule.transforms._numerics import increment, up
+from chainrule.transforms._numerics import abs_sq, increment, up
 
 _EPS = 1e-12
 
@@ -107,7 +107,7 @@ def gradient_gate(
         def moments(g):
             n, g = max(g.size, 1), up(g)
             mean_abs = jnp.sum(jnp.abs(g)) / n
-            variance = jnp.maximum(jnp.sum(g * g) / n - (jnp.sum(g) / n) ** 2, 0)
+            variance = jnp.maximum(jnp.sum(abs_sq(g)) / n - abs_sq(jnp.sum(g) / n), 0)
             return mean_abs, variance / (mean_abs**2 + _EPS)
 
         pairs = [moments(g) for g in gradients]

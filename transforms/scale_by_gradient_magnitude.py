@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params, require
-from chainrule.transforms._numerics import ema, increment, up
+from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._trees import map_unmasked
 
 
@@ -72,7 +72,8 @@ def scale_by_gradient_magnitude(
 
         def magnitude(u, g, old):
             del u
-            mean = jnp.sum(jnp.abs(up(g))) / max(g.size, 1)
+            # One that is not finite would stay in the EMA for ever.
+            mean = jnp.sum(jnp.abs(finite(up(g), None))) / max(g.size, 1)
             return jnp.where(state.count == 0, mean, ema(decay, old, mean)).astype(jnp.float32)
 
         magnitudes = map_unmasked(magnitude, updates, grad, state.magnitude)
