@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from chainrule.bridges.lowering.foreach import foreach_step
 from chainrule.bridges.lowering.program import Lowered
 
 InPlace = Callable[[Sequence[Tensor]], None]
@@ -20,8 +21,8 @@ def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False
       compile: whether to run it through Inductor.
 
     Returns:
-      A function of the flat inputs. They may be other tensors at every call, of the same shapes, dtypes and device. If
-      the program raises, nothing has been written.
+      A function of the flat inputs. They may be other tensors at every call, of the same shapes and
+      dtypes.
 
     >>> import jax, jax.numpy as jnp
     >>> from chainrule.bridges.lowering import lower
@@ -31,18 +32,18 @@ def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False
     >>> swap([a, b]), a, b
     (None, tensor(2.), tensor(3.))
     """
-    if compile:
-        raise NotImplementedError("compile=True: not built yet")
-    renewed = [(i, t) for i, t in enumerate(targets) if lowered.passthrough.get(i) != t]
-    # An output that is another input unchanged must be read before that input is renewed.
-    borrowed = [i for i, _ in renewed if i in lowered.passthrough]
+    build = foreach_step
+    if compile:  # Inductor takes seconds to import
+        from chainrule.bridges.lowering.inductor import compiled_step
+
+        build = compiled_step
+    steps: dict[torch.device, InPlace] = {}
 
     def step(inputs: Sequence[Tensor]) -> None:
-        outputs = list(lowered(*inputs))
-        for i in borrowed:
-            outputs[i] = outputs[i].clone()
-        with torch.no_grad():
-            write([inputs[t] for _, t in renewed], [outputs[i] for i, _ in renewed])
+        device = inputs[0].device
+        if device not in steps:
+            steps[device] = build(lowered, targets, device)
+        steps[device](inputs)
 
     return step
 

@@ -1,0 +1,300 @@
+"""Eager steps in which alike pieces of all leaves run as one `torch._foreach_*` call an equation.
+
+Memory passes are what an eager step costs, so a result takes over the memory of an operand that
+nobody reads again, an input that a piece renews is renewed in place, and multiply-add patterns
+become `lerp`, `addcmul` and `add(alpha=)`.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from chainrule.bridges.lowering.pieces import Piece, Program, by_kind, cut, fake_values
+from chainrule.bridges.lowering.program import Lowered
+
+Step = Callable[[Sequence[Tensor]], None]
+
+# pyright: reportPrivateImportUsage=false
+_BINARY: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    torch.add: (torch._foreach_add, torch._foreach_add_),
+    torch.sub: (torch._foreach_sub, torch._foreach_sub_),
+    torch.mul: (torch._foreach_mul, torch._foreach_mul_),
+    torch.div: (torch._foreach_div, torch._foreach_div_),
+    torch.maximum: (torch._foreach_maximum, torch._foreach_maximum_),
+    torch.minimum: (torch._foreach_minimum, torch._foreach_minimum_),
+    torch.clamp_min: (torch._foreach_clamp_min, torch._foreach_clamp_min_),
+    torch.clamp_max: (torch._foreach_clamp_max, torch._foreach_clamp_max_),
+}
+_UNARY: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    torch.abs: (torch._foreach_abs, torch._foreach_abs_),
+    torch.neg: (torch._foreach_neg, torch._foreach_neg_),
+    torch.sqrt: (torch._foreach_sqrt, torch._foreach_sqrt_),
+    torch.rsqrt: (torch._foreach_rsqrt, torch._foreach_rsqrt_),
+    torch.exp: (torch._foreach_exp, torch._foreach_exp_),
+    torch.expm1: (torch._foreach_expm1, torch._foreach_expm1_),
+    torch.log: (torch._foreach_log, torch._foreach_log_),
+    torch.log1p: (torch._foreach_log1p, torch._foreach_log1p_),
+    torch.sign: (torch._foreach_sign, torch._foreach_sign_),
+    torch.sigmoid: (torch._foreach_sigmoid, torch._foreach_sigmoid_),
+    torch.tanh: (torch._foreach_tanh, torch._foreach_tanh_),
+    torch.reciprocal: (torch._foreach_reciprocal, torch._foreach_reciprocal_),
+}
+_FUSED: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    torch.lerp: (torch._foreach_lerp, torch._foreach_lerp_),
+    torch.addcmul: (torch._foreach_addcmul, torch._foreach_addcmul_),
+}
+_BATCHED = {**_BINARY, **_UNARY, **_FUSED}
+_TAKES_SHARED = {torch.mul, torch.div, torch.add}
+"""Their second operand may be one 0-d tensor for all tensors of the list."""
+_KEYWORDS = {torch.add: {"alpha"}, torch.addcmul: {"value"}}
+
+
+def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
+    """The program as a function of its flat inputs that renews them in place, batched over leaves.
+
+    Args:
+      lowered: the program; it is left as it is.
+      targets: for every output, the position of the input that it renews.
+      device: of the inputs.
+
+    Returns:
+      A function of the flat inputs.
+    """
+    lowered = dataclasses.replace(lowered, graph=copy.deepcopy(lowered.graph))
+    fuse(lowered.graph.graph, fake_values(lowered, device))
+    program = cut(lowered, targets, device)
+    batches = [_Batch(kind, program) for stage in program.stages for kind in by_kind(stage)]
+    renewed = {pair for batch in batches for pair in batch.renewed}
+    constants = {
+        node: getattr(lowered.graph, str(node.target))
+        for node in lowered.graph.graph.find_nodes(op="get_attr")
+    }
+    pairs = zip(program.results, targets, strict=True)
+    left = [(r, program.placeholders[t]) for r, t in pairs]
+    left = [(r, old) for r, old in left if r is not old and (r, old) not in renewed]
+    # An output that is another input unchanged must be read before that input is renewed.
+    borrowed = [r for r, _ in left if r.op == "placeholder"]
+
+    @torch.no_grad()
+    def step(inputs: Sequence[Tensor]) -> None:
+        env: dict[fx.Node, Any] = {
+            **constants,
+            **dict(zip(program.placeholders, inputs, strict=True)),
+        }
+        kept = {r: env[r].clone() for r in borrowed}
+        for batch in batches:
+            batch(env)
+        if left:
+            news = [kept[r] if r in kept else env[r] for r, _ in left]
+            torch._foreach_copy_([env[old] for _, old in left], news)
+
+    return step
+
+
+def fuse(graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+    """Multiply-add patterns of float32 tensors as single passes, with torch's rounding instead of two."""
+    for node in graph.nodes:
+        if node.target is torch.square and _is_float_array(node, values):
+            node.target, node.args = torch.mul, (node.args[0], node.args[0])
+    for node in graph.nodes:
+        if node.target is not torch.add or len(node.args) != 2 or node.kwargs:
+            continue
+        x, y = node.args
+        if not (_is_float_array(x, values) and _is_float_array(y, values)):
+            continue
+        fused = (
+            _as_lerp(x, y, values)
+            or _as_multiply_add(x, y, values)
+            or _as_multiply_add(y, x, values)
+        )
+        if fused is not None and values[node].shape == values[fused[1][0]].shape:
+            target, args, kwargs = fused
+            node.target, node.args, node.kwargs = target, args, kwargs
+    for node in reversed(graph.nodes):
+        if not node.users and node.op == "call_function":
+            graph.erase_node(node)
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def _is_float_array(x: Any, values: dict[fx.Node, Any]) -> bool:
+    value = values.get(x) if isinstance(x, fx.Node) else None
+    return isinstance(value, Tensor) and value.ndim > 0 and value.dtype == torch.float32
+
+
+def _scaled(x: Any, values: dict[fx.Node, Any]) -> tuple[fx.Node, float] | None:
+    """The tensor and number of a product of both that nobody else reads."""
+    if not (isinstance(x, fx.Node) and x.target is torch.mul and len(x.users) == 1):
+        return None
+    tensor, number = x.args
+    if isinstance(number, (int, float)) and _is_float_array(tensor, values):
+        return tensor, float(number)  # pyright: ignore[reportReturnType]
+    return None
+
+
+def _as_lerp(x: Any, y: Any, values: dict[fx.Node, Any]) -> Call | None:
+    first, second = _scaled(x, values), _scaled(y, values)
+    if first is None or second is None or abs(first[1] + second[1] - 1) > 1e-6:
+        return None
+    end, start = sorted((first, second), key=lambda pair: pair[1])
+    if end[1] < 0 or values[end[0]].shape != values[start[0]].shape:
+        return None
+    return torch.lerp, (start[0], end[0], end[1]), {}
+
+
+def _as_multiply_add(product: Any, other: Any, values: dict[fx.Node, Any]) -> Call | None:
+    scaled = _scaled(product, values)
+    if scaled is None or values[product].shape != values[other].shape:
+        return None
+    tensor, number = scaled
+    if tensor.target is torch.mul and len(tensor.users) == 1:
+        a, b = tensor.args
+        if _is_float_array(a, values) and _is_float_array(b, values):
+            return torch.addcmul, (other, a, b), {"value": number}
+    return torch.add, (other, tensor), {"alpha": number}
+
+
+class _Batch:
+    """The pieces of one kind, run together: each of its steps is one call for all of them."""
+
+    def __init__(self, pieces: Sequence[Piece], program: Program):
+        first = pieces[0]
+        self.pieces, self.values = pieces, program.values
+        # Column k holds the k-th input or node of every piece.
+        self.columns = [
+            list(column) for column in zip(*((*p.inputs, *p.nodes) for p in pieces), strict=True)
+        ]
+        self.number = {column[0]: k for k, column in enumerate(self.columns)}
+        self.batched = {node for node in first.nodes if self._is_batched(node)}
+        self.heirs, kept = self._heirs(first)
+        self.renewed = [
+            (p.outputs[i], old)
+            for p in pieces
+            for (i, old), (_, model) in zip(p.renews, first.renews, strict=True)
+            if model in kept
+        ]
+        self.steps = [
+            self._batch(n) if n in self.batched else self._one_by_one(n) for n in first.nodes
+        ]
+        self.outputs = [self.number[n] for n in first.outputs]
+
+    def __call__(self, env: dict[fx.Node, Any]) -> None:
+        lists: list[Any] = [[env[n] for n in c] for c in self.columns[: len(self.pieces[0].inputs)]]
+        for step in self.steps:
+            lists.append(step(lists))
+        for k in self.outputs:
+            env.update(zip(self.columns[k], lists[k], strict=True))
+
+    def _is_batched(self, node: fx.Node) -> bool:
+        """Whether one foreach call does for all pieces what `node` does for the first."""
+        result = self.values[node]
+        if (
+            node.target not in _BATCHED
+            or not isinstance(result, Tensor)
+            or result.ndim == 0
+            or set(node.kwargs) - _KEYWORDS.get(node.target, set())
+        ):
+            return False
+        for j, arg in enumerate(node.args):
+            if not isinstance(arg, fx.Node):
+                column = self.columns[self.number[node]]
+                if j == 0 or len({repr(n.args[j]) for n in column}) > 1:
+                    return False
+                continue
+            value = self.values[arg]
+            if value.dtype != result.dtype:
+                return False
+            if value.ndim == 0:
+                shared = len(set(self.columns[self.number[arg]])) == 1
+                if j != 1 or not shared or node.target not in _TAKES_SHARED or node.kwargs:
+                    return False
+        return True
+
+    def _heirs(self, piece: Piece) -> tuple[dict[fx.Node, int], set[fx.Node]]:
+        """Which operand (0 or 1) hands its memory to each node, and the inputs renewed that way."""
+        last = {s: n for n in piece.nodes for s in n.all_input_nodes}
+        outputs = set(piece.outputs)
+        heirs: dict[fx.Node, int] = {}
+
+        def heir(x: fx.Node) -> tuple[fx.Node, int] | None:
+            """The last reader of `x`, if it may be computed in its memory."""
+            node = last.get(x)
+            if (
+                node is None
+                or node not in self.batched
+                or node in heirs
+                or list(node.args).count(x) != 1
+            ):
+                return None
+            index = node.args.index(x)
+            commutes = (
+                node.target in (torch.mul, torch.maximum, torch.minimum, torch.add)
+                and not node.kwargs
+            )
+            if index > 1 or (index == 1 and not commutes):
+                return None
+            a, b = self.values[x], self.values[node]
+            return (node, index) if a.shape == b.shape and a.dtype == b.dtype else None
+
+        kept = set()
+        for i, old in piece.renews:
+            chain: dict[fx.Node, int] = {}
+            current = old
+            while (found := heir(current)) is not None and found[0] not in chain:
+                current, chain[found[0]] = found
+                if current in outputs:
+                    break
+            if chain and current is piece.outputs[i]:
+                heirs |= chain
+                kept.add(old)
+        for node in piece.nodes:
+            # Only these make memory of their own; what others read must stay as it is.
+            if node.target in _BATCHED and node in self.batched and node not in outputs:
+                found = heir(node)
+                if found is not None:
+                    heirs[found[0]] = found[1]
+        return heirs, kept
+
+    def _batch(self, node: fx.Node) -> Callable[[list[Any]], Any]:
+        index = self.heirs.get(node)
+        in_place = index is not None
+        call, kwargs, args = _BATCHED[node.target][in_place], dict(node.kwargs), list(node.args)
+        if index == 1:
+            args[0], args[1] = args[1], args[0]
+        columns = [self.number[a] if isinstance(a, fx.Node) else None for a in args]
+        alone = [isinstance(a, fx.Node) and self.values[a].ndim == 0 for a in args]
+
+        def step(lists: list[Any]) -> Any:
+            given = [
+                a if k is None else lists[k][0] if one else lists[k]
+                for a, k, one in zip(args, columns, alone, strict=True)
+            ]
+            result = call(*given, **kwargs)
+            return given[0] if in_place else result
+
+        return step
+
+    def _one_by_one(self, node: fx.Node) -> Callable[[list[Any]], Any]:
+        column = self.columns[self.number[node]]
+        numbers = [{n: k for k, n in enumerate((*p.inputs, *p.nodes))} for p in self.pieces]
+
+        def given(value: Any, i: int, lists: list[Any]) -> Any:
+            if isinstance(value, fx.Node):
+                return lists[numbers[i][value]][i]
+            if isinstance(value, (tuple, list)):
+                return type(value)(given(v, i, lists) for v in value)
+            return value
+
+        def step(lists: list[Any]) -> Any:
+            results = []
+            for i, n in enumerate(column):
+                kwargs = {name: given(a, i, lists) for name, a in n.kwargs.items()}
+                results.append(n.target(*(given(a, i, lists) for a in n.args), **kwargs))  # pyright: ignore
+            return results
+
+        return step

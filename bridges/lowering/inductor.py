@@ -1,0 +1,190 @@
+"""Compiled steps: each kind of piece goes through Inductor once, whatever the number of leaves.
+
+A flat piece is compiled for tensors of any length and called for each leaf with its tensors given
+flat; any other for its shapes. The compiled code is called directly, without Dynamo's guards: the
+bridge has checked shapes, dtypes and devices. Parameters and state are renewed in place. Inductor
+keeps what it compiled on disk, so another process starts warm.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from chainrule.bridges.lowering.pieces import HOST, Piece, Program, body_of, by_kind, cut
+from chainrule.bridges.lowering.program import Lowered
+
+Step = Callable[[Sequence[Tensor]], None]
+
+_LARGE = 1 << 16
+"""From this many elements on, a piece is compiled for all threads."""
+
+
+def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
+    """The program as a compiled function of its flat inputs that renews them in place.
+
+    Args:
+      lowered: the program.
+      targets: for every output, the position of the input that it renews.
+      device: of the inputs.
+
+    Returns:
+      A function of the flat inputs.
+    """
+    program = cut(lowered, targets, device)
+    slots: dict[fx.Node, int] = {n: i for i, n in enumerate(program.placeholders)}
+    constants = []
+    for node in lowered.graph.graph.find_nodes(op="get_attr"):
+        slots[node] = len(slots)
+        constants.append(getattr(lowered.graph, str(node.target)))
+    calls = [
+        call
+        for stage in program.stages
+        for kind in by_kind(stage)
+        for call in _calls(kind, program, slots)
+    ]
+    renewed = {
+        (p.outputs[i], old)
+        for stage in program.stages
+        for p in stage
+        if _compiles(p)
+        for i, old in p.renews
+    }
+    pairs = zip(program.results, targets, strict=True)
+    left = [(r, program.placeholders[t]) for r, t in pairs]
+    copies = [(slots[r], slots[old]) for r, old in left if r is not old and (r, old) not in renewed]
+    borrowed = [r for r, _ in copies if r < len(program.placeholders)]
+    empty = [None] * (len(slots) - len(program.placeholders) - len(constants))
+    copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
+    def step(inputs: Sequence[Tensor]) -> None:
+        env: list[Any] = [*inputs, *constants, *empty]
+        kept = {r: env[r].clone() for r in borrowed}
+        for call in calls:
+            call(env)
+        if copies:
+            copy([env[old] for _, old in copies], [kept.get(r, env[r]) for r, _ in copies])
+
+    return step
+
+
+def _compiles(piece: Piece) -> bool:
+    return all(n.target not in HOST for n in piece.nodes)
+
+
+def _calls(
+    pieces: Sequence[Piece], program: Program, slots: dict[fx.Node, int]
+) -> list[Callable[[list[Any]], None]]:
+    """A call for each piece of one kind; they share what is compiled."""
+    programs: dict[Any, Callable[[list[Any]], Sequence[Tensor]]] = {}
+    calls = []
+    for piece in pieces:
+        for node in piece.outputs:
+            slots.setdefault(node, len(slots))
+        tensors = (program.values[n] for n in piece.inputs)
+        sizes = [t.numel() for t in tensors if isinstance(t, Tensor)]
+        large = max(sizes, default=0) >= _LARGE
+        if large not in programs:
+            programs[large] = (
+                _compile(piece, program, large) if _compiles(piece) else _plain(piece, program)
+            )
+        renewed = {i for i, _ in piece.renews} if _compiles(piece) else set()
+        outputs = [slots[n] for i, n in enumerate(piece.outputs) if i not in renewed]
+        shapes = [
+            tuple(program.values[n].shape) for i, n in enumerate(piece.outputs) if i not in renewed
+        ]
+        inputs = [slots[n] for n in piece.inputs]
+        renews = [piece.inputs.index(old) for _, old in piece.renews]
+        make = _flat_call if piece.flat and _compiles(piece) else _call
+        calls.append(make(programs[large], inputs, outputs, shapes, renews))
+    return calls
+
+
+def _call(program, inputs, outputs, shapes, renews) -> Callable[[list[Any]], None]:
+    del shapes, renews
+
+    def call(env: list[Any]) -> None:
+        results = program([env[i] for i in inputs])
+        for slot, result in zip(outputs, results, strict=True):
+            env[slot] = result
+
+    return call
+
+
+def _flat_call(program, inputs, outputs, shapes, renews) -> Callable[[list[Any]], None]:
+    """A call with every tensor given flat; those that are not contiguous are copied there and back."""
+    seen: list[Any] = [None] * len(inputs)
+    flat: list[Any] = [None] * len(inputs)
+
+    def call(env: list[Any]) -> None:
+        strided = False
+        for j, i in enumerate(inputs):
+            x = env[i]
+            if (
+                x is not seen[j]
+            ):  # gradients are new tensors in most steps, parameters and state are not
+                seen[j] = x
+                flat[j] = x.reshape(-1) if x.ndim else x
+            strided |= not x.is_contiguous()
+        given = list(flat)
+        if strided:
+            given = [x.contiguous().view(-1) if (x := env[i]).ndim else x for i in inputs]
+        results = program(list(given))
+        if strided:
+            for j in renews:
+                env[inputs[j]].copy_(given[j].view_as(env[inputs[j]]))
+            seen[:] = [None] * len(inputs)
+        for slot, result, shape in zip(outputs, results, shapes, strict=True):
+            env[slot] = result.view(shape) if result.ndim else result
+
+    return call
+
+
+def _plain(piece: Piece, program: Program) -> Callable[[list[Any]], Sequence[Tensor]]:
+    body = body_of(piece, program.values)
+    return lambda inputs: body(*inputs)
+
+
+def _compile(
+    piece: Piece, program: Program, large: bool
+) -> Callable[[list[Any]], Sequence[Tensor]]:
+    """The piece through Inductor, with the renewals as copies into its inputs, which Inductor does in place."""
+    values = program.values
+    body = body_of(piece, values)
+
+    def example(node: fx.Node) -> Tensor:
+        fake = values[node]
+        if not (piece.flat and fake.ndim):
+            shape = tuple(fake.shape)
+        elif fake.numel() < 2:
+            shape = (fake.numel(),)
+        else:  # a length that is no other's, so that nothing is specialised to it
+            shape = ((1 << 20) + 7 if large else 97,)
+        return torch.empty(shape, dtype=fake.dtype, device=fake.device)
+
+    inputs = [example(n) for n in piece.inputs]
+    mode = "symbolic" if piece.flat else "fake"
+    with torch.no_grad():
+        module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
+    graph = module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    output = graph.output_node()
+    results: Any = list(output.args[0])  # pyright: ignore
+    renewed = {}
+    with graph.inserting_before(output):
+        for i, old in piece.renews:
+            target = placeholders[piece.inputs.index(old)]
+            node = graph.call_function(torch.ops.aten.copy_.default, (target, results[i]))
+            node.meta["val"] = target.meta["val"]
+            renewed[i] = node
+        output.args = (tuple(r for i, r in enumerate(results) if i not in renewed),)
+    module.recompile()
+    # The bridge checks what it hands over; asserting it again costs a tenth of a small step.
+    with config.patch(size_asserts=False), torch.no_grad():
+        return compile_fx_inner(module, [p.meta["val"] for p in placeholders])  # pyright: ignore

@@ -1,0 +1,300 @@
+"""A program in pieces: what belongs to one leaf, what is shared, and which pieces are alike.
+
+A chain over N parameters is N copies of one program, tied together by scalars (counts, bias corrections, a global
+norm). Cutting the graph at the scalars that several leaves share leaves pieces that touch one leaf each. Alike pieces
+are one `kind`: they run batched (``foreach``) or are compiled once (``inductor``).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.convert import physical_shape, torch_dtype
+from chainrule.bridges.lowering.program import Lowered
+
+HOST = {ops.branch, ops.scan, ops.while_loop}
+"""Nodes that run Python control flow; each is a piece of its own."""
+
+POINTWISE = {
+    *(ops.cbrt, ops.erf_inv, ops.float_to_int, ops.half_precision, ops.int_div, ops.int_rem),
+    *(ops.population_count, ops.reduce_precision, ops.round_away, ops.shift_left),
+    *(ops.shift_right_arithmetic, ops.shift_right_logical, ops.sign, ops.threefry2x32),
+    *(torch.abs, torch.add, torch.bitwise_and, torch.bitwise_left_shift, torch.bitwise_not),
+    *(torch.bitwise_or, torch.bitwise_right_shift, torch.bitwise_xor, torch.ceil, torch.clamp),
+    *(torch.clamp_max, torch.clamp_min, torch.clone, torch.cos, torch.div, torch.eq, torch.erf),
+    *(torch.exp, torch.expm1, torch.floor, torch.fmod, torch.ge, torch.gt, torch.isfinite),
+    *(torch.le, torch.log, torch.log1p, torch.lt, torch.maximum, torch.minimum, torch.mul),
+    *(torch.ne, torch.neg, torch.pow, torch.reciprocal, torch.round, torch.rsqrt, torch.rsub),
+    *(torch.sgn, torch.sigmoid, torch.sign, torch.sin, torch.sqrt, torch.square, torch.sub),
+    *(torch.tanh, torch.where, torch.Tensor.to, torch.lerp, torch.addcmul),
+}
+"""Functions that work element by element, so that their operands may be given flat."""
+
+FULL_REDUCTIONS = {torch.sum, torch.amax, torch.amin, torch.any, torch.all}
+
+_SHARED, _MANY = "shared", "many"
+
+
+class Piece(NamedTuple):
+    """Some nodes of the graph, in order, that can run together."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    """Nodes of other pieces, placeholders and constants that it reads, in order of first use."""
+    outputs: tuple[fx.Node, ...]
+    """Its nodes that others read or the program returns."""
+    renews: tuple[tuple[int, fx.Node], ...]
+    """Pairs of an output's position and the placeholder that only this piece reads and that the output renews."""
+    flat: bool
+    """Whether it is elementwise over one shape, up to reductions of everything: the tensors may be given flat."""
+    kind: Any
+    """Equal for pieces that are alike, whatever their shapes if they are `flat`."""
+
+
+class Program(NamedTuple):
+    """A lowered program in stages of pieces; the pieces of one stage do not depend on each other."""
+
+    stages: tuple[tuple[Piece, ...], ...]
+    placeholders: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+    values: dict[fx.Node, Any]
+    """A fake tensor for every node: its shape, dtype and device."""
+
+
+def cut(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Program:
+    """Cuts a program into pieces.
+
+    Args:
+      lowered: the program.
+      targets: for every output, the position of the input that it renews.
+      device: where it runs.
+
+    Returns:
+      The pieces. Those that renew an input in place are its only readers.
+    """
+    graph = lowered.graph.graph
+    placeholders = tuple(graph.find_nodes(op="placeholder"))
+    results: tuple[fx.Node, ...] = tuple(graph.output_node().args[0])  # pyright: ignore
+    values = fake_values(lowered, device)
+    places = _places(graph, values)
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_module"):
+            groups.setdefault(places[node], []).append(node)
+    renewed = {r: placeholders[t] for r, t in zip(results, targets, strict=True)}
+    returned = set(results)
+    # A piece reads only from the shared scalars, which come first, and from pieces of a lower rank.
+    stages: dict[int, list[Piece]] = {}
+    for (owner, rank), nodes in groups.items():
+        stage = -1 if owner == _SHARED else rank
+        stages.setdefault(stage, []).append(_piece(nodes, renewed, returned, values))
+    ordered = tuple(tuple(pieces) for _, pieces in sorted(stages.items()))
+    return Program(ordered, placeholders, results, values)
+
+
+def fake_values(lowered: Lowered, device: torch.device) -> dict[fx.Node, Any]:
+    """A fake tensor for every node of a program."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values: dict[fx.Node, Any] = {}
+
+    def fake(aval: Any) -> torch.Tensor:
+        return torch.empty(physical_shape(aval), dtype=torch_dtype(aval.dtype), device=device)
+
+    class Propagate(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            if n.op == "call_function" and n.target in HOST:
+                items = {user.args[1]: user for user in n.users}
+                count = max(items, default=-1) + 1
+                values[n] = [
+                    fake(items[i].meta["aval"]) if i in items else None for i in range(count)
+                ]
+            else:
+                values[n] = super().run_node(n)
+            return values[n]
+
+    with mode, torch.no_grad():
+        inputs = [fake(aval) for aval in lowered.in_avals]
+        Propagate(lowered.graph).run(*inputs)
+    return values
+
+
+def _is_array(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim > 0
+    return isinstance(value, (tuple, list)) and any(_is_array(v) for v in value)
+
+
+def _places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[Any, int]]:
+    """Each node's owner (a leaf, the shared scalars, or many leaves) and its rank."""
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def leaf_of(node: fx.Node) -> fx.Node:
+        root = node
+        while parent.setdefault(root, root) is not root:
+            root = parent[root]
+        while parent[node] is not root:
+            parent[node], node = root, parent[node]
+        return root
+
+    def joins(node: fx.Node) -> bool:
+        return node.op != "get_attr" and node.target not in HOST and _is_array(values[node])
+
+    for node in graph.nodes:
+        if node.op == "call_function" and joins(node):
+            for source in node.all_input_nodes:
+                if joins(source):
+                    parent[leaf_of(source)] = leaf_of(node)
+
+    owners: dict[fx.Node, Any] = {}
+    ranks: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        if node.target in HOST:
+            owners[node] = node
+        elif node.op != "get_attr" and _is_array(values[node]):
+            owners[node] = leaf_of(node)
+        else:
+            found = {owners[s] for s in node.all_input_nodes} - {_SHARED}
+            owners[node] = found.pop() if len(found) == 1 else _MANY if found else _SHARED
+        ranks[node] = 0
+        for source in node.all_input_nodes:
+            if source.op == "placeholder":
+                continue
+            crosses = owners[source] not in (_SHARED, owners[node])
+            ranks[node] = max(ranks[node], ranks[source] + crosses)
+    return {node: (owners[node], ranks[node]) for node in owners}
+
+
+def _piece(
+    nodes: list[fx.Node],
+    renewed: dict[fx.Node, fx.Node],
+    returned: set[fx.Node],
+    values: dict[fx.Node, Any],
+) -> Piece:
+    inside = set(nodes)
+    inputs = tuple(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    outputs = tuple(n for n in nodes if n in returned or any(u not in inside for u in n.users))
+    renews = []
+    for i, node in enumerate(outputs):
+        old = renewed.get(node)
+        if (
+            old in inputs
+            and set(old.users) <= inside
+            and values[old].shape == values[node].shape
+            and values[old].dtype == values[node].dtype
+        ):
+            renews.append((i, old))
+    tensors = [values[n] for n in (*nodes, *inputs)]
+    flat = all(isinstance(t, torch.Tensor) for t in tensors) and all(
+        _is_flat(n, values) for n in nodes
+    )
+    shapes = {tuple(t.shape) for t in tensors if t.ndim} if flat else set()
+    flat = len(shapes) == 1
+    shape = next(iter(shapes)) if flat else None
+    kind = _kind(nodes, inputs, outputs, tuple(renews), values, shape)
+    return Piece(tuple(nodes), inputs, outputs, tuple(renews), flat, kind)
+
+
+def _is_flat(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    if node.op != "call_function" or not isinstance(values[node], torch.Tensor):
+        return False
+    arrays = [s for s in node.all_input_nodes if _is_array(values[s])]
+    if not arrays and not _is_array(values[node]):
+        return True
+    if node.target in FULL_REDUCTIONS and values[node].ndim == 0:
+        return True
+    return node.target in POINTWISE and bool(arrays)
+
+
+def reduces_all(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether a node of a flat piece reduces a tensor to a scalar."""
+    return node.target in FULL_REDUCTIONS and _is_array(values[node.args[0]])  # pyright: ignore
+
+
+def _kind(nodes, inputs, outputs, renews, values, shape) -> Any:
+    """A hashable description of a piece, without its shape if one is given."""
+    number = {n: i for i, n in enumerate((*inputs, *nodes))}
+    size = 1
+    for length in shape or ():
+        size *= length
+
+    def described(value: Any, node: fx.Node) -> Any:
+        if isinstance(value, fx.Node):
+            return ("node", number[value])
+        if isinstance(value, (tuple, list)):
+            return tuple(described(v, node) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, described(v, node)) for k, v in value.items())
+        if shape is not None and is_size(value, node, size):
+            return "size"
+        return (type(value).__name__, repr(value))
+
+    def body(node: fx.Node) -> Any:
+        args: Any = node.args
+        if shape is not None and node.target in FULL_REDUCTIONS and _is_array(values[args[0]]):
+            args = (args[0], "all", *args[2:])
+        return (node.target, described(args, node), described(node.kwargs, node))
+
+    def outer(node: fx.Node) -> Any:
+        value = values[node]
+        if not isinstance(value, torch.Tensor):  # a loop's results, or its body
+            return (node.target, id(value) if node.op == "get_attr" else str(value))
+        own = "flat" if shape is not None and value.ndim else tuple(value.shape)
+        constant = node.target if node.op == "get_attr" else None
+        return (str(value.dtype), own, constant)
+
+    return (
+        shape is not None,
+        size < 2 if shape is not None else None,
+        tuple(map(outer, inputs)),
+        tuple(map(body, nodes)),
+        tuple(number[n] for n in outputs),
+        tuple((i, number[old]) for i, old in renews),
+    )
+
+
+def is_size(value: Any, node: fx.Node, size: int) -> bool:
+    """Whether a literal is the number of elements that a mean divides by."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return node.target is torch.div and is_number and size > 16 and value == size
+
+
+def body_of(piece: Piece, values: dict[fx.Node, Any]) -> Any:
+    """A function of the piece's inputs that runs its nodes and returns its outputs."""
+    array = next((n for n in (*piece.inputs, *piece.nodes) if _is_array(values[n])), None)
+    size = values[array].numel() if piece.flat and array is not None else 0
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        env: dict[fx.Node, Any] = dict(zip(piece.inputs, inputs, strict=True))
+
+        def given(value: Any, node: fx.Node) -> Any:
+            if isinstance(value, fx.Node):
+                return env[value]
+            if isinstance(value, (tuple, list)):
+                return type(value)(given(v, node) for v in value)
+            if size and array in env and is_size(value, node, size):
+                return env[array].numel()
+            return value
+
+        for node in piece.nodes:
+            args = tuple(given(a, node) for a in node.args)
+            if piece.flat and reduces_all(node, values):
+                args = (args[0], (0,), *args[2:])
+            kwargs = {k: given(v, node) for k, v in node.kwargs.items()}
+            env[node] = node.target(*args, **kwargs)  # pyright: ignore
+        return [env[n] for n in piece.outputs]
+
+    return run
+
+
+def by_kind(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of a stage, those of one kind together."""
+    groups: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.kind, []).append(piece)
+    yield from groups.values()
