@@ -120,7 +120,9 @@ def _split(b: Builder, eqn: Equation, x: Value) -> Sequence[Value]:
 
 
 def _pad(b: Builder, eqn: Equation, x: Value, value: Value) -> Value:
-    return b.emit(ops.pad, b.tensor(x, eqn.invars[0].aval), value, eqn.params["padding_config"])
+    # JAX keeps NumPy integers as they come; the graph's code is text and knows Python's.
+    config = tuple(tuple(int(n) for n in axis) for axis in eqn.params["padding_config"])
+    return b.emit(ops.pad, b.tensor(x, eqn.invars[0].aval), value, config)
 
 
 def _iota(b: Builder, eqn: Equation, *_: Value) -> Value:

@@ -10,6 +10,7 @@ import optax
 import pytest
 import torch
 
+import chainrule
 from chainrule import TorchBridge
 from chainrule.bridges.lowering import to_jax, to_torch
 from chainrule.bridges.program import NeedsLossFunction, StateChanges
@@ -53,6 +54,7 @@ def run_jax(tx: Any, params: Any, grads: list[Any], values: list[Any]) -> tuple[
     jitted = jax.jit(step, compiler_options=XLA)
     state = tx.init(params)
     for grad, value in zip(grads, values, strict=True):
+        state = chainrule.retier(state, grad, params)  # the bridge does so by itself
         params, state = jitted(grad, state, params, value)
     return params, state
 
