@@ -38,8 +38,8 @@ def test_equals_optax(ours, theirs):
 def test_caution_masks_the_direction_and_not_the_decay(make):
     plain, _ = run(make(1.0, weight_decay=None), PARAMS, GRADS)
     tx = make(1.0, weight_decay=0.5, caution="none")
-    state = tx.init(PARAMS)
-    for g in GRADS:
+    updates, state = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+    for g in GRADS[1:]:
         updates, state = tx.update(g, state, PARAMS)
     for name in SHAPES:
         kept = np.asarray(plain[-1][name] * GRADS[-1][name]) < 0
