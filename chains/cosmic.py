@@ -135,8 +135,9 @@ def cosmic(
       rounding: of the quantised EMAs, `"nearest"` or `"stochastic"`.
       state_dtype: dtype of the moments, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`; with decoupled decay only.
-      kernel: `"native"`, tier 2 runs in the compiled kernel (CPU); `"xla"`, in XLA; `"auto"`,
-        native where it can.
+      kernel: of tier 2. `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through
+        it); `"auto"`, what `benchmarks/speed/native.py` finds faster where the step moves donated
+        parameters: XLA.
       preset: `"safe"`, `"fast"` or `"memory"`: arguments for those that are not given.
 
     Returns:

@@ -95,8 +95,9 @@ def gradient_gate(
 
     def init(params):
         del params
-        one, nan = jnp.ones((), jnp.float32), jnp.full((), jnp.nan, jnp.float32)
-        return GradientGateState(jnp.zeros((), jnp.int32), one, one, nan, nan)
+        # An array for each, so that the state can be donated.
+        scalars = (jnp.full((), x, jnp.float32) for x in (1, 1, jnp.nan, jnp.nan))
+        return GradientGateState(jnp.zeros((), jnp.int32), *scalars)
 
     def fall(x, low, high):
         return 1 - jnp.clip((x - low) / (high - low), 0, 1) * (1 - min_scale)

@@ -70,7 +70,8 @@ def scale_by_dual_ema(
       keep_long: store the long EMA although the blend does not use it (COSMIC does, for its
         mismatch signal).
       state_dtype: dtype of the moments, default the parameter's.
-      kernel: `"xla"`; `"native"`, the compiled kernel (CPU); `"auto"`, native where it can.
+      kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
+        what `benchmarks/speed/native.py` finds faster where the step moves donated parameters: XLA.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.
