@@ -222,7 +222,8 @@ def agar_confidence(
             if by_group:
                 pooled = sum(m * x.size for m, x in zip(means, magnitudes, strict=True)) / total
                 means = [pooled] * len(means)
-            return [clamp_factor * (mean + (eps or 0)) for mean in means]
+            least = 0 if eps is None else eps
+            return [clamp_factor * (mean + least) for mean in means]
 
         if clamp_factor is not None:
             first = bounds([jnp.abs(m) for m, _ in moments])
