@@ -108,7 +108,10 @@ def orthogonality(o):
 
 
 def show_accuracy():
-    forms = {"gram=False": False, "gram='auto'": "auto", "gram=True": True}
+    forms = {
+        f"gram={gram!r}": jax.jit(newton_schulz(scale=None, gram=gram).update)
+        for gram in (False, "auto", True)
+    }
     print(f"\n{'':30}" + "".join(f"{name:>24}" for name in forms))
     print(f"{'':30}" + "".join(f"{'|OO^T-I|':>12}{'error':>12}" for _ in forms))
     for shape in sorted(set(MATRICES)):
@@ -116,9 +119,8 @@ def show_accuracy():
             g = g.astype(np.float32)
             exact = in_float64(g.astype(np.float64))
             cells = []
-            for gram in forms.values():
-                tx = newton_schulz(scale=None, gram=gram)
-                o = np.asarray(jax.jit(lambda g, tx=tx: tx.update(g, optax.EmptyState())[0])(g))
+            for form in forms.values():
+                o = np.asarray(form(g, optax.EmptyState())[0])
                 error = np.abs(o - exact).max() / np.abs(exact).max()
                 cells.append(f"{orthogonality(o):12.4f}{error:12.1e}")
             label = f"{shape[0]} x {shape[1]}, {name}"
@@ -126,19 +128,12 @@ def show_accuracy():
     print("error: largest difference from float64, over the largest entry")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=9, help="rounds counted (default 9)")
-    parser.add_argument("--no-accuracy", action="store_true", help="time only")
-    args = parser.parse_args(argv)
-
+def show_times(rounds):
     rng = np.random.default_rng(0)
     grads = [rng.standard_normal(shape, np.float32) for shape in MATRICES]
-    seen = times(dict(contenders(grads)), args.rounds)
+    seen = times(dict(contenders(grads)), rounds)
     ours = seen["chains.muon"]
-    print(f"{len(MATRICES)} matrices, {jax.default_backend()}, {args.rounds} rounds")
+    print(f"{len(MATRICES)} matrices, {jax.default_backend()}, {rounds} rounds")
     print(f"{'':26}{'ms':>8}{'CPU ms':>8}{'chains.muon / it':>18}{'in CPU time':>13}{'target':>8}")
     for name, its in seen.items():
         wall, cpu = (statistics.median(t[i] for t in its) * 1e3 for i in (0, 1))
@@ -147,6 +142,19 @@ def main(argv=None):
         )
         target = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
         print(f"{name:26}{wall:8.0f}{cpu:8.0f}{ratio:18.2f}{cpu_ratio:13.2f}{target:>8}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds counted (default 9)")
+    parser.add_argument("--no-accuracy", action="store_true", help="times only")
+    parser.add_argument("--no-times", action="store_true", help="accuracy only")
+    args = parser.parse_args(argv)
+
+    if not args.no_times:
+        show_times(args.rounds)
     if not args.no_accuracy:
         show_accuracy()
 
