@@ -61,7 +61,7 @@ def test_a_constant_gradient_is_all_signal_and_noise_is_not():
     assert float(chainrule.metrics(state)["agar"]) == pytest.approx(1, abs=1e-5)
     noise = [{"w": x} for x in np.random.default_rng(0).normal(size=(60, 400)).astype(np.float32)]
     _, state = run(tx, g, noise)
-    # (1 - b1) / (1 + b1) is .053; the repository's raw moments see more than half signal here.
+    # (1 - b1) / (1 + b1) is .053; raw moments, as in the repository, see several times that.
     assert float(chainrule.metrics(state)["agar"]) < 0.1
     raw = jitted(chain(scale_by_adam(), agar_confidence(1000, debias=False)))
     _, state = run(raw, g, noise)
