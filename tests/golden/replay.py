@@ -57,7 +57,9 @@ class Recording:
                 name: np.zeros((self.meta["T"], *p.shape), p.dtype)
                 for name, p in self.params.items()
             }
-        if prefix is None:  # one kind for the whole file, or the spiky one for what is named otherwise
+        if (
+            prefix is None
+        ):  # one kind for the whole file, or the spiky one for what is named otherwise
             prefix = "g_spiky" if "g_spiky" in shared else min(shared)
         return {name: self.data[f"{prefix}/{name}"] for name in self.names}
 

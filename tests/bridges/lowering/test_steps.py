@@ -17,7 +17,7 @@ CASES = {
     "clip": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2)),
     "galore": lambda: optax.contrib.galore(1e-2),
     "lion": lambda: optax.lion(1e-2),
-    "noisy_sgd": lambda: optax.noisy_sgd(1e-2),
+    "noisy_sgd": lambda: optax.noisy_sgd(1e-2, key=jax.random.key(1)),
     "stam": lambda: chains.stam(1e-2),
     "casmo": lambda: chains.casmo(1e-2),
 }
