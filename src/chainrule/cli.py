@@ -12,14 +12,15 @@ from chainrule import chains
 
 
 def _doc(name: str) -> tuple[str, list[list[str]]]:
-    """A chain's first line of documentation, and the cells of its table of links."""
-    lines = (inspect.getdoc(getattr(chains, name)) or "").splitlines()
+    """The first sentence of a chain's documentation, and the cells of its table of links."""
+    doc = inspect.getdoc(getattr(chains, name)) or ""
+    summary, lines = " ".join(doc.partition("\n\n")[0].split()), doc.splitlines()
     rows = [
         [cell.strip() for cell in line.strip("|").split(" | ")]
         for line in lines
         if line.startswith("|") and set(line) - set("|-")
     ]
-    return lines[0], rows
+    return summary, rows
 
 
 def _columns(rows: list[list[str]]) -> str:
@@ -32,7 +33,7 @@ def _columns(rows: list[list[str]]) -> str:
 
 
 def show_all() -> str:
-    """Every chain and the first line of its documentation."""
+    """Every chain and the first sentence of its documentation."""
     return _columns([[name, _doc(name)[0]] for name in chains.__all__])
 
 
