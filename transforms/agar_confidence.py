@@ -21,6 +21,7 @@ import numbers
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -169,7 +170,7 @@ def agar_confidence(
     def calibration(steps: int) -> Calibration:
         return Calibration(steps, center, tau_clip_range, c_min, adapt_c_min)
 
-    def init(params):
+    def init(params) -> Any:
         check_params(owner, params, real=True)
         steps = _default_steps(b1) if tau_init_steps is None else int(tau_init_steps)
         shape = () if by_group or shared_calibration else (len(jax.tree.leaves(params)),)
@@ -223,6 +224,7 @@ def agar_confidence(
                 pooled = sum(m * x.size for m, x in zip(means, magnitudes, strict=True)) / total
                 means = [pooled] * len(means)
             least = 0 if eps is None else eps
+            assert clamp_factor is not None
             return [clamp_factor * (mean + least) for mean in means]
 
         if clamp_factor is not None:
@@ -243,7 +245,9 @@ def agar_confidence(
         fit = calibration(state.calibration.samples.shape[-1])
         side_by_side = state.calibration.filled.ndim == 1
         samples = agar.astype(jnp.float32).reshape((-1, 1) if side_by_side else (-1,))
-        fitted, confidence = fit(state.calibration, samples, counts.reshape(samples.shape))
+        fitted, confidence = fit(
+            state.calibration, samples, jnp.asarray(counts).reshape(samples.shape)
+        )
         confidence = confidence.reshape(-1)
 
         leaves, structure = jax.tree.flatten(updates)

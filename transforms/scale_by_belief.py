@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
-from chainrule.transforms._numerics import bias_correction, ema, up
+from chainrule.transforms._numerics import bias_correction, ema, increment, up
 
 DEVIATIONS = ("unbiased", "raw")
 
@@ -96,7 +96,7 @@ def scale_by_belief(
 
     def update(updates, state, params=None):
         del params
-        count = optax.safe_increment(state.count)
+        count = increment(state.count)
         c1, c2 = corrections(b1, b2, count, deviation)
         # From the new mean, g - mu_hat_{t-1} = ((1 - b1^t) g - mu_t) / (b1 - b1^t), so that
         # mu_{t-1} is read once and its memory can be reused.

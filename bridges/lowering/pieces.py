@@ -107,7 +107,7 @@ def fake_values(lowered: Lowered, device: torch.device) -> dict[fx.Node, Any]:
     class Propagate(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             if n.op == "call_function" and n.target in HOST:
-                items = {user.args[1]: user for user in n.users}
+                items: dict[Any, fx.Node] = {user.args[1]: user for user in n.users}
                 count = max(items, default=-1) + 1
                 values[n] = [
                     fake(items[i].meta["aval"]) if i in items else None for i in range(count)

@@ -88,9 +88,9 @@ def test_no_element_is_frozen_by_an_overflow(nonfinite):
         adaptive_beta1(nonfinite=nonfinite, max_abs=10.0), scale_by_adam(b1=None, b2=0.9)
     )
     g = jnp.array([1.0, -1.0])
-    state = tx.init(g)
-    for gradient in [jnp.array([3e38, -1.0])] + [g] * 60:
-        updates, state = tx.update(gradient, state)
+    updates, state = tx.update(jnp.array([3e38, -1.0]), tx.init(g))
+    for _ in range(60):
+        updates, state = tx.update(g, state)
     assert jnp.all(jnp.abs(updates) > 0.5)
 
 

@@ -60,9 +60,9 @@ def test_an_adam_behind_it_recovers_from_an_overflow():
 
     def after(tx):
         params = jnp.zeros(1)
-        state = tx.init(params)
-        for g in [1e30] + [1.0] * 50:
-            updates, state = tx.update(jnp.array([g]), state, params)
+        updates, state = tx.update(jnp.array([1e30]), tx.init(params), params)
+        for _ in range(50):
+            updates, state = tx.update(jnp.array([1.0]), state, params)
         return updates.item()
 
     assert after(optax.scale_by_adam()) == 0.0
