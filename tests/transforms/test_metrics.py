@@ -63,7 +63,7 @@ def test_links_are_found_in_chains_wrappers_and_dicts():
             chains.casmo(tau_init_steps=3),
             {"agar", "confidence", "tau", "std", "c_min", "calibrated"},
         ),
-        (chains.casmo_snr(), {"agar", "trust"}),
+        (chains.casmo_snr(), {"agar"}),
         (transforms.zero_nonfinite(), {"nonfinite", "nonfinite_total"}),
     ],
 )
