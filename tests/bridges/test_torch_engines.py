@@ -1,11 +1,9 @@
 """What the engines must agree on: dtypes, aliasing, layouts; and how the cost of tracing grows."""
 
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 import torch
@@ -117,16 +115,3 @@ def test_a_partitioned_chain_keeps_each_part_with_its_parameter() -> None:
     entries = [set(bridge.state[p]) for p in params]
     assert not any(name.endswith("nu") for name in entries[0])
     assert any(name.endswith("nu") for name in entries[1])
-
-
-@pytest.mark.slow
-def test_tracing_and_lowering_grow_linearly() -> None:
-    def seconds(count: int) -> float:
-        params = [nn.Parameter(torch.ones(4, 3)) for _ in range(count)]
-        start = time.perf_counter()
-        TorchBridge(optax.adamw(1e-3), params)
-        return time.perf_counter() - start
-
-    seconds(10)
-    small, large = (np.median([seconds(count) for _ in range(3)]) for count in (100, 1000))
-    assert large < 15 * small
