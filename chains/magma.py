@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import optax
 
 from chainrule.transforms import chain, decay_and_rate, live, momentum_alignment_mask
@@ -21,7 +20,7 @@ def magma(
     moment: str = "mu",
     init_alignment: float = 1.0,
     exclude: Any = None,
-    seed: int | jax.Array = 0,
+    seed: Any = 0,
     state_dtype: Any = None,
     decay_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -460,8 +460,6 @@ def saved(optimizer: TorchBridge) -> Any:
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_at_any_step_is_bit_identical(name: str) -> None:
-    if not hasattr(chains, name) and name in ("casmo",):
-        pytest.skip("chains.casmo is not there")
     net = model()
     bridge = TorchBridge(RESUMED[name](), net.named_parameters())
     points = {}

@@ -125,7 +125,9 @@ def replay(
 
         return jax.lax.scan(step, (params, tx.init(params)), (gradients, extra))
 
-    to_jax = lambda tree: jax.tree.map(jnp.asarray, tree)  # noqa: E731
+    def to_jax(tree):
+        return jax.tree.map(jnp.asarray, tree)
+
     (_, state), (trajectory, logs) = run(
         to_jax(dict(params)), to_jax(dict(gradients)), to_jax(dict(extra or {}))
     )
