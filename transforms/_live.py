@@ -41,7 +41,9 @@ def live(
     parameters' dtype.
 
     A number or array becomes an entry of `LiveState.hyperparams`; a callable is a schedule, called
-    with the number of updates made before this one. Everything else (`None`, strings, booleans, and
+    with the number of updates made before this one. A `jax.Array` belongs to the caller, which may
+    give another one for the next update (`optax.inject_hyperparams` and live chains around this one
+    do): it overrides the entry, as a schedule does. Everything else (`None`, strings, booleans, and
     what `static` names) is structure, fixed at construction. The chain is built once at
     construction, so that its atoms check their bounds there, and again while tracing, with the
     arrays of the state for arguments. The final updates are cast to the dtype of the gradients.
@@ -75,6 +77,11 @@ def live(
             numeric, schedules, structure = {}, {}, {}
             for name, value in bound.arguments.items():
                 if name in static:
+                    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.number):
+                        raise TypeError(
+                            f"{factory.__name__}: `{name}` is structure and cannot be an array; with "
+                            f"`optax.inject_hyperparams` give static_args={static}"
+                        )
                     structure[name] = value
                 elif callable(value):
                     schedules[name] = value
@@ -101,6 +108,9 @@ def live(
             def update(updates, state, params=None, **extra_args):
                 _check_structure(factory.__name__, updates, params)
                 values = dict(state.hyperparams)
+                for name, value in numeric.items():
+                    if isinstance(value, jax.Array):
+                        values[name] = jnp.asarray(value, jnp.float32)
                 for name, schedule in schedules.items():
                     values[name] = jnp.asarray(schedule(state.count), jnp.float32)
                 links = optax.with_extra_args_support(factory(**structure, **values))
@@ -193,7 +203,8 @@ def hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
 def set_hyperparams(state: optax.OptState, **values: Any) -> Any:
     """A copy of `state` with live hyperparameters set; the compiled step is reused as it is.
 
-    A hyperparameter that was given as a schedule is overwritten by its schedule at the next update.
+    A hyperparameter that was given as a schedule or as a `jax.Array` is overwritten by it at the next
+    update.
 
     Args:
       state: the state of any gradient transformation.

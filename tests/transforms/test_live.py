@@ -177,6 +177,64 @@ def test_named_chains_partitions_and_injected_ones_are_searched():
     assert not jnp.any(tx.update(GRADS[0], state, PARAMS)[0]["scale"])
 
 
+INJECTED = {
+    "adam": (chains.adam, {}, ()),
+    "casmo": (chains.casmo, {"tau_init_steps": 3}, ("tau_init_steps",)),
+    "casmo_snr": (chains.casmo_snr, {}, ()),
+    "cosmic": (chains.cosmic, {}, ("gate_tier_max", "block")),
+    "muon": (chains.muon, {}, ("ns_steps", "routing")),
+    "stam": (chains.stam, {}, ()),
+    "stam_lite": (chains.stam_lite, {}, ()),
+}
+
+
+@pytest.mark.parametrize(("make", "settings", "static"), INJECTED.values(), ids=INJECTED.keys())
+def test_inject_hyperparams_rules_a_live_chain(make, settings, static):
+    tx = optax.inject_hyperparams(make, static_args=static)(learning_rate=0.5, **settings)
+    step, state = jax.jit(tx.update), tx.init(PARAMS)
+    moves = []
+    for rate, g in zip((0.5, 0.0, 0.25), GRADS, strict=True):
+        state.hyperparams["learning_rate"] = jnp.float32(rate)
+        updates, state = step(g, state, PARAMS)
+        moves.append(any(jnp.any(u != 0) for u in jax.tree.leaves(updates)))
+    assert moves == [True, False, True]
+    assert step._cache_size() == 1
+
+
+def test_an_injected_number_that_is_structure_is_an_error():
+    tx = optax.inject_hyperparams(chains.muon)(learning_rate=0.5)
+    message = r"muon: `ns_steps` is structure.*static_args=\(.*'ns_steps'.*'routing'"
+    with pytest.raises(TypeError, match=message):
+        tx.init(PARAMS)
+
+
+def test_an_injected_schedule_is_that_of_the_chain():
+    def schedule(count):
+        return 0.5 / (1 + count)
+
+    outside = run(optax.inject_hyperparams(chains.adam)(schedule), PARAMS, GRADS)[0]
+    assert_identical(outside, run(chains.adam(schedule), PARAMS, GRADS)[0])
+
+
+def test_injected_hyperparameters_are_set_by_name():
+    state = optax.inject_hyperparams(chains.adam)(0.5).init(PARAMS)
+    changed = set_hyperparams(state, learning_rate=0.25, b1=0.5)
+    assert signature_of(changed) == signature_of(state)
+    actual, _ = run(optax.inject_hyperparams(chains.adam)(0.5), PARAMS, GRADS, changed)
+    assert_identical(actual, run(chains.adam(0.25, 0.5), PARAMS, GRADS)[0])
+
+
+def test_a_live_chain_of_live_chains_rules_its_links():
+    @live()
+    def half(learning_rate=0.5, b1=0.9):
+        return chain(chains.adam(learning_rate, b1), optax.scale(0.5))
+
+    tx = half()
+    state = set_hyperparams(tx.init(PARAMS), learning_rate=0.25, b1=0.5)
+    expected, _ = run(chain(chains.adam(0.25, 0.5), optax.scale(0.5)), PARAMS, GRADS)
+    assert_identical(run(tx, PARAMS, GRADS, state)[0], expected)
+
+
 def test_the_state_is_one_to_the_tools_of_optax():
     state = chains.adam(learning_rate=0.25).init(PARAMS)
     assert optax.tree.get(state, "learning_rate") == 0.25
