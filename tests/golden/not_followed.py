@@ -1,4 +1,4 @@
-"""The recorded variants that are not followed, each with its reason.
+"""The recorded variants and single calls that are not followed, each with its reason.
 
 Reasons are bugs that nobody can want and that therefore have no argument; the corrected behaviour
 has a test of its own. Names are matched with `fnmatch`. `test_complete.py` fails if a variant is
@@ -20,7 +20,21 @@ _INTERVAL = (
     "step and the memory is never saved"
 )
 
+_DENORMAL = "XLA takes denormal numbers for zero, so that the scale of such a block is 1"
+
 NOT_FOLLOWED = [
+    NotFollowed("cosmic_primitives", "pack/denorm", _DENORMAL),
+    NotFollowed("cosmic_primitives", "blocks*/denorm", _DENORMAL),
+    NotFollowed(
+        "cosmic_primitives",
+        "BUG_blocks5_odd/*",
+        "blocks of odd length overwrite half a byte of their neighbour; here they may have any length",
+    ),
+    NotFollowed(
+        "cosmic_primitives",
+        "BUG_zero_point16/*",
+        "the binding loses the zero points, so that what is unpacked is off by each block's offset",
+    ),
     NotFollowed("cosmic_quant4", "interval3_tiers", _INTERVAL),
     NotFollowed("cosmic_presets", "memory_quant4", _INTERVAL),
     NotFollowed(

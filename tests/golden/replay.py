@@ -1,11 +1,9 @@
 """Replays recorded trajectories of the reference implementations through chains and atoms.
 
 Everything about a recording (hyperparameters, shapes, seeds) comes from its `meta`, so another set
-of the same files can be
-replayed: set CHAINRULE_GOLDEN_DIR to its folder. A test module declares `FILES`, from file name to
-  the function that
-builds the chain of a variant, and parametrises over `cases(FILES)`; what is not followed is listed
-in `not_followed.py`.
+of the same files can be replayed: set CHAINRULE_GOLDEN_DIR to its folder. A test is parametrised
+over `cases` of files; `test_complete.py` fails if no test has a variant and `not_followed.py` does
+not list it.
 """
 
 import json
@@ -37,6 +35,14 @@ class Recording:
         self.meta = json.loads(str(self.data["meta"]))
         self.names: list[str] = self.meta["names"]
         self.variants: dict[str, dict[str, Any]] = self.meta.get("variants", {})
+
+    @cached_property
+    def followable(self) -> list[str]:
+        """The variants; of a file of single calls, each call, as `pack/odd`."""
+        if self.variants:
+            return list(self.variants)
+        calls = ("/".join(key.split("/")[:2]) for key in self.data if "/" in key)
+        return sorted({call for call in calls if not call.startswith("x/")})
 
     @cached_property
     def rec_steps(self) -> np.ndarray:
@@ -83,11 +89,11 @@ def recording(name: str) -> Recording:
 
 
 def cases(files: Iterable[str]) -> list[Any]:
-    """A pytest parameter for every variant of the files that is followed."""
+    """A pytest parameter for every variant, or single call, of the files that is followed."""
     return [
         pytest.param(Case(file, variant), id=f"{file}-{variant}")
         for file in files
-        for variant in recording(file).variants
+        for variant in recording(file).followable
         if reason_not_to_follow(file, variant) is None
     ]
 

@@ -13,7 +13,6 @@ FILES = (
     "cosmic_full",
     "cosmic_gate",
     "cosmic_presets",
-    "cosmic_primitives",
     "cosmic_quant4",
     "cosmic_real",
     "cosmic_tiered",
@@ -135,27 +134,21 @@ def test_follows(case):
     assert_follows(trajectory, rec, variant)
 
 
-@pytest.mark.parametrize("name", sorted(recording("cosmic_primitives").data))
-def test_signal_and_packing(name):
-    data = recording("cosmic_primitives").data
-    kind, _, case = name.partition("/")
+@pytest.mark.parametrize("case", cases(["cosmic_primitives"]))
+def test_signal_and_packing(case):
+    data = recording(case.recording).data
+    kind, _, name = case.variant.partition("/")
+    x = data.get(f"x/{name}", np.zeros(0))  # the empty tensor is not stored
     if kind == "tier_signal":
-        x = data.get(f"x/{case}", np.zeros(0))  # the empty tensor is not stored
-        np.testing.assert_allclose(tier_signal(x), data[name], rtol=1e-12)
-    elif kind.startswith(("pack", "blocks")) and case.endswith("/q") and "denorm" not in case:
-        # XLA takes denormal numbers for zero.
-        x = data[f"x/{case.removesuffix('/q')}"]
-        block = int(kind.removeprefix("blocks")) if kind != "pack" else x.size
-        packed = quantize(jnp.asarray(x), 4, block)
-        stem = name.removesuffix("q")
-        np.testing.assert_array_equal(packed.codes, data[name])
-        np.testing.assert_allclose(
-            np.ravel(packed.scale), np.ravel(data[f"{stem}scale"]), rtol=1e-6
-        )
-        unpacked = data[f"{stem}unpacked"]
-        np.testing.assert_allclose(
-            np.ravel(dequantize(packed)), np.ravel(unpacked), rtol=1e-6, atol=1e-45
-        )
+        np.testing.assert_allclose(tier_signal(x), data[case.variant], rtol=1e-12)
+        return
+    packed = quantize(jnp.asarray(x), 4, x.size if kind == "pack" else int(kind[len("blocks") :]))
+    codes, scale, unpacked = (data[f"{case.variant}/{part}"] for part in ("q", "scale", "unpacked"))
+    np.testing.assert_array_equal(packed.codes, codes)
+    np.testing.assert_allclose(packed.scale, np.ravel(scale), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.ravel(dequantize(packed)), np.ravel(unpacked), rtol=1e-6, atol=1e-45
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in cases(["cosmic_quant4"]) if "fused_b" in c.id])
