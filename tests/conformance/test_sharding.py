@@ -12,7 +12,7 @@ def test_every_case_on_two_devices():
     here = pathlib.Path(__file__).parent
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(here.parent),
     }
     # A process of its own: the number of devices is fixed when JAX starts.

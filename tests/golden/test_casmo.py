@@ -99,10 +99,10 @@ def test_seed_follows(case):
 
     confidence = [s for _, s in run.logs]
     if spec.get("granularity", "group") == "group":
-        expect(np.stack([s.agar for s in confidence], 1), "agar", rtol=2e-5)
+        expect(np.stack([s.agar for s in confidence], 1), "agar", rtol=2e-5, atol=1e-8)
         expect(np.stack([s.confidence for s in confidence], 1), "conf", rtol=2e-4)
     else:
-        expect(columns(confidence[0].agar, rec.names), "agar", rtol=2e-5)
+        expect(columns(confidence[0].agar, rec.names), "agar", rtol=2e-5, atol=1e-8)
         expect(columns(confidence[0].confidence, rec.names), "conf", rtol=2e-4)
     maps = [s.calibration for s in confidence]
     calibrated = np.stack([m.calibrated for m in maps], 1)
