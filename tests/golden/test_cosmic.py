@@ -1,5 +1,6 @@
 """COSMIC against the recordings of its repository, commit 96f1a8c."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -85,9 +86,9 @@ def chain_of(spec, group=None):
 
 
 def run(tx, params, gradients, losses):
-    """Steps one by one, since tensors move between tiers; eagerly, as each assignment would be a
-    compilation."""
+    """Steps one by one, since tensors move between tiers; each assignment is a compilation."""
 
+    @jax.jit
     def step(params, state, grads, value):
         updates, state = tx.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
