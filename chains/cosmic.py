@@ -135,9 +135,8 @@ def cosmic(
       rounding: of the quantised EMAs, `"nearest"` or `"stochastic"`.
       state_dtype: dtype of the moments, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`; with decoupled decay only.
-      kernel: of tier 2. `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through
-        it); `"auto"`, what `benchmarks/speed/native.py` finds faster where the step moves donated
-        parameters: XLA.
+      kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
+        what `benchmarks/speed/native.py` finds faster: the kernel in a bridge on the CPU, else XLA.
       preset: `"safe"`, `"fast"` or `"memory"`: arguments for those that are not given.
 
     Returns:
@@ -159,16 +158,24 @@ def cosmic(
       COSMIC, https://github.com/Kranium2002/COSMIC
     """
     inside, outside = {"decoupled": (None, weight_decay), "gated": (weight_decay, None)}[decay]
-    full = {"start": start, "debias": debias, "clock": clock, "state_dtype": state_dtype}
+    full = {
+        "start": start,
+        "debias": debias,
+        "clock": clock,
+        "state_dtype": state_dtype,
+        "kernel": kernel,
+    }
     held = {"fields": ("mu", "mu_long"), "smaller": smaller, "rounding": rounding}
     blended = scale_by_dual_ema(
         b1, b1_long, b2, eps, blend=(0.0, 0.5, 1.0), blend_by=blend_by, **full
     )
-    short = scale_by_dual_ema(b1, b1_long, b2, eps, keep_long=keep_long, kernel=kernel, **full)
+    short = scale_by_dual_ema(b1, b1_long, b2, eps, keep_long=keep_long, **full)
     blended = chain(quantized_state(blended, bits, block, **held), decoupled_weight_decay(inside))
     short = chain(quantized_state(short, bits, block, **held), decoupled_weight_decay(inside))
     magnitude = chain(
-        optax.scale_by_sign(), decoupled_weight_decay(inside), scale_by_gradient_magnitude(b1_long)
+        optax.scale_by_sign(),
+        decoupled_weight_decay(inside),
+        scale_by_gradient_magnitude(b1_long, kernel=kernel),
     )
     sign = chain(optax.scale_by_sign(), decoupled_weight_decay(inside))
     tiers = {True: {2: short, 1: magnitude, 0: sign}, False: dict.fromkeys((2, 1, 0), blended)}
@@ -181,6 +188,7 @@ def cosmic(
             gate_update_interval,
             tier_scale=tier_scale,
             min_lr_scale=min_lr_scale,
+            kernel=kernel,
         ),
         decoupled_weight_decay(outside, mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -5,7 +5,10 @@ its door for jitted programs. Everything they do also exists in XLA: without the
 there, and one warning says so.
 """
 
+import contextlib
+import contextvars
 import warnings
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 try:
@@ -14,6 +17,8 @@ except ImportError:  # installed with CHAINRULE_NATIVE=OFF
     _kernel: ModuleType | None = None
 
 _warned = False
+_FLOATS = ("float32", "bfloat16", "float16")
+_bridge: contextvars.ContextVar[bool | None] = contextvars.ContextVar("bridge", default=None)
 
 
 def available() -> bool:
@@ -41,3 +46,31 @@ def info() -> dict[str, object]:
     if _kernel is None:
         return {"available": False}
     return {"available": True, **_kernel.info()}
+
+
+@contextlib.contextmanager
+def bridging(on_cpu: bool) -> Iterator[None]:
+    """While a bridge traces a chain for another framework: on the CPU ``kernel="auto"`` is the kernel."""
+    token = _bridge.set(on_cpu)
+    try:
+        yield
+    finally:
+        _bridge.reset(token)
+
+
+def chosen(kernel: str, dtypes: Iterable[object] = ()) -> bool:
+    """Whether an atom with this `kernel` argument runs in the compiled kernel.
+
+    Args:
+        kernel: ``"xla"``, ``"native"`` or ``"auto"``, which is the kernel in a bridge alone.
+        dtypes: what it would be given. In a bridge, others than the kernel's run as ``"xla"`` does.
+
+    >>> chosen("native"), chosen("auto"), chosen("xla")
+    (True, False, False)
+    """
+    on_cpu = _bridge.get()
+    if kernel == "xla" or on_cpu is False or (kernel == "auto" and on_cpu is None):
+        return False
+    if on_cpu and not all(str(dtype) in _FLOATS for dtype in dtypes):
+        return False
+    return available()

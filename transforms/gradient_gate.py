@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.transforms._checks import check_bounds, require
+from chainrule.native import chosen
+from chainrule.transforms._checks import check_bounds, check_choice, require
 from chainrule.transforms._numerics import abs_sq, increment, up
 
 _EPS = 1e-12
@@ -50,6 +51,7 @@ def gradient_gate(
     *,
     tier_scale: Sequence[float] = (1.0, 1.0, 1.0),
     min_lr_scale: jax.typing.ArrayLike = 0.1,
+    kernel: str = "xla",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each tensor's update by its tier's rate and, up to a tier, by a gate on noisy gradients.
 
@@ -63,6 +65,8 @@ def gradient_gate(
       update_interval: steps between measurements, at least 1.
       tier_scale: a rate for each tier, lowest first, each at least 0.
       min_lr_scale: least factor, in [0, 1].
+      kernel: what measures. `"xla"`; `"native"`, the compiled kernel, in one pass on the steps that
+        measure (CPU only); `"auto"`, the kernel in a bridge on the CPU, else XLA.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`. `update` takes `grad`, and the tiers that an
@@ -89,6 +93,7 @@ def gradient_gate(
         update_interval=update_interval,
         min_lr_scale=min_lr_scale,
     )
+    check_choice("gradient_gate", "kernel", kernel, ("xla", "native", "auto"))
     for scale in tier_scale:
         check_bounds("gradient_gate", tier_scale=scale)
     scales = tuple(tier_scale)
@@ -102,8 +107,8 @@ def gradient_gate(
     def fall(x, low, high):
         return 1 - jnp.clip((x - low) / (high - low), 0, 1) * (1 - min_scale)
 
-    def measure(gradients, state, value):
-        """The raw gate and the new signal, from the gated tensors' gradients."""
+    def statistics(gradients):
+        """Of the gradients: the mean magnitude, and the mean of variance over squared mean magnitude."""
 
         def moments(g):
             n, g = max(g.size, 1), up(g)
@@ -112,8 +117,16 @@ def gradient_gate(
             return mean_abs, variance / (mean_abs**2 + _EPS)
 
         pairs = [moments(g) for g in gradients]
-        magnitude = sum(a for a, _ in pairs) / len(pairs)
-        ratio = sum(v for _, v in pairs) / len(pairs)
+        return sum(a for a, _ in pairs) / len(pairs), sum(v for _, v in pairs) / len(pairs)
+
+    def in_kernel(gradients):
+        from chainrule.native import xla
+
+        mean_abs, _, variance, _ = xla.statistics(gradients).T
+        return jnp.mean(mean_abs), jnp.mean(variance / (mean_abs**2 + _EPS))
+
+    def measure(magnitude, ratio, state, value):
+        """The raw gate and the new signal, from what `statistics` found."""
         signal = jnp.where(jnp.isnan(state.signal), magnitude, 0.9 * state.signal + 0.1 * magnitude)
         change = jnp.abs(magnitude - signal) / (signal + _EPS)
         raw = jnp.minimum(fall(change, 0.5, 1.0), fall(ratio, 4.0, 8.0))
@@ -144,7 +157,12 @@ def gradient_gate(
         if gated:
             every = jnp.asarray(update_interval, jnp.int32)
             measured = (count % every == 0) | jnp.isnan(state.signal)
-            new_raw, new_signal = measure(gated, state, value)
+            if chosen(kernel, [g.dtype for g in gated]):
+                zeros = (jnp.zeros((), jnp.float32),) * 2
+                magnitude, ratio = jax.lax.cond(measured, in_kernel, lambda _: zeros, gated)
+            else:
+                magnitude, ratio = statistics(gated)
+            new_raw, new_signal = measure(magnitude, ratio, state, value)
             raw = jnp.where(measured, new_raw, raw).astype(jnp.float32)
             signal = jnp.where(measured, new_signal, signal).astype(jnp.float32)
             ramp = jnp.clip((count - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
@@ -155,10 +173,8 @@ def gradient_gate(
             rate = jnp.asarray(scales, jnp.float32)[tier]
             return jnp.maximum(jnp.where(tier <= tier_max, scale, 1.0) * rate, min_lr_scale)
 
-        new = [
-            (up(u) * factor(jnp.asarray(tier))).astype(u.dtype)
-            for u, tier in zip(leaves, synced, strict=True)
-        ]
+        factors = {tier: factor(jnp.asarray(now)) for tier, now in zip(own, synced, strict=True)}
+        new = [(up(u) * factors[tier]).astype(u.dtype) for u, tier in zip(leaves, own, strict=True)]
         loss = state.loss if value is None else jnp.asarray(value, jnp.float32)
         return jax.tree.unflatten(treedef, new), GradientGateState(count, scale, raw, signal, loss)
 

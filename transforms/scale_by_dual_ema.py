@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from chainrule.native import chosen
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 
@@ -71,7 +72,7 @@ def scale_by_dual_ema(
         mismatch signal).
       state_dtype: dtype of the moments, default the parameter's.
       kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
-        what `benchmarks/speed/native.py` finds faster where the step moves donated parameters: XLA.
+        what `benchmarks/speed/native.py` finds faster: the kernel in a bridge on the CPU, else XLA.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.
@@ -132,14 +133,14 @@ def scale_by_dual_ema(
         correct_short = bias_correction(b1, t) if corrected else 1.0
         correct_long = bias_correction(b1_long, t) if corrected else 1.0
         only_short = not has_long or (keep_long and not by_tier and short == 1)
-        if kernel == "native":
+        if chosen(kernel, _dtypes(updates, state)):
             # Without the short EMA, the long one is the kernel's only one.
             own, decay = (state.mu, b1) if has_short else (state.mu_long, b1_long)
             correction = correct_short if has_short else correct_long
             weight = 1.0
             if has_short and not only_short:
                 correction = 1 / (short / correct_short + (1 - short) / correct_long)
-                weight = short * correction / correct_short
+                weight = jnp.minimum(short * correction / correct_short, 1.0)
             new, kept = _in_kernel(
                 updates,
                 ScaleByDualEmaState(count, own, state.mu_long if has_short else None, state.nu),
@@ -194,6 +195,11 @@ def scale_by_dual_ema(
         return new, ScaleByDualEmaState(count, *stored)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _dtypes(*trees: Any) -> list[Any]:
+    """The dtypes of what the kernel would be given: all but counts."""
+    return [x.dtype for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def _in_kernel(updates, state, *, first, b1, b1_long, b2, **numbers) -> Any:

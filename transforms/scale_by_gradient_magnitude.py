@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.transforms._checks import check_bounds, check_params, require
+from chainrule.native import chosen
+from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._trees import map_unmasked
 
@@ -28,7 +29,7 @@ class ScaleByGradientMagnitudeState(NamedTuple):
 
 
 def scale_by_gradient_magnitude(
-    decay: jax.typing.ArrayLike = 0.99,
+    decay: jax.typing.ArrayLike = 0.99, *, kernel: str = "xla"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each tensor's update by an EMA of mean |g|, which starts at its first value.
 
@@ -36,6 +37,8 @@ def scale_by_gradient_magnitude(
 
     Args:
       decay: decay of the mean magnitude, in [0, 1).
+      kernel: what finds the mean. `"xla"`; `"native"`, the compiled kernel (CPU only); `"auto"`, the
+        kernel in a bridge on the CPU, else XLA.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`. `update` needs the raw gradient as `grad`, which
@@ -54,12 +57,29 @@ def scale_by_gradient_magnitude(
       COSMIC, https://github.com/Kranium2002/COSMIC
     """
     check_bounds("scale_by_gradient_magnitude", decay=decay)
+    check_choice("scale_by_gradient_magnitude", "kernel", kernel, ("xla", "native", "auto"))
 
     def init(params):
         check_params("scale_by_gradient_magnitude", params)
         return ScaleByGradientMagnitudeState(
             jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params)
         )
+
+    def mean_magnitude(g):
+        # One that is not finite would stay in the EMA for ever.
+        return jnp.sum(jnp.abs(finite(up(g), None))) / max(g.size, 1)
+
+    def in_kernel(g):
+        from chainrule.native import xla
+
+        def mean(g):
+            return xla.statistics([g])[0, 0]
+
+        def mean_finite(g):
+            return mean(finite(g, None))
+
+        found = mean(g)
+        return jax.lax.cond(jnp.isfinite(found), lambda _: found, mean_finite, g)
 
     def update(updates, state, params=None, *, grad=None, **_):
         del params
@@ -72,8 +92,7 @@ def scale_by_gradient_magnitude(
 
         def magnitude(u, g, old):
             del u
-            # One that is not finite would stay in the EMA for ever.
-            mean = jnp.sum(jnp.abs(finite(up(g), None))) / max(g.size, 1)
+            mean = in_kernel(g) if chosen(kernel, [g.dtype]) else mean_magnitude(g)
             return jnp.where(state.count == 0, mean, ema(decay, old, mean)).astype(jnp.float32)
 
         magnitudes = map_unmasked(magnitude, updates, grad, state.magnitude)

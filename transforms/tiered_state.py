@@ -80,9 +80,8 @@ def _synced(assignment: Assignment, count: jax.Array) -> tuple[Any, ...]:
     if policy.full_sync_interval is None:
         return assignment.tiers
     sync = count % policy.full_sync_interval == 0
-    return tuple(
-        jnp.where(sync, max(tier, policy.full_sync_tier), tier) for tier in assignment.tiers
-    )
+    as_tier = {t: jnp.where(sync, max(t, policy.full_sync_tier), t) for t in set(assignment.tiers)}
+    return tuple(as_tier[tier] for tier in assignment.tiers)
 
 
 def tiered_state(

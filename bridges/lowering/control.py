@@ -2,7 +2,7 @@
 
 Calls are inlined. A ``cond`` whose branches are cheap becomes both branches and a
 ``torch.where``, which neither synchronises nor breaks a compiled graph; one whose branch holds
-a loop, linear algebra or a large matrix product becomes ``ops.branch``, a real branch that reads
+a loop, linear algebra, a kernel call or a large matrix product becomes ``ops.branch``, a real branch that reads
 the predicate on the host. A short ``scan`` is unrolled; a long one, and every ``while``, runs a
 sub-graph (``ops.scan``, ``ops.while_loop``).
 """
@@ -46,7 +46,7 @@ def _heavy(jaxpr: core.Jaxpr) -> bool:
     equations: list[Equation] = list(jaxpr.eqns)
     for eqn in equations:
         name = eqn.primitive.name
-        if name == "while" or name in _LINEAR_ALGEBRA:
+        if name in ("while", "ffi_call") or name in _LINEAR_ALGEBRA:
             return True
         if name == "scan" and _eqn_size(eqn) > _UNROLLED:
             return True

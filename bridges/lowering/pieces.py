@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.convert import physical_shape, torch_dtype
+from chainrule.bridges.lowering.kernel import kernel_call
 from chainrule.bridges.lowering.program import Lowered
 
-HOST = {ops.branch, ops.scan, ops.while_loop}
-"""Nodes that run Python control flow; each is a piece of its own."""
+HOST = {ops.branch, ops.scan, ops.while_loop, kernel_call}
+"""Nodes that run Python control flow or the compiled kernel; each is a piece of its own."""
 
 POINTWISE = {
     *(ops.cbrt, ops.erf_inv, ops.float_to_int, ops.half_precision, ops.int_div, ops.int_rem),

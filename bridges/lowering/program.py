@@ -16,6 +16,7 @@ from chainrule.bridges.lowering.builder import Shared, build
 from chainrule.bridges.lowering.convert import is_key
 from chainrule.bridges.lowering.elementwise import ELEMENTWISE
 from chainrule.bridges.lowering.table import TABLE
+from chainrule.native import bridging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +83,12 @@ def lower(
     paths, in_tree = jax.tree_util.tree_flatten_with_path(example_args)
     in_avals = tuple(_struct(leaf) for _, leaf in paths)
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
-    with collector_paused(), jax.enable_x64(wide or jax.config.read("jax_enable_x64")):
+    device = torch.device(device)
+    wide = wide or bool(jax.config.read("jax_enable_x64"))
+    with collector_paused(), jax.enable_x64(wide), bridging(device.type == "cpu"):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
-        shared = Shared(TABLE, frozenset(ELEMENTWISE), torch.device(device), {}, {}, {})
+        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, {}, {}, {})
         names = [
             "in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in paths
         ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.lowering.foreach import foreach_step
+from chainrule.bridges.lowering.native import kernel_step
 from chainrule.bridges.lowering.program import Lowered
 
 InPlace = Callable[[Sequence[Tensor]], None]
@@ -42,7 +43,7 @@ def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False
     def step(inputs: Sequence[Tensor]) -> None:
         device = inputs[0].device
         if device not in steps:
-            steps[device] = build(lowered, targets, device)
+            steps[device] = kernel_step(build, lowered, targets, device)
         steps[device](inputs)
 
     return step

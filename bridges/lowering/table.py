@@ -8,7 +8,8 @@ sequence of values, of the equation's outputs. A primitive that is not here rais
 from chainrule.bridges.lowering.builder import Rule
 from chainrule.bridges.lowering.control import CONTROL
 from chainrule.bridges.lowering.elementwise import ELEMENTWISE
+from chainrule.bridges.lowering.kernel import KERNEL
 from chainrule.bridges.lowering.numeric import NUMERIC
 from chainrule.bridges.lowering.structural import STRUCTURAL
 
-TABLE: dict[str, Rule] = {**ELEMENTWISE, **STRUCTURAL, **NUMERIC, **CONTROL}
+TABLE: dict[str, Rule] = {**ELEMENTWISE, **STRUCTURAL, **NUMERIC, **CONTROL, **KERNEL}

@@ -1,0 +1,323 @@
+"""Whole steps of parameters in the compiled kernel: one pass over the memory, in place.
+
+Where all that a chain does to a direction is scalar, and weight decay,
+
+    p' = p + s d + r p,    d = sign(g), or the direction that COSMIC's tier 2 makes of g and its moments,
+
+the program need only find the scalars s and r; the kernel then renews the parameter and its moments. So `kernel_step`
+splits a program: what the kernel does is taken out, and the rest runs as any program does, before it.
+"""
+
+import copy
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.kernel import TABLE, buffers, kernel_call, roles, run_tier2
+from chainrule.bridges.lowering.pieces import fake_values
+from chainrule.bridges.lowering.program import Lowered
+from chainrule.bridges.lowering.simplify import drop_dead
+from chainrule.native import _kernel
+
+Step = Callable[[Sequence[Tensor]], None]
+Build = Callable[[Lowered, Sequence[int], torch.device], Step]
+Factor = fx.Node | float
+"""A scalar of the program: a 0-d node, or a number."""
+Product = tuple[Factor, ...]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SIGN = ("sign", ())
+_SMALL = 1024
+
+
+class _Move(NamedTuple):
+    """One parameter that the kernel renews."""
+
+    results: tuple[int, ...]
+    """Positions of the program's results that it makes: the new parameter, then the new state."""
+    tensors: dict[str, int]
+    """Role -> position of the input."""
+    kind: tuple[str, Any]
+    """Target and attributes of its tier-2 call, or `_SIGN`."""
+    numbers: tuple[Product, ...]
+    """s, r, and for tier 2 the numbers of the call from b1 on."""
+
+
+def kernel_step(
+    build: Build, lowered: Lowered, targets: Sequence[int], device: torch.device
+) -> Step:
+    """`build(lowered, targets, device)`, but for what the kernel does.
+
+    Args:
+      build: makes a step of a program.
+      lowered: the program.
+      targets: for every output, the position of the input that it renews.
+      device: of the inputs.
+
+    Returns:
+      A function of the flat inputs that renews them in place.
+    """
+    if _kernel is None or device.type != "cpu":
+        return build(lowered, targets, device)
+    module = copy.deepcopy(lowered.graph)
+    moves = _moves(
+        module.graph, fake_values(dataclasses.replace(lowered, graph=module), device), targets
+    )
+    if not moves:
+        return build(lowered, targets, device)
+
+    scalars = list(dict.fromkeys(f for m in moves for p in m.numbers for f in p))
+    nodes = [f for f in scalars if isinstance(f, fx.Node)]
+    calls = [
+        _Call(
+            [m for m in moves if m.kind == kind], [*nodes, *(f for f in scalars if f not in nodes)]
+        )
+        for kind in dict.fromkeys(m.kind for m in moves)
+    ]
+    constants = np.array([f for f in scalars if not isinstance(f, fx.Node)], np.float64)
+    rest = _without(lowered, module, moves, targets, nodes)
+    run = (_directly if _is_small(rest[0], device) else build)(*rest, device)
+    found = torch.zeros(len(nodes))
+
+    @torch.no_grad()
+    def step(inputs: Sequence[Tensor]) -> None:
+        run([*inputs, found])
+        values = np.concatenate([found.numpy(), constants])
+        for call in calls:
+            call(inputs, values)
+
+    return step
+
+
+def _without(
+    lowered: Lowered,
+    module: fx.GraphModule,
+    moves: Iterable[_Move],
+    targets: Sequence[int],
+    scalars: list[fx.Node],
+) -> tuple[Lowered, list[int]]:
+    """The program without the results of the moves, and with their scalars as a last input that it renews."""
+    graph, taken = module.graph, {r for m in moves for r in m.results}
+    output = graph.output_node()
+    kept = [i for i in range(len(targets)) if i not in taken]
+    results: list[Any] = [output.args[0][i] for i in kept]  # pyright: ignore
+    with graph.inserting_after(list(graph.find_nodes(op="placeholder"))[-1]):
+        graph.placeholder("scalars")
+    struct = jax.ShapeDtypeStruct((len(scalars),), jnp.float32)
+    with graph.inserting_before(output):
+        found = (torch.stack, (scalars,)) if scalars else (torch.zeros, (0,))
+        results.append(graph.call_function(*found))
+    output.args = (tuple(results),)
+    drop_dead(graph)
+    module.recompile()
+    inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
+    rest = dataclasses.replace(
+        lowered,
+        graph=module,
+        in_avals=(*lowered.in_avals, struct),
+        out_avals=(*(lowered.out_avals[i] for i in kept), struct),
+        passthrough={i: inputs[r] for i, r in enumerate(results) if r in inputs},
+    )
+    return rest, [*(targets[i] for i in kept), len(lowered.in_avals)]
+
+
+def _is_small(lowered: Lowered, device: torch.device) -> bool:
+    """Whether a program makes nothing but scalars and the like, of which each call costs more than the work."""
+    values = fake_values(lowered, device)
+    made = (values[n] for n in lowered.graph.graph.nodes if n.op == "call_function")
+    return all(v.numel() <= _SMALL for v in made if isinstance(v, Tensor))
+
+
+def _directly(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
+    """A step that runs the graph as it is."""
+    del device
+    kept = [(i, t) for i, t in enumerate(targets) if lowered.passthrough.get(i) != t]
+    borrowed = [i for i, _ in kept if i in lowered.passthrough]
+
+    def step(inputs: Sequence[Tensor]) -> None:
+        results = list(lowered.graph(*inputs))
+        for i in borrowed:
+            results[i] = results[i].clone()
+        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        copy([inputs[t] for _, t in kept], [results[i] for i, _ in kept])
+
+    return step
+
+
+class _Call:
+    """The moves of one kind, in one call."""
+
+    def __init__(self, moves: Sequence[_Move], scalars: Sequence[Factor]):
+        self.kind = moves[0].kind
+        self.tensors = {role: [m.tensors[role] for m in moves] for role in moves[0].tensors}
+        self.written = [role for role in self.tensors if role != "gradients"]
+        column = {f: k for k, f in enumerate(scalars)}
+        self.numbers = []
+        for products in zip(*(m.numbers for m in moves), strict=True):
+            width = max(map(len, products))
+            one = len(scalars)  # where `__call__` puts a 1
+            rows = [[column[f] for f in p] + [one] * (width - len(p)) for p in products]
+            self.numbers.append(np.array(rows, np.intp))
+
+    def __call__(self, inputs: Sequence[Tensor], values: np.ndarray) -> None:
+        values = np.append(values, 1.0)
+        scale, decay, *rest = (values[index].prod(axis=1) for index in self.numbers)
+        given = {role: [inputs[i] for i in places] for role, places in self.tensors.items()}
+        tensors = {role: [t.contiguous() for t in ts] for role, ts in given.items()}
+        # p + s d + r p is p - rate (d + weight_decay p)
+        stays = scale == 0
+        weight_decay = np.where(stays, 0.0, decay / np.where(stays, 1.0, scale))
+        numbers = {"learning_rate": -scale, "weight_decay": weight_decay}
+        if self.kind == _SIGN:
+            _kernel.tier0(buffers(tensors["parameters"]), buffers(tensors["gradients"]), **numbers)
+        else:
+            numbers |= dict(zip(TABLE[2:], rest, strict=True))
+            run_tier2(*self.kind, tensors, numbers)
+        for i in np.flatnonzero(stays & (decay != 0)):
+            tensors["parameters"][i].mul_(1 + decay[i])
+        for role in self.written:
+            for old, new in zip(given[role], tensors[role], strict=True):
+                if new is not old:
+                    old.copy_(new)
+
+
+def _moves(graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]) -> list[_Move]:
+    """What the kernel can do of a program."""
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    position = {node: i for i, node in enumerate(placeholders)}
+    results: Any = graph.output_node().args[0]
+    renewing = {placeholders[t]: i for i, t in enumerate(targets)}
+    moves: list[_Move] = []
+    calls: dict[fx.Node, dict[int, _Move]] = {}
+    for i, (result, target) in enumerate(zip(results, targets, strict=True)):
+        parameter = placeholders[target]
+        found = _scaled_direction(result, parameter, values)
+        if found is None:
+            continue
+        direction, scale, decay = found
+        if direction.target is ops.sign and direction.args[0] in position:
+            gradient: Any = direction.args[0]
+            if gradient not in renewing and values[gradient].shape == values[parameter].shape:
+                tensors = {"parameters": target, "gradients": position[gradient]}
+                moves.append(_Move((i,), tensors, _SIGN, (scale, decay)))
+        elif direction.target is operator.getitem and direction.args[0].target is kernel_call:  # pyright: ignore
+            call: Any = direction.args[0]
+            k: Any = direction.args[1]
+            move = _tier2_move(call, k, parameter, renewing, results, position)
+            if move is not None:
+                tensors = {"parameters": target, **move.tensors}
+                numbers = (scale, decay, *move.numbers)
+                whole = _Move((i, *move.results), tensors, move.kind, numbers)
+                calls.setdefault(call, {})[k] = whole
+    for call, found in calls.items():
+        target, attributes, operands = call.args
+        if len(found) == len(roles(target, attributes, operands)["gradients"]):  # pyright: ignore
+            moves.extend(found.values())
+    return moves
+
+
+def _tier2_move(call, k, parameter, renewing, results, position) -> _Move | None:
+    """Tensor k of a tier-2 call whose new state is what the program returns for the old."""
+    target, attributes, operands = call.args
+    if target == "chainrule_statistics":
+        return None
+    by_role = roles(target, attributes, operands)
+    columns = _columns(operands[0])
+    n = len(by_role["gradients"])
+    if k >= n or columns is None or columns[:2] != [-1.0, 0.0] or "parameters" in by_role:
+        return None
+    if by_role["gradients"][k] not in position or by_role["gradients"][k] in renewing:
+        return None
+    outputs = {user.args[1]: user for user in call.users}
+    places = []
+    for offset, role in enumerate(by_role):
+        old = by_role[role][k]
+        if role == "gradients":
+            continue
+        place = renewing.get(old)
+        if place is None or results[place] is not outputs.get(offset * n + k):
+            return None
+        places.append(place)
+    tensors = {role: position[nodes[k]] for role, nodes in by_role.items()}
+    numbers = tuple((c,) for c in columns[2:])
+    return _Move(tuple(places), tensors, (target, attributes), numbers)
+
+
+def _columns(table: fx.Node) -> list[Factor] | None:
+    """The scalars that `chainrule.native.xla` repeated for every tensor of a call."""
+    if table.target is not torch.stack:
+        return None
+    columns: list[Factor] = []
+    for column in table.args[0]:  # pyright: ignore
+        if column.target is torch.broadcast_to:
+            columns.append(column.args[0])
+        elif column.target is torch.full:
+            columns.append(float(column.args[1]))
+        else:
+            return None
+    return columns
+
+
+def _scaled_direction(
+    result: fx.Node, parameter: fx.Node, values: dict[fx.Node, Any]
+) -> tuple[fx.Node, Product, Product] | None:
+    """d, s and r if `result` is parameter + s d + r parameter."""
+    value = values[parameter]
+    if value.ndim == 0 or value.dtype not in _FLOATS or result.target is not torch.add:
+        return None
+    x, y = result.args if len(result.args) == 2 and not result.kwargs else (None, None)
+    if y is parameter:
+        x, y = y, x
+    if x is not parameter or not isinstance(y, fx.Node):
+        return None
+    terms = _terms(y, values)
+    if terms is None:
+        return None
+    decay = terms.pop(parameter, (0.0,))
+    if len(terms) != 1:
+        return None
+    ((direction, scale),) = terms.items()
+    return (direction, scale, decay) if values[direction].shape == value.shape else None
+
+
+def _terms(node: fx.Node, values: dict[fx.Node, Any]) -> dict[fx.Node, Product] | None:
+    """`node` as a sum of tensors times scalars; None if one tensor is in it twice.
+
+    Roundings to another dtype in between are left out: the kernel rounds once.
+    """
+
+    def is_scalar(x: Any) -> bool:
+        if isinstance(x, fx.Node):
+            return values[x].ndim == 0 and values[x].dtype == torch.float32
+        return isinstance(x, (int, float))
+
+    args, plain = node.args, not node.kwargs
+    if node.op == "call_function" and plain:
+        if node.target is torch.Tensor.to and values[args[0]].dtype in _FLOATS:  # pyright: ignore
+            return _terms(args[0], values)  # pyright: ignore
+        if node.target is torch.neg:
+            return _times(_terms(args[0], values), -1.0)  # pyright: ignore
+        if node.target is torch.mul:
+            x, y = args if is_scalar(args[1]) else args[::-1]
+            if is_scalar(y) and isinstance(x, fx.Node):
+                return _times(_terms(x, values), y)
+        if node.target in (torch.add, torch.sub) and all(isinstance(a, fx.Node) for a in args):
+            first, second = (_terms(a, values) for a in args)  # pyright: ignore
+            if node.target is torch.sub:
+                second = _times(second, -1.0)
+            if first is None or second is None or first.keys() & second.keys():
+                return None
+            return first | second
+    return {node: ()}
+
+
+def _times(terms: dict[fx.Node, Product] | None, factor: Any) -> dict[fx.Node, Product] | None:
+    return terms and {node: (*product, factor) for node, product in terms.items()}
