@@ -70,7 +70,7 @@ def policy_of(spec):
     return TierPolicy(fractions, warm or None, forced=forced, **REFERENCE_POLICY, **options)
 
 
-def chain_of(spec, group=None):
+def chain_of(spec, group=None, **options):
     spec = {**spec, **(group or {})}
     arguments = {CHAIN_NAMES[name]: value for name, value in spec.items() if name in CHAIN_NAMES}
     if not spec.get("use_fused", True) and spec.get("beta2") == 0:
@@ -82,7 +82,7 @@ def chain_of(spec, group=None):
         arguments["block"] = spec.get("quant4_block_size", 256)
         if not spec.get("use_fused", True):
             arguments["block"] = None  # unfused has one scale a tensor
-    return cosmic(**arguments, policy=policy_of(spec), **REFERENCE)
+    return cosmic(**arguments, policy=policy_of(spec), **REFERENCE, **options)
 
 
 def run(tx, params, gradients, losses):
@@ -106,8 +106,8 @@ def run(tx, params, gradients, losses):
     return rows
 
 
-@pytest.mark.parametrize("case", cases(FILES))
-def test_follows(case):
+def follow(case, run, **options):
+    """Replays a case and holds its tiers, gates and parameters to the recorded ones."""
     rec, variant = recording(case.recording), case.variant
     spec = rec.variants[variant]
     groups = spec["groups"] or [{"names": rec.names}]
@@ -120,7 +120,7 @@ def test_follows(case):
     for index, group in enumerate(groups):
         names = group["names"]
         rows = run(
-            chain_of(spec, {k: v for k, v in group.items() if k != "names"}),
+            chain_of(spec, {k: v for k, v in group.items() if k != "names"}, **options),
             {name: rec.params[name] for name in names},
             {name: gradients[name] for name in names},
             losses,
@@ -133,6 +133,11 @@ def test_follows(case):
     if spec.get("use_fused", True):  # unfused measures the gate on the momentum
         np.testing.assert_allclose(gates, rec.log(variant, "gate_scale"), rtol=1e-4)
     assert_follows(trajectory, rec, variant)
+
+
+@pytest.mark.parametrize("case", cases(FILES))
+def test_follows(case):
+    follow(case, run)
 
 
 @pytest.mark.parametrize("case", cases(["cosmic_primitives"]))
@@ -152,11 +157,19 @@ def test_signal_and_packing(case):
     )
 
 
-@pytest.mark.parametrize("case", [c for c in cases(["cosmic_quant4"]) if "fused_b" in c.id])
+PACKED = [c for c in cases(["cosmic_quant4"]) if "fused_b" in c.id]
+
+
+@pytest.mark.parametrize("case", PACKED)
 def test_packed_bytes(case):
+    hold_bytes(case, run)
+
+
+def hold_bytes(case, run, **options):
+    """Replays a case and holds its packed EMAs to the recorded ones."""
     rec, variant = recording(case.recording), case.variant
     spec, gradients = rec.variants[variant], rec.gradients(variant)
-    rows = run(chain_of(spec), rec.params, gradients, None)
+    rows = run(chain_of(spec, **options), rec.params, gradients, None)
     for row, step in enumerate(rec.rec_steps):
         for i, name in enumerate(rec.names):
             if not rec.params[name].ndim:
