@@ -18,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint types doctest slow clients notebooks sanitize bench
+.PHONY: help demo test dev lint types doctest slow golden clients notebooks sanitize bench
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ doctest: $(VENV)/.dev  ## the docstrings' examples alone
 
 slow: $(VENV)/.dev  ## the tests that `make test` leaves out
 	$(PYTEST) -m slow -n $(WORKERS)
+
+golden: $(VENV)/.dev  ## the recordings again, with the XLA flags that users have
+	XLA_FLAGS= $(PYTEST) tests/golden -m "not slow" -n $(WORKERS)
 
 clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge
 	$(PYTEST) -m clients
