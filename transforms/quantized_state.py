@@ -51,7 +51,7 @@ class QuantizedState(NamedTuple):
 
     def posted(self) -> dict[str, Any]:
         """For later links: what the inner state offers, decoded."""
-        return posted(_decode(self.inner_state))
+        return posted(decode(self.inner_state))
 
 
 def quantize(
@@ -98,7 +98,9 @@ def dequantize(q: Quantized) -> jax.Array:
     return (codes * scale).reshape(q.shape).astype(q.dtype)
 
 
-def _decode(state: Any) -> Any:
+def decode(state: Any) -> Any:
+    """`state` with its `Quantized` parts as tensors."""
+
     def held(node):
         return isinstance(node, Quantized)
 
@@ -119,7 +121,7 @@ def quantized_state(
 
     The state is decoded before each update and encoded after it; the update itself uses the new
     moments as they are, so a step loses only what the next one reads. Scalars, integers and masked
-    leaves stay as they are.
+    leaves stay as they are. `scale_by_dual_ema(kernel="native")` works on the codes themselves, to nearest.
 
     Args:
       inner: any gradient transformation.
@@ -177,9 +179,13 @@ def quantized_state(
 
     def update(updates, state, params=None, **extra_args) -> Any:
         key, now = state.key, None
+        takes_codes = getattr(inner.update, "takes_codes", None)
+        if takes_codes and not stochastic and takes_codes(updates, state.inner_state):
+            updates, new = inner.update(updates, state.inner_state, params, **extra_args)
+            return updates, QuantizedState(None, new)
         if stochastic:
             key, now = jax.random.split(state.key)
-        updates, new = inner.update(updates, _decode(state.inner_state), params, **extra_args)
+        updates, new = inner.update(updates, decode(state.inner_state), params, **extra_args)
         return updates, QuantizedState(key, encode(new, now))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -9,6 +9,7 @@ the count of updates that this state has seen, where COSMIC corrects only nu, by
 and an EMA whose weight in the blend is 0 is not stored.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import optax
 from chainrule.native import chosen
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
+from chainrule.transforms.quantized_state import Quantized
 
 
 class ScaleByDualEmaState(NamedTuple):
@@ -194,12 +196,38 @@ def scale_by_dual_ema(
         stored = optax.tree.cast_like((mu, mu_long, nu), tuple(state)[1:])
         return new, ScaleByDualEmaState(count, *stored)
 
+    def takes_codes(updates, state) -> bool:  # `quantized_state` asks
+        return _kernel_reads(state) and chosen(kernel, _dtypes(updates, state))
+
+    update.takes_codes = takes_codes  # pyright: ignore[reportFunctionMemberAccess]
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _is_held(x: Any) -> bool:
+    return isinstance(x, Quantized)
+
+
+def _held(tree: Any) -> list[Any]:
+    """The tensors of a moment, those in codes whole."""
+    return jax.tree.leaves(tree, is_leaf=_is_held)
+
+
+def _format(x: Any) -> tuple[int, int] | None:
+    return (x.bits, x.block) if isinstance(x, Quantized) else None
+
+
 def _dtypes(*trees: Any) -> list[Any]:
-    """The dtypes of what the kernel would be given: all but counts."""
+    """The dtypes of what the kernel would be given: all but counts and codes."""
     return [x.dtype for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _kernel_reads(state: ScaleByDualEmaState) -> bool:
+    """Whether the kernel can step these codes: they are of first moments, of both if there are two."""
+
+    first, *rest = [
+        [_format(x) for x in _held(m)] for m in (state.mu, state.mu_long) if m is not None
+    ]
+    return not any(map(_is_held, _held(state.nu))) and all(formats == first for formats in rest)
 
 
 def _in_kernel(updates, state, *, first, b1, b1_long, b2, **numbers) -> Any:
@@ -210,27 +238,40 @@ def _in_kernel(updates, state, *, first, b1, b1_long, b2, **numbers) -> Any:
         # An EMA of decay 0 is the gradient.
         return b if first is None else jnp.where(first, 0.0, b)
 
-    def leaves(tree):
-        return None if tree is None else jax.tree.leaves(tree)
-
-    results = xla.tier2(
-        jax.tree.leaves(updates),
-        jax.tree.leaves(state.mu),
-        leaves(state.nu),
-        mu_long=leaves(state.mu_long),
-        b1=decay(b1),
-        b1_long=decay(b1_long),
-        b2=0.0 if b2 is None else b2,
-        denominator="none" if b2 is None else "root",
-        **numbers,
-    )
-
-    def like(tree, new):
-        return None if tree is None else jax.tree.unflatten(jax.tree.structure(tree), new)
-
-    return like(updates, results.updates), ScaleByDualEmaState(
-        state.count,
-        like(state.mu, results.mu),
-        like(state.mu_long, results.mu_long),
-        like(state.nu, results.nu),
-    )
+    numbers |= {"b1": decay(b1), "b1_long": decay(b1_long), "b2": 0.0 if b2 is None else b2}
+    numbers["denominator"] = "none" if b2 is None else "root"
+    trees = {"updates": updates, "mu": state.mu, "mu_long": state.mu_long, "nu": state.nu}
+    trees = {name: tree for name, tree in trees.items() if tree is not None}
+    old = {name: _held(tree) for name, tree in trees.items()}
+    new: dict[str, list[Any]] = {name: list(tensors) for name, tensors in old.items()}
+    # One call for the tensors that are held alike.
+    calls: dict[Any, list[int]] = {}
+    for i, m in enumerate(old["mu"]):
+        calls.setdefault(_format(m), []).append(i)
+    for held, places in calls.items():
+        given = {name: [tensors[i] for i in places] for name, tensors in old.items()}
+        gradients, nu = given.pop("updates"), given.pop("nu", None)
+        if held is None:
+            results = xla.tier2(gradients, nu=nu, **given, **numbers)
+        else:
+            bits, block = held
+            codes = {
+                name: xla.Codes([q.codes for q in qs], [q.scale for q in qs])
+                for name, qs in given.items()
+            }
+            results = xla.tier2_quantized(
+                gradients, nu=nu, bits=bits, block=block, **codes, **numbers
+            )
+        for name in trees:
+            tensors: Any = getattr(results, name)
+            if held is not None and name in given:
+                pairs = zip(given[name], *tensors, strict=True)
+                tensors = [dataclasses.replace(q, codes=c, scale=s) for q, c, s in pairs]
+            for i, tensor in zip(places, tensors, strict=True):
+                new[name][i] = tensor
+    after = {
+        name: jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_held), new[name])
+        for name, tree in trees.items()
+    }
+    moments = (after.get(name) for name in ("mu", "mu_long", "nu"))
+    return after["updates"], ScaleByDualEmaState(state.count, *moments)

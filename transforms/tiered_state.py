@@ -26,6 +26,7 @@ from chainrule.transforms._checks import check_params
 from chainrule.transforms._metrics import state_bytes
 from chainrule.transforms._numerics import increment
 from chainrule.transforms._trees import path_name
+from chainrule.transforms.quantized_state import decode
 from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signal
 
 _logger = logging.getLogger("chainrule.tiers")
@@ -398,7 +399,8 @@ def _mismatch(inner: Any) -> float:
 
     for node in jax.tree.leaves(inner, is_leaf=dual):
         if dual(node):
-            difference = np.asarray(node.mu, np.float64) - np.asarray(node.mu_long, np.float64)
+            mu, mu_long = decode((node.mu, node.mu_long))
+            difference = np.asarray(mu, np.float64) - np.asarray(mu_long, np.float64)
             return float(np.abs(difference).mean())
     return 0.0
 

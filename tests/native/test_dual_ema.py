@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from chainrule import chains
-from chainrule.transforms import scale_by_dual_ema
+from chainrule.transforms import quantized_state, scale_by_dual_ema
 
 FORMS = {
     "short": {},
@@ -47,6 +47,43 @@ def test_native_is_xla(form):
         assert jax.tree.map(jnp.result_type, mine) == jax.tree.map(jnp.result_type, other)
         assert_close(u, v, tolerance, 1e-5)
         assert_close(mine, other, tolerance, 1e-6)
+
+
+@pytest.mark.parametrize("smaller", ["keep", "quantize"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["short", "long", "blend", "undivided", "from the gradient"])
+def test_codes_are_stepped_as_decoded_state_is(form, bits, smaller):
+    def held(kernel):
+        inner = scale_by_dual_ema(kernel=kernel, **FORMS[form])
+        return quantized_state(inner, bits, 16, fields=("mu", "mu_long"), smaller=smaller)
+
+    native, plain = held("native"), held("xla")
+    state = native.init(tree(0))
+    jaxpr = str(jax.make_jaxpr(native.update)(tree(1), state))
+    assert "chainrule_tier2_quantized" in jaxpr and "round" not in jaxpr
+    for t in range(4):
+        grads = tree(t + 1)
+        v, other = jax.jit(plain.update)(grads, state)
+        u, state = jax.jit(native.update)(grads, state)
+        assert_close(u, v, 1e-4, 1e-5)
+        # A value between two codes may fall on either side.
+        for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            if mine.dtype != jnp.uint8:
+                assert_close(mine, theirs, 1e-5, 1e-7)
+            else:
+                differ = np.asarray(mine) != np.asarray(theirs)
+                assert differ.sum() <= 0.01 * differ.size + 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"rounding": "stochastic"}, {"fields": None}], ids=["stochastic", "nu too"]
+)
+def test_what_the_kernel_cannot_step_is_decoded(options):
+    tx = quantized_state(
+        scale_by_dual_ema(kernel="native"), block=16, **{"fields": ("mu",), **options}
+    )
+    jaxpr = str(jax.make_jaxpr(tx.update)(tree(1), tx.init(tree(0))))
+    assert "chainrule_tier2_quantized" not in jaxpr
 
 
 @pytest.mark.parametrize("kernel", ["native", "xla"])
