@@ -27,7 +27,7 @@ from chainrule.transforms._metrics import state_bytes
 from chainrule.transforms._numerics import increment
 from chainrule.transforms._trees import path_name
 from chainrule.transforms.quantized_state import decode
-from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signal
+from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signals
 
 _logger = logging.getLogger("chainrule.tiers")
 
@@ -311,7 +311,7 @@ def _reassigned(node: TieredState, grads: Any, params: Any, other_bytes: int) ->
     current = assignment.tiers
     forced = [any(part in path_name(path) for part in policy.forced) for path in paths]
     memory = TierMemory(*(np.asarray(a) for a in node.memory))
-    smooth = policy.smooth(memory, np.array([tier_signal(g) for g in gradients], np.float64))
+    smooth = policy.smooth(memory, tier_signals(gradients))
     if policy.signal_ema_decay is not None:
         memory = memory._replace(signal=smooth.astype(np.float32))
     signals = smooth + [
