@@ -1,15 +1,19 @@
-"""Moving parameters between tiers (`chainrule.transforms.tiered_state`) from a bridge.
+"""Moving parameters between tiers (`chainrule.transforms.tiered_state`) from a bridge, and logging their gates.
 
 A move changes the shape of the state, so a bridge calls `chainrule.retier` between steps and makes a new program where
 it moved something.
 """
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from chainrule.transforms import TieredState, retier
+from chainrule.transforms import GradientGateState, TieredState, retier
+
+_logger = logging.getLogger("chainrule.gate")
 
 
 def _is_tiered(node: Any) -> bool:
@@ -49,3 +53,33 @@ def retiered(states: Sequence[Any], grads: Sequence[Any], params: Sequence[Any])
       params: the parameters.
     """
     return list(retier(tuple(states), tuple(grads), tuple(params)))
+
+
+def _gates(state: Any) -> list[GradientGateState]:
+    def is_gate(node: Any) -> bool:
+        return isinstance(node, GradientGateState)
+
+    return [node for node in jax.tree.leaves(state, is_leaf=is_gate) if is_gate(node)]
+
+
+@contextlib.contextmanager
+def gates_logged(states: Callable[[], Sequence[Any]]) -> Iterator[None]:
+    """Logs every gate that a step moves, if `chainrule.gate` logs at INFO; else costs nothing.
+
+    Args:
+      states: the states of the groups, as they are when it is called.
+    """
+    if not _logger.isEnabledFor(logging.INFO):
+        yield
+        return
+
+    def scales() -> list[float]:
+        return [float(gate.gate_scale) for state in states() for gate in _gates(state)]
+
+    before = scales()
+    yield
+    gates = [(group, gate) for group, state in enumerate(states()) for gate in _gates(state)]
+    for (group, gate), old, new in zip(gates, before, scales(), strict=True):
+        if new != old:
+            event = {"group": group, "step": int(gate.count), "gate_scale": new, "before": old}
+            _logger.info("gate", extra={"event": event})

@@ -13,7 +13,7 @@ from chainrule.bridges.checks import check_gradients, check_params
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
-from chainrule.bridges.tiers import is_due, retiered, tiers_of
+from chainrule.bridges.tiers import gates_logged, is_due, retiered, tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
 
@@ -266,10 +266,11 @@ class TorchBridge(torch.optim.Optimizer):
                 loss = closure()
         self._retier()
         ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
-        for work in ready:
-            if work is not None:
-                run, inputs = work
-                run(inputs)
+        with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
+            for work in ready:
+                if work is not None:
+                    run, inputs = work
+                    run(inputs)
         return loss
 
     def _prepare(

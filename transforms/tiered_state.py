@@ -339,6 +339,7 @@ def _reassigned(node: TieredState, grads: Any, params: Any, other_bytes: int) ->
     tiers, memory = policy.move(step, memory, current, signals, candidates, forced)
     if bound is not None and of_state:
         tiers = _within(bound - other_bytes - fixed, sizes, tiers, current, signals, forced, lowest)
+    new_node = _moved(node, tuple(tiers), jax.tree.map(jnp.asarray, memory), list(leaves))
     moves = [(new, old) for new, old in zip(tiers, current, strict=True) if new != old]
     if moves:
         promotions = sum(new > old for new, old in moves)
@@ -347,9 +348,11 @@ def _reassigned(node: TieredState, grads: Any, params: Any, other_bytes: int) ->
             "promotions": promotions,
             "demotions": len(moves) - promotions,
             **{f"tier{tier}": tiers.count(tier) for tier in sorted(assignment.transforms)},
+            "state_bytes_before": state_bytes(node),
+            "state_bytes": state_bytes(new_node),
         }
         _logger.info("tier_transition", extra={"event": event})
-    return _moved(node, tuple(tiers), jax.tree.map(jnp.asarray, memory), list(leaves))
+    return new_node
 
 
 def _sizes(assignment: Assignment, leaves: Any) -> list[dict[int, int]]:

@@ -9,6 +9,7 @@ optimizer = chainrule.TorchBridge(tx, model.parameters())
 from typing import TYPE_CHECKING, Any
 
 from chainrule import chains, transforms
+from chainrule.logs import JsonFormatter
 from chainrule.transforms import (
     TierPolicy,
     chain,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "JsonFormatter",
     "TierPolicy",
     "TorchBridge",
     "chain",
