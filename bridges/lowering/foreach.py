@@ -65,13 +65,14 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
       A function of the flat inputs.
     """
     lowered = dataclasses.replace(lowered, graph=copy.deepcopy(lowered.graph))
-    fuse(lowered.graph.graph, fake_values(lowered, device))
-    program = cut(lowered, targets, device)
+    graph, values = lowered.graph.graph, fake_values(lowered, device)
+    fuse(graph, values)
+    program = cut(graph, targets, values)
     batches = [_Batch(kind, program) for stage in program.stages for kind in by_kind(stage)]
     renewed = {pair for batch in batches for pair in batch.renewed}
     constants = {
         node: getattr(lowered.graph, str(node.target))
-        for node in lowered.graph.graph.find_nodes(op="get_attr")
+        for node in graph.find_nodes(op="get_attr")
     }
     pairs = zip(program.results, targets, strict=True)
     left = [(r, program.placeholders[t]) for r, t in pairs]

@@ -6,18 +6,36 @@ bridge has checked shapes, dtypes and devices. Parameters and state are renewed 
 keeps what it compiled on disk, so another process starts warm.
 """
 
+import copy
+import dataclasses
+import functools
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor import config
+from torch._inductor import config, cpu_vec_isa
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from chainrule.bridges.lowering.pieces import HOST, Piece, Program, body_of, by_kind, cut
+from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.pieces import (
+    Piece,
+    Program,
+    body_of,
+    by_kind,
+    cut,
+    fake_values,
+    is_apart,
+)
 from chainrule.bridges.lowering.program import Lowered
+from chainrule.bridges.lowering.recompute import recompute
 
 Step = Callable[[Sequence[Tensor]], None]
 
@@ -36,10 +54,13 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
     Returns:
       A function of the flat inputs.
     """
-    program = cut(lowered, targets, device)
+    lowered = dataclasses.replace(lowered, graph=copy.deepcopy(lowered.graph))
+    graph, values = lowered.graph.graph, fake_values(lowered, device)
+    recompute(graph, values, targets)
+    program = cut(graph, targets, values)
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(program.placeholders)}
     constants = []
-    for node in lowered.graph.graph.find_nodes(op="get_attr"):
+    for node in graph.find_nodes(op="get_attr"):
         slots[node] = len(slots)
         constants.append(getattr(lowered.graph, str(node.target)))
     calls = [
@@ -60,7 +81,7 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
     copies = [(slots[r], slots[old]) for r, old in left if r is not old and (r, old) not in renewed]
     borrowed = [r for r, _ in copies if r < len(program.placeholders)]
     empty = [None] * (len(slots) - len(program.placeholders) - len(constants))
-    copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    write = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def step(inputs: Sequence[Tensor]) -> None:
@@ -69,13 +90,13 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
         for call in calls:
             call(env)
         if copies:
-            copy([env[old] for _, old in copies], [kept.get(r, env[r]) for r, _ in copies])
+            write([env[old] for _, old in copies], [kept.get(r, env[r]) for r, _ in copies])
 
     return step
 
 
 def _compiles(piece: Piece) -> bool:
-    return all(n.target not in HOST for n in piece.nodes)
+    return not any(map(is_apart, piece.nodes))
 
 
 def _calls(
@@ -85,6 +106,8 @@ def _calls(
     programs: dict[Any, Callable[[list[Any]], Sequence[Tensor]]] = {}
     calls = []
     for piece in pieces:
+        if _compiles(piece):  # what renews an input is found where the input was
+            slots |= {piece.outputs[i]: slots[old] for i, old in piece.renews}
         for node in piece.outputs:
             slots.setdefault(node, len(slots))
         tensors = (program.values[n] for n in piece.inputs)
@@ -147,6 +170,14 @@ def _flat_call(program, inputs, outputs, shapes, renews) -> Callable[[list[Any]]
 
 
 def _plain(piece: Piece, program: Program) -> Callable[[list[Any]], Sequence[Tensor]]:
+    if piece.nodes[0].target is ops.unbind:
+        entries = [n.args[1] for n in piece.outputs]
+
+        def entries_of(inputs: list[Any]) -> Sequence[Tensor]:
+            parts = ops.unbind(inputs[0])
+            return [parts[i] for i in entries]
+
+        return entries_of
     body = body_of(piece, program.values)
     return lambda inputs: body(*inputs)
 
@@ -186,5 +217,22 @@ def _compile(
         output.args = (tuple(r for i, r in enumerate(results) if i not in renewed),)
     module.recompile()
     # The bridge checks what it hands over; asserting it again costs a tenth of a small step.
-    with config.patch(size_asserts=False), torch.no_grad():
+    options = {"size_asserts": False, "cpp.vec_isa_ok": _instructions_are_known()}
+    with config.patch(options), torch.no_grad():
         return compile_fx_inner(module, [p.meta["val"] for p in placeholders])  # pyright: ignore
+
+
+@functools.cache
+def _instructions_are_known() -> bool | None:
+    """True where the C++ compiler knows the processor's vector instructions, else None: Inductor finds out.
+
+    It would build and load a library for each set of instructions: six seconds, of which one again in every process.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    supported = cpu_vec_isa.x86_isa_checker()
+    sets = [s for s in cpu_vec_isa.supported_vec_isa_list if {*str(s).split()} <= {*supported}]
+    flags = [flag for s in sets for flag in s.build_arch_flags().split()]
+    command = [get_cpp_compiler(), *flags, "-E", "-x", "c++", os.devnull]
+    found = subprocess.run(command, capture_output=True, check=False)
+    return True if found.returncode == 0 else None

@@ -254,6 +254,16 @@ def pad(x: Tensor, value: Tensor | float, config: Sequence[tuple[int, int, int]]
     return out[cut].to(x.dtype)
 
 
+def first(x: Tensor) -> Tensor:
+    """The first element, in as many dimensions; also of a tensor that is given flat."""
+    return x[(slice(0, 1),) * x.ndim]
+
+
+def unbind(x: Tensor) -> tuple[Tensor, ...]:
+    """The entries of a copy of a vector."""
+    return x.clone().unbind()
+
+
 def _clamped(start: Tensor | int, high: int) -> Tensor | int:
     if isinstance(start, Tensor):
         return torch.clamp(start.to(torch.int64), 0, high)

@@ -5,6 +5,8 @@ norm). Cutting the graph at the scalars that several leaves share leaves pieces 
 are one `kind`: they run batched (``foreach``) or are compiled once (``inductor``).
 """
 
+import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from chainrule.bridges.lowering.kernel import kernel_call
 from chainrule.bridges.lowering.program import Lowered
 
 HOST = {ops.branch, ops.scan, ops.while_loop, kernel_call}
-"""Nodes that run Python control flow or the compiled kernel; each is a piece of its own."""
+"""Nodes that run Python control flow or the compiled kernel."""
 
 POINTWISE = {
     *(ops.cbrt, ops.erf_inv, ops.float_to_int, ops.half_precision, ops.int_div, ops.int_rem),
@@ -35,9 +37,11 @@ POINTWISE = {
 }
 """Functions that work element by element, so that their operands may be given flat."""
 
+_MANY_SCALARS = 8
+
 FULL_REDUCTIONS = {torch.sum, torch.amax, torch.amin, torch.any, torch.all}
 
-_SHARED, _MANY = "shared", "many"
+SHARED, _MANY = "shared", "many"
 
 
 class Piece(NamedTuple):
@@ -49,7 +53,8 @@ class Piece(NamedTuple):
     outputs: tuple[fx.Node, ...]
     """Its nodes that others read or the program returns."""
     renews: tuple[tuple[int, fx.Node], ...]
-    """Pairs of an output's position and the placeholder that only this piece reads and that the output renews."""
+    """Pairs of an output's position and the placeholder that it renews, which no other piece reads at this stage or
+    later."""
     flat: bool
     """Whether it is elementwise over one shape, up to reductions of everything: the tensors may be given flat."""
     kind: Any
@@ -66,33 +71,32 @@ class Program(NamedTuple):
     """A fake tensor for every node: its shape, dtype and device."""
 
 
-def cut(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Program:
+def cut(graph: fx.Graph, targets: Sequence[int], values: dict[fx.Node, Any]) -> Program:
     """Cuts a program into pieces.
 
     Args:
-      lowered: the program.
+      graph: the program.
       targets: for every output, the position of the input that it renews.
-      device: where it runs.
+      values: a fake tensor for every node.
 
     Returns:
-      The pieces. Those that renew an input in place are its only readers.
+      The pieces. Those that renew an input in place are its last readers.
     """
-    graph = lowered.graph.graph
     placeholders = tuple(graph.find_nodes(op="placeholder"))
     results: tuple[fx.Node, ...] = tuple(graph.output_node().args[0])  # pyright: ignore
-    values = fake_values(lowered, device)
-    places = _places(graph, values)
+    where = places(graph, values)
     groups: dict[Any, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op in ("call_function", "call_module"):
-            groups.setdefault(places[node], []).append(node)
+            groups.setdefault(where[node], []).append(node)
     renewed = {r: placeholders[t] for r, t in zip(results, targets, strict=True)}
     returned = set(results)
     # A piece reads only from the shared scalars, which come first, and from pieces of a lower rank.
+    stage_of = {node: -1 if owner == SHARED else rank for node, (owner, rank) in where.items()}
     stages: dict[int, list[Piece]] = {}
-    for (owner, rank), nodes in groups.items():
-        stage = -1 if owner == _SHARED else rank
-        stages.setdefault(stage, []).append(_piece(nodes, renewed, returned, values))
+    for nodes in groups.values():
+        piece = _piece(nodes, renewed, returned, values, stage_of)
+        stages.setdefault(stage_of[nodes[0]], []).append(piece)
     ordered = tuple(tuple(pieces) for _, pieces in sorted(stages.items()))
     return Program(ordered, placeholders, results, values)
 
@@ -123,14 +127,27 @@ def fake_values(lowered: Lowered, device: torch.device) -> dict[fx.Node, Any]:
     return values
 
 
-def _is_array(value: Any) -> bool:
+def is_apart(node: fx.Node) -> bool:
+    """Whether a node is a piece of its own, which runs as it is.
+
+    Such are control flow, the compiled kernel, and the way from scalars of many leaves to a vector and back.
+    """
+    if node.target is torch.stack:
+        return len(node.args[0]) >= _MANY_SCALARS  # pyright: ignore
+    return node.target in HOST or node.target is ops.unbind
+
+
+def is_array(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim > 0
-    return isinstance(value, (tuple, list)) and any(_is_array(v) for v in value)
+    return isinstance(value, (tuple, list)) and any(is_array(v) for v in value)
 
 
-def _places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[Any, int]]:
-    """Each node's owner (a leaf, the shared scalars, or many leaves) and its rank."""
+def places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[Any, int]]:
+    """Each node's owner (a leaf, the shared scalars, or many leaves) and its rank.
+
+    A node's `meta["rank"]` is the least that it may have.
+    """
     parent: dict[fx.Node, fx.Node] = {}
 
     def leaf_of(node: fx.Node) -> fx.Node:
@@ -142,7 +159,7 @@ def _places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[
         return root
 
     def joins(node: fx.Node) -> bool:
-        return node.op != "get_attr" and node.target not in HOST and _is_array(values[node])
+        return node.op != "get_attr" and not is_apart(node) and is_array(values[node])
 
     for node in graph.nodes:
         if node.op == "call_function" and joins(node):
@@ -151,24 +168,33 @@ def _places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[
                     parent[leaf_of(source)] = leaf_of(node)
 
     owners: dict[fx.Node, Any] = {}
-    ranks: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if node.op == "output":
-            continue
-        if node.target in HOST:
+        if is_apart(node):
             owners[node] = node
-        elif node.op != "get_attr" and _is_array(values[node]):
+        elif node.op != "get_attr" and is_array(values.get(node)):
             owners[node] = leaf_of(node)
         else:
-            found = {owners[s] for s in node.all_input_nodes} - {_SHARED}
-            owners[node] = found.pop() if len(found) == 1 else _MANY if found else _SHARED
-        ranks[node] = 0
+            found = {owners[s] for s in node.all_input_nodes} - {SHARED}
+            owners[node] = found.pop() if len(found) == 1 else _MANY if found else SHARED
+    for node in reversed(graph.nodes):
+        # A scalar from elsewhere that only one leaf reads is computed there.
+        readers = {owners[user] for user in node.users}
+        owner = owners[node]
+        from_many = owner == _MANY or (owner not in (SHARED, node) and is_apart(owner))
+        if from_many and len(readers) == 1 and node.target is not operator.getitem:
+            (reader,) = readers
+            if reader not in (SHARED, _MANY) and not is_apart(reader):
+                owners[node] = reader
+
+    where: dict[fx.Node, tuple[Any, int]] = {}
+    for node in graph.nodes:
+        rank = node.meta.get("rank", 0)
         for source in node.all_input_nodes:
-            if source.op == "placeholder":
-                continue
-            crosses = owners[source] not in (_SHARED, owners[node])
-            ranks[node] = max(ranks[node], ranks[source] + crosses)
-    return {node: (owners[node], ranks[node]) for node in owners}
+            if source.op != "placeholder":
+                owner, before = where[source]
+                rank = max(rank, before + (owner not in (SHARED, owners[node])))
+        where[node] = owners[node], rank
+    return {node: place for node, place in where.items() if node.op != "output"}
 
 
 def _piece(
@@ -176,8 +202,14 @@ def _piece(
     renewed: dict[fx.Node, fx.Node],
     returned: set[fx.Node],
     values: dict[fx.Node, Any],
+    stage_of: dict[fx.Node, int],
 ) -> Piece:
     inside = set(nodes)
+    stage = stage_of[nodes[0]]
+
+    def is_last(user: fx.Node) -> bool:
+        return user in inside or stage_of.get(user, stage) < stage
+
     inputs = tuple(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
     outputs = tuple(n for n in nodes if n in returned or any(u not in inside for u in n.users))
     renews = []
@@ -185,7 +217,7 @@ def _piece(
         old = renewed.get(node)
         if (
             old in inputs
-            and set(old.users) <= inside
+            and all(map(is_last, old.users))
             and values[old].shape == values[node].shape
             and values[old].dtype == values[node].dtype
         ):
@@ -195,6 +227,8 @@ def _piece(
         _is_flat(n, values) for n in nodes
     )
     shapes = {tuple(t.shape) for t in tensors if t.ndim} if flat else set()
+    if len(shapes) > 1:  # next to a tensor's first element
+        shapes = {shape for shape in shapes if math.prod(shape) != 1}
     flat = len(shapes) == 1
     shape = next(iter(shapes)) if flat else None
     kind = _kind(nodes, inputs, outputs, tuple(renews), values, shape)
@@ -204,17 +238,17 @@ def _piece(
 def _is_flat(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     if node.op != "call_function" or not isinstance(values[node], torch.Tensor):
         return False
-    arrays = [s for s in node.all_input_nodes if _is_array(values[s])]
-    if not arrays and not _is_array(values[node]):
+    arrays = [s for s in node.all_input_nodes if is_array(values[s])]
+    if not arrays and not is_array(values[node]):
         return True
     if node.target in FULL_REDUCTIONS and values[node].ndim == 0:
         return True
-    return node.target in POINTWISE and bool(arrays)
+    return (node.target in POINTWISE or node.target is ops.first) and bool(arrays)
 
 
 def reduces_all(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     """Whether a node of a flat piece reduces a tensor to a scalar."""
-    return node.target in FULL_REDUCTIONS and _is_array(values[node.args[0]])  # pyright: ignore
+    return node.target in FULL_REDUCTIONS and is_array(values[node.args[0]])  # pyright: ignore
 
 
 def _kind(nodes, inputs, outputs, renews, values, shape) -> Any:
@@ -237,7 +271,7 @@ def _kind(nodes, inputs, outputs, renews, values, shape) -> Any:
 
     def body(node: fx.Node) -> Any:
         args: Any = node.args
-        if shape is not None and node.target in FULL_REDUCTIONS and _is_array(values[args[0]]):
+        if shape is not None and node.target in FULL_REDUCTIONS and is_array(values[args[0]]):
             args = (args[0], "all", *args[2:])
         return (node.target, described(args, node), described(node.kwargs, node))
 
@@ -245,7 +279,8 @@ def _kind(nodes, inputs, outputs, renews, values, shape) -> Any:
         value = values[node]
         if not isinstance(value, torch.Tensor):  # a loop's results, or its body
             return (node.target, id(value) if node.op == "get_attr" else str(value))
-        own = "flat" if shape is not None and value.ndim else tuple(value.shape)
+        flat = shape is not None and value.ndim > 0
+        own = ("flat", value.numel() < 2) if flat else tuple(value.shape)
         constant = node.target if node.op == "get_attr" else None
         return (str(value.dtype), own, constant)
 
@@ -267,7 +302,7 @@ def is_size(value: Any, node: fx.Node, size: int) -> bool:
 
 def body_of(piece: Piece, values: dict[fx.Node, Any]) -> Any:
     """A function of the piece's inputs that runs its nodes and returns its outputs."""
-    array = next((n for n in (*piece.inputs, *piece.nodes) if _is_array(values[n])), None)
+    array = next((n for n in (*piece.inputs, *piece.nodes) if is_array(values[n])), None)
     size = values[array].numel() if piece.flat and array is not None else 0
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ def simplify(graph: fx.Graph) -> None:
     """No-op arithmetic and dead code gone, common subexpressions once."""
     drop_noops(graph)
     merge_common(graph)
+    unbind_vectors(graph)
     drop_dead(graph)
 
 
@@ -58,6 +59,30 @@ def merge_common(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+_FEW = 8
+
+
+def unbind_vectors(graph: fx.Graph) -> None:
+    """Scalars taken one by one out of a vector become one operation."""
+    for node in list(graph.nodes):
+        if getattr(node.meta.get("aval"), "ndim", None) != 1:
+            continue
+        taken = [
+            (scalar, 0 if entry.target is ops.first else entry.args[2])
+            for entry in node.users
+            if entry.target is ops.first or entry.target is torch.narrow and entry.args[3] == 1
+            for scalar in entry.users
+            if scalar.target is torch.reshape and not scalar.args[1]
+        ]
+        if len(taken) < _FEW:
+            continue
+        with graph.inserting_after(node):
+            parts = graph.call_function(ops.unbind, (node,))
+        parts.meta.update({k: v for k, v in node.meta.items() if k != "aval"})
+        for scalar, index in taken:
+            scalar.target, scalar.args = operator.getitem, (parts, index)
 
 
 def _key(value: Any) -> Any:

@@ -76,6 +76,8 @@ def _slice(b: Builder, eqn: Equation, x: Value) -> Value:
     if aval.shape == eqn.invars[0].aval.shape:
         return x
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    if not any(starts) and aval.size == 1 and not is_key(aval.dtype):
+        return b.emit(ops.first, x)
     strides = eqn.params["strides"] or [1] * len(starts)
     for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
         if (start, limit, stride) == (0, eqn.invars[0].aval.shape[axis], 1):

@@ -9,7 +9,7 @@ import torch
 from chainrule import chains
 from chainrule.bridges.lowering import lower, to_torch
 from chainrule.bridges.lowering.foreach import foreach_step
-from chainrule.bridges.lowering.pieces import by_kind, cut
+from chainrule.bridges.lowering.pieces import by_kind, cut, fake_values
 
 SHAPES = {"bias": (3,), "kernel": (4, 3), "scale": (), "twin": (4, 3)}
 CASES = {
@@ -66,7 +66,8 @@ def test_compiled(name):
 
 def test_alike_leaves_are_one_kind():
     lowered, targets, _ = program(CASES["adamw"])
-    stages = cut(lowered, targets, torch.device("cpu")).stages
+    values = fake_values(lowered, torch.device("cpu"))
+    stages = cut(lowered.graph.graph, targets, values).stages
     kinds = [[len(kind) for kind in by_kind(stage)] for stage in stages]
     assert kinds[-1] == [3]  # bias, kernel and twin; the scalar belongs to what is shared
 
