@@ -24,6 +24,7 @@ from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.kernel import TABLE, buffers, kernel_call, roles, run_tier2
 from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.program import Lowered
+from chainrule.bridges.lowering.scalars import batched
 from chainrule.bridges.lowering.simplify import drop_dead
 from chainrule.native import _kernel
 
@@ -68,6 +69,7 @@ def kernel_step(
     if _kernel is None or device.type != "cpu":
         return build(lowered, targets, device)
     module = copy.deepcopy(lowered.graph)
+    _measure_together(module.graph)
     moves = _moves(
         module.graph, fake_values(dataclasses.replace(lowered, graph=module), device), targets
     )
@@ -95,6 +97,35 @@ def kernel_step(
             call(inputs, values)
 
     return step
+
+
+def _measure_together(graph: fx.Graph) -> None:
+    """One call for the statistics of all gradients."""
+    inputs = list(graph.find_nodes(op="placeholder"))
+    calls = [
+        node
+        for node in graph.find_nodes(op="call_function", target=kernel_call)
+        if node.args[0] == "chainrule_statistics" and set(node.all_input_nodes) <= set(inputs)
+    ]
+    if len(calls) < 2:
+        return
+    operands = [x for node in calls for x in node.args[2]]  # pyright: ignore
+    with graph.inserting_after(inputs[-1]):
+        whole = graph.call_function(kernel_call, ("chainrule_statistics", (), operands))
+    with graph.inserting_after(whole):
+        table = graph.call_function(operator.getitem, (whole, 0))
+    aval = next(iter(calls[0].users)).meta["aval"]
+    table.meta["aval"] = aval.update(shape=(len(operands), *aval.shape[1:]))
+    row = 0
+    for node in calls:
+        rows = len(node.args[2])  # pyright: ignore
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                own = graph.call_function(torch.narrow, (table, 0, row, rows))
+            user.replace_all_uses_with(own)
+            graph.erase_node(user)
+        graph.erase_node(node)
+        row += rows
 
 
 def _without(
@@ -137,13 +168,13 @@ def _is_small(lowered: Lowered, device: torch.device) -> bool:
 
 
 def _directly(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
-    """A step that runs the graph as it is."""
-    del device
+    """A step that runs the graph as it is, its scalars batched."""
+    graph = batched(lowered.graph, fake_values(lowered, device))
     kept = [(i, t) for i, t in enumerate(targets) if lowered.passthrough.get(i) != t]
     borrowed = [i for i, _ in kept if i in lowered.passthrough]
 
     def step(inputs: Sequence[Tensor]) -> None:
-        results = list(lowered.graph(*inputs))
+        results = list(graph(*inputs))
         for i in borrowed:
             results[i] = results[i].clone()
         copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
