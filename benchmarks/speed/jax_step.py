@@ -1,10 +1,10 @@
-"""Jitted step time of each chain against `optax.adamw`, and against the original where it is installed.
+"""Jitted step time of each chain against `optax.adamw`, and of the originals that are installed.
 
     python benchmarks/speed/jax_step.py --list gpt
 
-Every step is jitted with parameters and state donated, gradients fixed; the contenders take turns
-and the ratio is the
-median over rounds of (contender / adamw in the same round).
+Every step is jitted with parameters and state donated, gradients fixed (an original that is a torch
+optimizer: eager); the contenders take turns and the ratio is the median over rounds of (contender /
+adamw in the same round). The originals: `pip install stam-optimizer magma-optimizer`.
 """
 
 import argparse
@@ -24,16 +24,6 @@ from shapes import LISTS
 
 from chainrule import chains
 
-
-def original_stam():
-    """The STAM repository's own optimizer, or `None` where it is not installed."""
-    if importlib.util.find_spec("stam_optimizer") is None:
-        return None
-    from stam_optimizer import stam
-
-    return stam(1e-3)
-
-
 LIMITS = {"adam": 1.1, "nadam": 1.1, "stam_lite": 1.1, "stam": 1.4, "casmo": 1.7, "casmo_snr": 1.7}
 
 
@@ -45,8 +35,23 @@ def contenders():
             yield f"chains.{name}", getattr(chains, name)(1e-3), limit
     if hasattr(chains, "magma"):
         yield "chains.magma(adamw)", chains.magma(optax.adamw(1e-3)), 1.4
-    if (tx := original_stam()) is not None:
-        yield "original STAM", tx, None
+
+
+def originals():
+    """The published optimizers that are installed, each with what makes a stepper of shapes."""
+    if importlib.util.find_spec("stam_optimizer") is not None:
+        from stam_optimizer import stam, stam_lite
+
+        yield "original STAM", lambda shapes: Stepper(stam(1e-3), shapes)
+        yield "original STAMLite", lambda shapes: Stepper(stam_lite(1e-3), shapes)
+    if importlib.util.find_spec("magma") is not None:
+        import torch
+        from magma import Magma
+
+        yield (
+            "original Magma (torch)",
+            lambda shapes: TorchStepper(lambda p: Magma(torch.optim.AdamW(p, 1e-3)), shapes),
+        )
 
 
 class Stepper:
@@ -72,6 +77,26 @@ class Stepper:
         return time.perf_counter() - start
 
 
+class TorchStepper:
+    """The step of a torch optimizer, eager, with its own parameters."""
+
+    def __init__(self, make, shapes):
+        import torch
+
+        self.params = [torch.nn.Parameter(torch.randn(s) * 0.02) for s in shapes]
+        self.optimizer = make(self.params)
+
+    def __call__(self, grads) -> float:
+        import torch
+
+        for p, g in zip(self.params, grads, strict=True):
+            if p.grad is None:
+                p.grad = torch.tensor(np.asarray(g))
+        start = time.perf_counter()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,8 +114,9 @@ def main(argv=None):
     rows = [
         (name, Stepper(tx, shapes), limit)
         for name, tx, limit in contenders()
-        if limit is None or not args.only or name.removeprefix("chains.") in args.only
+        if limit is None or not args.only or name.removeprefix("chains.").split("(")[0] in args.only
     ]
+    rows += [(name, make(shapes), None) for name, make in originals()]
     times = {name: [] for name, _, _ in rows}
     for round_ in range(args.rounds + 2):
         for name, stepper, _ in rows:
