@@ -2,12 +2,13 @@
 
 A chain that needs a scalar of a whole tensor before it can scale an update (an alignment, a trust ratio) falls into
 stages with the tensor's update between them. Written and read again, that costs two passes over fresh memory; made again
-from the moments, which are in memory anyway, it costs reading them.
+from the moments, which are in memory anyway, it costs reading them. And a moment that a later stage reads is renewed
+there: the stage that sums over it then only reads.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import fx
 
 from chainrule.bridges.lowering.pieces import POINTWISE, SHARED, is_array, places
@@ -17,7 +18,7 @@ _WRITE_AND_READ = 2
 """Passes that carrying a tensor costs; it is computed again from no more new tensors than that."""
 
 
-def recompute(graph: fx.Graph, values: dict[fx.Node, torch.Tensor], targets: Sequence[int]) -> None:
+def recompute(graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]) -> None:
     """Changes a graph so that elementwise results of an early stage are made again where a later one reads them.
 
     Args:
@@ -25,56 +26,108 @@ def recompute(graph: fx.Graph, values: dict[fx.Node, torch.Tensor], targets: Seq
       values: a fake tensor for every node; those of new nodes are added.
       targets: for every output, the position of the input that it renews.
     """
-    results = graph.output_node().args[0]
-    inputs = list(graph.find_nodes(op="placeholder"))
-    where = places(graph, values)
-    renewed = {
-        inputs[t]: where[r][1]
-        for r, t in zip(results, targets, strict=True)  # pyright: ignore
-        if r.op != "placeholder"
-    }
-    stored = {*results}  # pyright: ignore
-    read: dict[tuple[object, int], set[fx.Node]] = {}
-    for node, place in where.items():
-        if node.op == "call_function":
-            tensors = (s for s in node.all_input_nodes if s.op == "placeholder" or s in stored)
-            read.setdefault(place, set()).update(tensors)
-    again: dict[tuple[fx.Node, int], fx.Node] = {}
+    _Recompute(graph, values, targets).run()
 
-    def sources(node: fx.Node, stage: int) -> set[fx.Node] | None:
-        """The tensors that `node` can be computed from in `stage`; None if it cannot."""
-        if not is_array(values[node]) or node in stored or where[node][1] == stage:
-            return {node} if is_array(values[node]) else set()
+
+class _Recompute:
+    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]):
+        self.graph, self.values = graph, values
+        self.output = graph.output_node()
+        self.results: list[fx.Node] = list(self.output.args[0])  # pyright: ignore
+        inputs = list(graph.find_nodes(op="placeholder"))
+        self.olds = [inputs[t] for t in targets]
+        self.where = places(graph, values)
+        self.members: dict[Any, list[fx.Node]] = {}
+        for node, place in self.where.items():
+            self.members.setdefault(place, []).append(node)
+        self.stored = set(self.results)
+        self.renewed_at = {
+            old: self.where[new][1]
+            for new, old in zip(self.results, self.olds, strict=True)
+            if new is not old
+        }
+        self.copies: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def run(self) -> None:
+        for node in list(self.where):
+            self.uncarry(node)
+        for i, node in enumerate(self.results):
+            self.sink(i, node)
+        self.output.args = (tuple(self.results),)
+        drop_dead(self.graph)
+
+    def is_leafs(self, node: fx.Node) -> bool:
+        """Whether a node computes a tensor of one leaf."""
+        owner = self.where[node][0]
+        return node.op == "call_function" and owner != SHARED and is_array(self.values[node])
+
+    def uncarry(self, node: fx.Node) -> None:
+        """Makes again what a node reads of earlier stages."""
+        if not self.is_leafs(node):
+            return
+        owner, stage = self.where[node]
+        for source in node.all_input_nodes:
+            carried = self.is_leafs(source) and source not in self.stored
+            if not carried or self.where[source][0] != owner or self.where[source][1] == stage:
+                continue
+            found = self.sources(source, stage)
+            if found is not None and len(found - self.read(owner, stage)) <= _WRITE_AND_READ:
+                with self.graph.inserting_before(node):
+                    node.replace_input_with(source, self.remade(source, stage))
+
+    def sink(self, i: int, node: fx.Node) -> None:
+        """Renews an input at the one later stage that reads what it becomes."""
+        if not self.is_leafs(node) or node.target not in POINTWISE or node is self.olds[i]:
+            return
+        owner, stage = self.where[node]
+        later = [u for u in node.users if u is not self.output and self.where[u] != (owner, stage)]
+        readers = {self.where[u] for u in later}
+        if len(readers) != 1 or self.results.count(node) > 1:
+            return
+        ((reader, last),) = readers
+        if reader != owner or last < stage:
+            return
+        self.renewed_at[self.olds[i]] = last
+        if any(self.sources(s, last) is None for s in node.all_input_nodes):
+            self.renewed_at[self.olds[i]] = stage
+            return
+        first = next(n for n in self.graph.nodes if n in later)
+        with self.graph.inserting_before(first):
+            new = self.copy(node, last)
+        for user in later:
+            user.replace_input_with(node, new)
+        self.stored ^= {node, new}
+        self.results[i] = new
+
+    def read(self, owner: Any, stage: int) -> set[fx.Node]:
+        """The tensors in memory that a stage of a leaf reads."""
+        read = {s for n in self.members[owner, stage] for s in n.all_input_nodes}
+        return {s for s in read if s.op == "placeholder" or s in self.stored}
+
+    def sources(self, node: fx.Node, stage: int) -> set[fx.Node] | None:
+        """The tensors in memory that `node` can be computed from at a stage; None if it cannot."""
+        if not is_array(self.values[node]):
+            return set()
         if node.op == "placeholder":
-            return {node} if renewed.get(node, stage) >= stage else None
+            return {node} if self.renewed_at.get(node, stage) >= stage else None
+        if node in self.stored or self.where[node][1] == stage:
+            return {node}
         if node.op != "call_function" or node.target not in POINTWISE:
             return None
-        found = [sources(s, stage) for s in node.all_input_nodes]
+        found = [self.sources(s, stage) for s in node.all_input_nodes]
         return None if None in found else set().union(*found)  # pyright: ignore
 
-    def remade(node: fx.Node, stage: int) -> fx.Node:
-        kept = node.op != "call_function" or not is_array(values[node]) or node in stored
-        if kept or where[node][1] == stage:
-            return node
-        if (node, stage) not in again:
-            new = graph.node_copy(node, lambda s: remade(s, stage))
-            new.meta["rank"] = stage
-            values[new] = values[node]
-            again[node, stage] = new
-        return again[node, stage]
+    def remade(self, node: fx.Node, stage: int) -> fx.Node:
+        """`node`, or what it is at a stage that has to make it again."""
+        carried = self.is_leafs(node) and node not in self.stored
+        return self.copy(node, stage) if carried and self.where[node][1] != stage else node
 
-    for node, (owner, stage) in list(where.items()):
-        if node.op != "call_function" or owner is SHARED or not is_array(values[node]):
-            continue
-        for source in node.all_input_nodes:
-            if where[source][0] != owner or where[source][1] == stage:
-                continue
-            if source.op == "placeholder" or source in stored or not is_array(values[source]):
-                continue
-            found = sources(source, stage)
-            if found is None or len(found - read[owner, stage]) > _WRITE_AND_READ:
-                continue
-            read[owner, stage] |= found
-            with graph.inserting_before(node):
-                node.replace_input_with(source, remade(source, stage))
-    drop_dead(graph)
+    def copy(self, node: fx.Node, stage: int) -> fx.Node:
+        if (node, stage) not in self.copies:
+            new = self.graph.node_copy(node, lambda s: self.remade(s, stage))
+            new.meta["rank"] = stage
+            self.values[new] = self.values[node]
+            self.where[new] = place = self.where[node][0], stage
+            self.members[place].append(new)
+            self.copies[node, stage] = new
+        return self.copies[node, stage]
