@@ -18,7 +18,7 @@ from chainrule.native import _kernel
 Attributes = tuple[tuple[str, Any], ...]
 T = TypeVar("T")
 
-TABLE = ("learning_rate", "weight_decay", "b1", "b1_long", "blend", "b2", "eps")
+TABLE: tuple[str, ...] = ("learning_rate", "weight_decay", "b1", "b1_long", "blend", "b2", "eps")
 TABLE += ("mu_correction", "nu_correction")
 """The numbers in a row of a tier-2 call's first operand."""
 
@@ -71,8 +71,10 @@ def _tier2(target: str, attributes: Attributes, operands: Sequence[Tensor]) -> l
 
 def _statistics(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
     del attributes
-    table = _kernel.statistics(buffers([t.contiguous() for t in operands]))
-    return [torch.from_numpy(table.astype(np.float32))]
+    gradients = [t.contiguous() for t in operands]  # held while the kernel reads them
+    table = _kernel.statistics(buffers(gradients))
+    with np.errstate(over="ignore"):  # infinite in float32, as in XLA
+        return [torch.from_numpy(table.astype(np.float32))]
 
 
 _CALLS = {

@@ -98,7 +98,7 @@ def _rev(b: Builder, eqn: Equation, x: Value) -> Value:
 
 def _concatenate(b: Builder, eqn: Equation, *operands: Value) -> Value:
     nodes = [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
-    return nodes[0] if len(nodes) == 1 else b.emit(torch.cat, nodes, eqn.params["dimension"])
+    return nodes[0] if len(nodes) == 1 else b.emit(torch.cat, nodes, int(eqn.params["dimension"]))
 
 
 def _stack(b: Builder, eqn: Equation, *operands: Value) -> Value:

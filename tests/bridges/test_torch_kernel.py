@@ -1,0 +1,194 @@
+"""Chains in the torch bridge through the compiled kernel equal the same chains lowered to torch."""
+
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import nn
+
+import chainrule
+from chainrule import TierPolicy, TorchBridge, chains
+from chainrule.bridges.lowering import UnsupportedPrimitive, lower
+from chainrule.bridges.lowering import native as step_in_kernel
+from chainrule.native import xla
+from chainrule.transforms import scale_by_dual_ema
+
+ALL_TIERS = TierPolicy({2: 0.4, 1: 0.3}, reassignment_interval=3, min_tier_steps=0)
+SHAPES = {"a": (6, 4), "b": (5,), "c": (3, 2, 2), "d": (), "e": (0,), "f": (300,)}
+
+
+def contiguous(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+def transposed(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape[::-1]).permute(tuple(range(len(shape)))[::-1])
+
+
+def strided(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(*shape, 2)[..., 0]
+
+
+def run(chain: Any, make: Any = contiguous, dtype: torch.dtype = torch.float32, **options: Any):
+    """Parameters and state after some steps."""
+    torch.manual_seed(0)
+    params = {n: nn.Parameter(make(shape).to(dtype)) for n, shape in SHAPES.items()}
+    bridge = TorchBridge(chain, params.items(), **options)
+    for t in range(7):
+        for i, (name, p) in enumerate(params.items()):
+            p.grad = (make(SHAPES[name]) * 10.0 ** ((i + t) % 3)).to(dtype)
+            if t == 4 and name == "b":
+                p.grad = None
+        bridge.step(lambda: 1.0)
+    return params, bridge
+
+
+def assert_close(first: Any, second: Any, **tolerance: float) -> None:
+    (params, bridge), (others, other) = first, second
+    for name, p in params.items():
+        torch.testing.assert_close(p, others[name], **tolerance)
+    mine, theirs = bridge.jax_state(), other.jax_state()
+    assert mine.inner_state[0].assignment.tiers == theirs.inner_state[0].assignment.tiers
+    for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        if x.dtype != np.uint8:
+            np.testing.assert_allclose(
+                np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=1e-2, atol=1e-4
+            )
+
+
+CHAINS = {
+    "default": {},
+    "decay": {"weight_decay": 0.1},
+    "gated decay": {"weight_decay": 0.1, "decay": "gated"},
+    "no rate": {"learning_rate": 0.0, "weight_decay": 0.1},
+    "only decay": {"weight_decay": 0.1, "tier_scale": (0.0, 0.0, 0.0), "min_lr_scale": 0.0},
+    "untiered": {"tiered": False},
+    "long kept": {"keep_long": True, "debias": "second", "clock": "chain"},
+    "no second moment": {"b2": None},
+    "in codes": {"bits": 4, "block": 16},
+    "schedule": {"learning_rate": optax.linear_schedule(0.1, 0.0, 5)},
+}
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CHAINS)
+def test_kernel_is_torch(name: str, compile: bool) -> None:
+    settings: dict[str, Any] = {"policy": ALL_TIERS, "learning_rate": 0.01, **CHAINS[name]}
+    fast = run(chains.cosmic(**settings), compile=compile)
+    assert_close(fast, run(chains.cosmic(**settings, kernel="xla")), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [transposed, strided])
+def test_any_layout(make: Any) -> None:
+    settings = {"policy": ALL_TIERS, "weight_decay": 0.1}
+    fast, plain = (run(chains.cosmic(0.01, **settings, kernel=k), make) for k in ("auto", "xla"))  # pyright: ignore
+    assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_dtype(dtype: torch.dtype) -> None:
+    fast, plain = (
+        run(chains.cosmic(0.01, policy=ALL_TIERS, kernel=k), dtype=dtype) for k in ("auto", "xla")
+    )
+    assert_close(fast, plain, rtol=5e-2, atol=5e-2)
+
+
+def test_stochastic_rounding_is_left_to_torch() -> None:
+    chain = chains.cosmic(0.01, policy=ALL_TIERS)
+    fast, plain = (
+        run(c, dtype=torch.bfloat16, rounding="stochastic")
+        for c in (chain, chains.cosmic(0.01, policy=ALL_TIERS, kernel="xla"))
+    )
+    assert_close(fast, plain, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_spreads_as_in_torch(bad: float) -> None:
+    found = []
+    for kernel in ("auto", "xla"):
+        p = nn.Parameter(torch.ones(8))
+        bridge = TorchBridge(chains.cosmic(0.01, policy=TierPolicy({2: 1.0}), kernel=kernel), [p])
+        for value in (1.0, bad, 1.0):
+            p.grad = torch.ones(8)
+            p.grad[3] = value
+            bridge.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "then", [optax.identity(), optax.clip_by_global_norm(0.5), optax.trace(0.9)]
+)
+def test_what_follows_the_kernel_may_be_anything(then: Any) -> None:
+    found = []
+    for kernel in ("native", "xla"):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(7)), nn.Parameter(torch.randn(2, 3))]
+        chain = optax.chain(scale_by_dual_ema(kernel=kernel), then, optax.scale(-0.1))
+        bridge = TorchBridge(chain, params)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            bridge.step()
+        found.append(params)
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch() -> None:
+    _, bridge = run(chains.cosmic(policy=ALL_TIERS, weight_decay=0.1))
+    (tree,) = bridge._trees
+    assert tree is not None and tree.lowered is not None
+    seen = []
+
+    def build(rest: Any, *_: Any) -> Any:
+        seen.append(rest)
+
+    targets = tree._targets(len(tree.params), len(tree.state_avals))
+    step_in_kernel.kernel_step(build, tree.lowered, targets, torch.device("cpu"))
+    assert not seen  # all that is left is small, and runs as it is
+
+
+def test_a_call_that_has_no_lowering_is_an_error() -> None:
+    def quantize(x: Any) -> Any:
+        return xla.quantize([x], block=2)
+
+    with pytest.raises(UnsupportedPrimitive, match="chainrule_quantize"):
+        lower(quantize, jax.ShapeDtypeStruct((4,), "float32"))
+
+
+def test_without_the_kernel_the_bridge_runs_in_torch_and_says_so_once() -> None:
+    code = """
+        import sys, warnings
+        sys.modules["chainrule.native._kernel"] = None  # as where it was left out
+        import torch, chainrule
+        from chainrule import chains
+        found = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for kernel in ("auto", "native", "xla"):
+                p = torch.nn.Parameter(torch.ones(8))
+                policy = chainrule.TierPolicy({2: 1.0})
+                bridge = chainrule.TorchBridge(chains.cosmic(policy=policy, kernel=kernel), [p])
+                for _ in range(3):
+                    p.grad = torch.arange(8.0)
+                    bridge.step()
+                found.append(p.detach())
+        told = [w for w in caught if "kernel is not installed" in str(w.message)]
+        assert len(told) == 1, caught
+        assert found[0].equal(found[1]) and found[0].equal(found[2])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+def test_in_jax_auto_is_xla() -> None:
+    tx = chains.cosmic(policy=TierPolicy({2: 1.0}))
+    params = {"a": np.ones(4, np.float32)}
+    state = chainrule.retier(tx.init(params), params, params)
+    assert "chainrule_" not in str(jax.make_jaxpr(tx.update)(params, state, params))
