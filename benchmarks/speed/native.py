@@ -148,6 +148,47 @@ def chain_in_jit(title: str, sizes: list[int], rounds: int) -> None:
         print(f"{name:34}{ms[0]:11.2f}{ms[1]:9.2f}{share:8.2f}")
 
 
+def bridge_against_torch(rounds: int, shapes: list[tuple[int, ...]]) -> None:
+    """`TorchBridge(chains.cosmic(...))` against `torch.optim.AdamW(fused=True)`, a whole step."""
+    torch.manual_seed(0)
+    # A vector's gradient sums over every token, a matrix's is spread over its rows: so tiers fall in training.
+    gradients = [torch.randn(s) * (1e-2 if len(s) < 2 else 1e-4) for s in shapes]
+
+    def optimizer(make: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        params = [torch.nn.Parameter(torch.randn(s) * 0.02) for s in shapes]
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        return make(params)
+
+    def cosmic(**settings: object) -> Callable[..., torch.optim.Optimizer]:
+        return lambda params: chainrule.TorchBridge(chains.cosmic(**settings), params)  # pyright: ignore
+
+    full = chainrule.TierPolicy({2: 1.0})
+    made = {
+        "torch AdamW fused": partial(torch.optim.AdamW, lr=1e-3, fused=True),
+        "all in tier 2": cosmic(policy=full),
+        "default tiers": cosmic(),
+        "all in tier 2, 4-bit": cosmic(policy=full, bits=4),
+    }
+    optimizers = {name: optimizer(make) for name, make in made.items()}
+    times = alternate({name: o.step for name, o in optimizers.items()}, rounds)
+    count = sum(map(torch.Size.numel, map(torch.Size, shapes)))
+    print(
+        f"\nTorchBridge(chains.cosmic(...)), gpt: {len(shapes)} tensors, {count / MILLION:.1f}M float32"
+    )
+    print(f"{'':22}{'ms':>9}{'against':>20}{'ratio':>8}{'at most':>9}")
+    for name, yardstick, target in (
+        ("torch AdamW fused", None, None),
+        ("all in tier 2", "torch AdamW fused", 1.5),
+        ("default tiers", "torch AdamW fused", 0.5),
+        ("all in tier 2, 4-bit", "all in tier 2", 3.0),
+    ):
+        line = f"{name:22}{statistics.median(times[name]) * 1e3:9.2f}"
+        if yardstick is not None:
+            line += f"{yardstick:>20}{ratio(times[name], times[yardstick]):8.2f}{target:9.2f}"
+        print(line)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     kernel_against_torch("gpt", sizes[2:] if args.quick else sizes, rounds)
     chain_in_jit("flat", [20 * MILLION // share], rounds)
     chain_in_jit("gpt", sizes[2:] if args.quick else sizes, rounds)
+    bridge_against_torch(2 * rounds, GPT[2:] if args.quick else GPT)
 
 
 if __name__ == "__main__":
