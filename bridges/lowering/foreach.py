@@ -2,17 +2,19 @@
 
 Memory passes are what an eager step costs, so a result takes over the memory of an operand that
 nobody reads again, an input that a piece renews is renewed in place, and multiply-add patterns
-become `lerp`, `addcmul` and `add(alpha=)`.
+are one operation (`fuse`).
 """
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from chainrule.bridges.lowering.fuse import fuse
 from chainrule.bridges.lowering.pieces import Piece, Program, by_kind, cut, fake_values
 from chainrule.bridges.lowering.program import Lowered
 
@@ -46,11 +48,14 @@ _UNARY: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
 _FUSED: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
     torch.lerp: (torch._foreach_lerp, torch._foreach_lerp_),
     torch.addcmul: (torch._foreach_addcmul, torch._foreach_addcmul_),
+    torch.addcdiv: (torch._foreach_addcdiv, torch._foreach_addcdiv_),
 }
 _BATCHED = {**_BINARY, **_UNARY, **_FUSED}
 _TAKES_SHARED = {torch.mul, torch.div, torch.add}
 """Their second operand may be one 0-d tensor for all tensors of the list."""
-_KEYWORDS = {torch.add: {"alpha"}, torch.addcmul: {"value"}}
+_KEYWORDS = {torch.add: {"alpha"}, torch.addcmul: {"value"}, torch.addcdiv: {"value"}}
+_NUMBER = {torch.mul: 1, torch.div: 1, torch.lerp: 2}
+"""Position of the operand that may be a number for all tensors, or one for each."""
 
 
 def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
@@ -65,14 +70,14 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
       A function of the flat inputs.
     """
     lowered = dataclasses.replace(lowered, graph=copy.deepcopy(lowered.graph))
+    host = device.type == "cpu"
     graph, values = lowered.graph.graph, fake_values(lowered, device)
-    fuse(graph, values)
+    fuse(graph, values, host=host)
     program = cut(graph, targets, values)
-    batches = [_Batch(kind, program) for stage in program.stages for kind in by_kind(stage)]
+    batches = [_Batch(kind, program, host) for stage in program.stages for kind in by_kind(stage)]
     renewed = {pair for batch in batches for pair in batch.renewed}
     constants = {
-        node: getattr(lowered.graph, str(node.target))
-        for node in graph.find_nodes(op="get_attr")
+        node: getattr(lowered.graph, str(node.target)) for node in graph.find_nodes(op="get_attr")
     }
     pairs = zip(program.results, targets, strict=True)
     left = [(r, program.placeholders[t]) for r, t in pairs]
@@ -96,76 +101,12 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
     return step
 
 
-def fuse(graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
-    """Multiply-add patterns of float32 tensors as single passes, with torch's rounding instead of two."""
-    for node in graph.nodes:
-        if node.target is torch.square and _is_float_array(node, values):
-            node.target, node.args = torch.mul, (node.args[0], node.args[0])
-    for node in graph.nodes:
-        if node.target is not torch.add or len(node.args) != 2 or node.kwargs:
-            continue
-        x, y = node.args
-        if not (_is_float_array(x, values) and _is_float_array(y, values)):
-            continue
-        fused = (
-            _as_lerp(x, y, values)
-            or _as_multiply_add(x, y, values)
-            or _as_multiply_add(y, x, values)
-        )
-        if fused is not None and values[node].shape == values[fused[1][0]].shape:
-            target, args, kwargs = fused
-            node.target, node.args, node.kwargs = target, args, kwargs
-    for node in reversed(graph.nodes):
-        if not node.users and node.op == "call_function":
-            graph.erase_node(node)
-
-
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-
-
-def _is_float_array(x: Any, values: dict[fx.Node, Any]) -> bool:
-    value = values.get(x) if isinstance(x, fx.Node) else None
-    return isinstance(value, Tensor) and value.ndim > 0 and value.dtype == torch.float32
-
-
-def _scaled(x: Any, values: dict[fx.Node, Any]) -> tuple[fx.Node, float] | None:
-    """The tensor and number of a product of both that nobody else reads."""
-    if not (isinstance(x, fx.Node) and x.target is torch.mul and len(x.users) == 1):
-        return None
-    tensor, number = x.args
-    if isinstance(number, (int, float)) and _is_float_array(tensor, values):
-        return tensor, float(number)  # pyright: ignore[reportReturnType]
-    return None
-
-
-def _as_lerp(x: Any, y: Any, values: dict[fx.Node, Any]) -> Call | None:
-    first, second = _scaled(x, values), _scaled(y, values)
-    if first is None or second is None or abs(first[1] + second[1] - 1) > 1e-6:
-        return None
-    end, start = sorted((first, second), key=lambda pair: pair[1])
-    if end[1] < 0 or values[end[0]].shape != values[start[0]].shape:
-        return None
-    return torch.lerp, (start[0], end[0], end[1]), {}
-
-
-def _as_multiply_add(product: Any, other: Any, values: dict[fx.Node, Any]) -> Call | None:
-    scaled = _scaled(product, values)
-    if scaled is None or values[product].shape != values[other].shape:
-        return None
-    tensor, number = scaled
-    if tensor.target is torch.mul and len(tensor.users) == 1:
-        a, b = tensor.args
-        if _is_float_array(a, values) and _is_float_array(b, values):
-            return torch.addcmul, (other, a, b), {"value": number}
-    return torch.add, (other, tensor), {"alpha": number}
-
-
 class _Batch:
     """The pieces of one kind, run together: each of its steps is one call for all of them."""
 
-    def __init__(self, pieces: Sequence[Piece], program: Program):
+    def __init__(self, pieces: Sequence[Piece], program: Program, host: bool):
         first = pieces[0]
-        self.pieces, self.values = pieces, program.values
+        self.pieces, self.values, self.host = pieces, program.values, host
         # Column k holds the k-th input or node of every piece.
         self.columns = [
             list(column) for column in zip(*((*p.inputs, *p.nodes) for p in pieces), strict=True)
@@ -201,19 +142,25 @@ class _Batch:
             or set(node.kwargs) - _KEYWORDS.get(node.target, set())
         ):
             return False
-        for j, arg in enumerate(node.args):
+        column = self.columns[self.number[node]]
+        for j, arg in (*enumerate(node.args), *node.kwargs.items()):
             if not isinstance(arg, fx.Node):
-                column = self.columns[self.number[node]]
-                if j == 0 or len({repr(n.args[j]) for n in column}) > 1:
+                others = {repr(n.args[j] if isinstance(j, int) else n.kwargs[j]) for n in column}
+                if j == 0 or len(others) > 1:
                     return False
                 continue
             value = self.values[arg]
             if value.dtype != result.dtype:
                 return False
-            if value.ndim == 0:
-                shared = len(set(self.columns[self.number[arg]])) == 1
-                if j != 1 or not shared or node.target not in _TAKES_SHARED or node.kwargs:
-                    return False
+            if value.ndim > 0:
+                continue
+            shared = len(set(self.columns[self.number[arg]])) == 1
+            if self.host and (j == _NUMBER.get(node.target) or j == "value"):
+                continue
+            if self.host and j == "alpha" and shared:
+                continue
+            if j != 1 or not shared or node.target not in _TAKES_SHARED or node.kwargs:
+                return False
         return True
 
     def _heirs(self, piece: Piece) -> tuple[dict[fx.Node, int], set[fx.Node]]:
@@ -264,21 +211,32 @@ class _Batch:
     def _batch(self, node: fx.Node) -> Callable[[list[Any]], Any]:
         index = self.heirs.get(node)
         in_place = index is not None
-        call, kwargs, args = _BATCHED[node.target][in_place], dict(node.kwargs), list(node.args)
+        call, args = _BATCHED[node.target][in_place], [*node.args]
         if index == 1:
             args[0], args[1] = args[1], args[0]
-        columns = [self.number[a] if isinstance(a, fx.Node) else None for a in args]
-        alone = [isinstance(a, fx.Node) and self.values[a].ndim == 0 for a in args]
+        given = [self._operand(arg) for arg in args]
+        named = {name: self._operand(arg) for name, arg in node.kwargs.items()}
 
         def step(lists: list[Any]) -> Any:
-            given = [
-                a if k is None else lists[k][0] if one else lists[k]
-                for a, k, one in zip(args, columns, alone, strict=True)
-            ]
-            result = call(*given, **kwargs)
-            return given[0] if in_place else result
+            operands = [operand(lists) for operand in given]
+            keywords = {name: operand(lists) for name, operand in named.items()}
+            if isinstance(keywords.get("value"), list):
+                operands.append(keywords.pop("value"))
+            result = call(*operands, **keywords)
+            return operands[0] if in_place else result
 
         return step
+
+    def _operand(self, arg: Any) -> Callable[[list[Any]], Any]:
+        """What a foreach call takes for an operand: a list of tensors, a number or numbers, or a 0-d tensor."""
+        if not isinstance(arg, fx.Node):
+            return lambda lists: arg
+        k = self.number[arg]
+        if self.values[arg].ndim > 0:
+            return operator.itemgetter(k)
+        if len(set(self.columns[k])) == 1:
+            return lambda lists: lists[k][0].item() if self.host else lists[k][0]
+        return lambda lists: [x.item() for x in lists[k]]
 
     def _one_by_one(self, node: fx.Node) -> Callable[[list[Any]], Any]:
         column = self.columns[self.number[node]]

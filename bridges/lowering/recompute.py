@@ -1,9 +1,9 @@
 """Stages that read less memory: what is cheap to compute again is not carried from one to the next.
 
 A chain that needs a scalar of a whole tensor before it can scale an update (an alignment, a trust ratio) falls into
-stages with the tensor's update between them. Written and read again, that costs two passes over fresh memory; made again
-from the moments, which are in memory anyway, it costs reading them. And a moment that a later stage reads is renewed
-there: the stage that sums over it then only reads.
+stages with the tensor's update between them. Written and read again, that costs two passes over fresh memory; made
+again from the moments, which are in memory anyway, it costs reading them. And a moment that a later stage reads is
+renewed there: the stage that sums over it then only reads.
 """
 
 from collections.abc import Sequence

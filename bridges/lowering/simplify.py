@@ -72,7 +72,7 @@ def unbind_vectors(graph: fx.Graph) -> None:
         taken = [
             (scalar, 0 if entry.target is ops.first else entry.args[2])
             for entry in node.users
-            if entry.target is ops.first or entry.target is torch.narrow and entry.args[3] == 1
+            if entry.target is ops.first or (entry.target is torch.narrow and entry.args[3] == 1)
             for scalar in entry.users
             if scalar.target is torch.reshape and not scalar.args[1]
         ]

@@ -15,7 +15,7 @@ from chainrule import TorchBridge
 from chainrule.bridges.lowering import to_jax, to_torch
 from chainrule.bridges.program import NeedsLossFunction, StateChanges
 from optax_cases import ALL, NAMED, OptaxCase
-from registry import CASES, Case
+from registry import CASES, CHAINS, Case
 
 STEPS = 10
 SHAPES = {"bias": (5,), "conv": (3, 2, 2, 4), "scale": (), "tall": (8, 4), "wide": (4, 6)}
@@ -145,6 +145,12 @@ def test_optax_xla_engine(case: OptaxCase) -> None:
     check_optax(case, mixed=False, engine="xla")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RUN_NAMED, ids=lambda case: case.name)
+def test_optax_compiled(case: OptaxCase) -> None:
+    check_optax(case, mixed=False, compile=True)
+
+
 def test_how_many_of_the_named_optimizers_run() -> None:
     assert len(NAMED) == 50
     assert len(RUN_NAMED) == 47  # but lbfgs with a line search, sophia and dpsgd
@@ -172,6 +178,16 @@ def test_a_chain_of_per_example_gradients_is_refused(case: OptaxCase) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ours(case: Case) -> None:
+    check_ours(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CHAINS, ids=lambda case: case.name)
+def test_ours_compiled(case: Case) -> None:
+    check_ours(case, compile=True)
+
+
+def check_ours(case: Case, **options: Any) -> None:
     rng = np.random.default_rng(0)
     shapes = {
         jax.tree_util.keystr(path, simple=True, separator="."): shape
@@ -180,4 +196,4 @@ def test_ours(case: Case) -> None:
         )
     }
     first, grads = tree(rng, shapes), [tree(rng, shapes) for _ in range(STEPS)]
-    check(case.make(), first, grads, [jnp.float32(1.0)] * STEPS)
+    check(case.make(), first, grads, [jnp.float32(1.0)] * STEPS, **options)
