@@ -218,7 +218,8 @@ def _format(x: Any) -> tuple[int, int] | None:
 
 def _dtypes(*trees: Any) -> list[Any]:
     """The dtypes of what the kernel would be given: all but counts and codes."""
-    return [x.dtype for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    dtypes = map(jnp.result_type, jax.tree.leaves(trees))
+    return [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
 
 
 def _kernel_reads(state: ScaleByDualEmaState) -> bool:
