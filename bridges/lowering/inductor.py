@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -73,7 +73,7 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
         (p.outputs[i], old)
         for stage in program.stages
         for p in stage
-        if _compiles(p)
+        if _compiles(p, program)
         for i, old in p.renews
     }
     pairs = zip(program.results, targets, strict=True)
@@ -95,81 +95,98 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
     return step
 
 
-def _compiles(piece: Piece) -> bool:
-    return not any(map(is_apart, piece.nodes))
+def _compiles(piece: Piece, program: Program) -> bool:
+    return not any(is_apart(n, program.values) for n in piece.nodes)
 
 
 def _calls(
     pieces: Sequence[Piece], program: Program, slots: dict[fx.Node, int]
 ) -> list[Callable[[list[Any]], None]]:
     """A call for each piece of one kind; they share what is compiled."""
-    programs: dict[Any, Callable[[list[Any]], Sequence[Tensor]]] = {}
+    programs: dict[bool, Callable[[list[Any]], Sequence[Tensor]]] = {}
     calls = []
     for piece in pieces:
-        if _compiles(piece):  # what renews an input is found where the input was
-            slots |= {piece.outputs[i]: slots[old] for i, old in piece.renews}
+        compiles = _compiles(piece, program)
+        renews = piece.renews if compiles else ()
+        # What renews an input is found where the input was.
+        slots |= {piece.outputs[i]: slots[old] for i, old in renews}
         for node in piece.outputs:
             slots.setdefault(node, len(slots))
+        inputs = [slots[n] for n in piece.inputs]
+        outputs = [n for n in piece.outputs if n not in {piece.outputs[i] for i, _ in renews}]
         tensors = (program.values[n] for n in piece.inputs)
         sizes = [t.numel() for t in tensors if isinstance(t, Tensor)]
         large = max(sizes, default=0) >= _LARGE
         if large not in programs:
-            programs[large] = (
-                _compile(piece, program, large) if _compiles(piece) else _plain(piece, program)
-            )
-        renewed = {i for i, _ in piece.renews} if _compiles(piece) else set()
-        outputs = [slots[n] for i, n in enumerate(piece.outputs) if i not in renewed]
-        shapes = [
-            tuple(program.values[n].shape) for i, n in enumerate(piece.outputs) if i not in renewed
-        ]
-        inputs = [slots[n] for n in piece.inputs]
-        renews = [piece.inputs.index(old) for _, old in piece.renews]
-        make = _flat_call if piece.flat and _compiles(piece) else _call
-        calls.append(make(programs[large], inputs, outputs, shapes, renews))
+            make = _compile if compiles else _plain
+            programs[large] = make(piece, program, large)
+        call = _Call(programs[large], inputs, [slots[n] for n in outputs])
+        if compiles:
+            renewed = [piece.inputs.index(old) for _, old in renews]
+            shapes = [program.values[n].shape for n in outputs] if piece.flat else None
+            call = _CompiledCall(*call, renewed, shapes)
+        calls.append(call)
     return calls
 
 
-def _call(program, inputs, outputs, shapes, renews) -> Callable[[list[Any]], None]:
-    del shapes, renews
+class _Call(NamedTuple):
+    """A call of a piece: what it runs, and the slots that it reads and writes."""
 
-    def call(env: list[Any]) -> None:
-        results = program([env[i] for i in inputs])
-        for slot, result in zip(outputs, results, strict=True):
+    program: Callable[[list[Any]], Sequence[Any]]
+    inputs: list[int]
+    outputs: list[int]
+
+    def __call__(self, env: list[Any]) -> None:
+        results = self.program([env[i] for i in self.inputs])
+        for slot, result in zip(self.outputs, results, strict=True):
             env[slot] = result
 
-    return call
 
+class _CompiledCall:
+    """A call of compiled code, which wants its tensors contiguous: others are copied there and back."""
 
-def _flat_call(program, inputs, outputs, shapes, renews) -> Callable[[list[Any]], None]:
-    """A call with every tensor given flat; those that are not contiguous are copied there and back."""
-    seen: list[Any] = [None] * len(inputs)
-    flat: list[Any] = [None] * len(inputs)
+    def __init__(
+        self,
+        program: Callable[[list[Any]], Sequence[Tensor]],
+        inputs: list[int],
+        outputs: list[int],
+        renewed: list[int],
+        shapes: Sequence[torch.Size] | None,
+    ):
+        """`shapes` are those of the results where the tensors are given flat, else None."""
+        self.program, self.inputs, self.outputs = program, inputs, outputs
+        self.renewed, self.shapes = renewed, shapes
+        # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
+        self.seen: dict[int, tuple[Tensor, Tensor]] = dict.fromkeys(renewed, (torch.empty(0),) * 2)
 
-    def call(env: list[Any]) -> None:
-        strided = False
-        for j, i in enumerate(inputs):
-            x = env[i]
-            if (
-                x is not seen[j]
-            ):  # gradients are new tensors in most steps, parameters and state are not
-                seen[j] = x
-                flat[j] = x.reshape(-1) if x.ndim else x
-            strided |= not x.is_contiguous()
-        given = list(flat)
-        if strided:
-            given = [x.contiguous().view(-1) if (x := env[i]).ndim else x for i in inputs]
-        results = program(list(given))
-        if strided:
-            for j in renews:
-                env[inputs[j]].copy_(given[j].view_as(env[inputs[j]]))
-            seen[:] = [None] * len(inputs)
-        for slot, result, shape in zip(outputs, results, shapes, strict=True):
+    def __call__(self, env: list[Any]) -> None:
+        given = [env[i] for i in self.inputs]
+        strided = [j for j, x in enumerate(given) if not x.is_contiguous()]
+        for j in strided:
+            given[j] = given[j].contiguous()
+        copies = [(env[self.inputs[j]], given[j]) for j in strided if j in self.seen]
+        if self.shapes is not None:
+            given = [self.flat(j, x) if x.ndim else x for j, x in enumerate(given)]
+        results = self.program(given)
+        for x, new in copies:
+            x.copy_(new)
+        if self.shapes is None:
+            for slot, result in zip(self.outputs, results, strict=True):
+                env[slot] = result
+            return
+        for slot, result, shape in zip(self.outputs, results, self.shapes, strict=True):
             env[slot] = result.view(shape) if result.ndim else result
 
-    return call
+    def flat(self, j: int, x: Tensor) -> Tensor:
+        if j not in self.seen:
+            return x.view(-1)
+        if self.seen[j][0] is not x:
+            self.seen[j] = x, x.view(-1)
+        return self.seen[j][1]
 
 
-def _plain(piece: Piece, program: Program) -> Callable[[list[Any]], Sequence[Tensor]]:
+def _plain(piece: Piece, program: Program, large: bool) -> Callable[[list[Any]], Sequence[Tensor]]:
+    del large
     if piece.nodes[0].target is ops.unbind:
         entries = [n.args[1] for n in piece.outputs]
 

@@ -38,6 +38,7 @@ POINTWISE = {
 """Functions that work element by element, so that their operands may be given flat."""
 
 _MANY_SCALARS = 8
+_FEW_BITS = 4096
 
 FULL_REDUCTIONS = {torch.sum, torch.amax, torch.amin, torch.any, torch.all}
 
@@ -127,13 +128,18 @@ def fake_values(lowered: Lowered, device: torch.device) -> dict[fx.Node, Any]:
     return values
 
 
-def is_apart(node: fx.Node) -> bool:
-    """Whether a node is a piece of its own, which runs as it is.
+def is_apart(node: Any, values: dict[fx.Node, Any]) -> bool:
+    """Whether a node is a piece of its own, with what unpacks its results, which runs as it is.
 
-    Such are control flow, the compiled kernel, and the way from scalars of many leaves to a vector and back.
+    Such are control flow, the compiled kernel, the way from scalars of many leaves to a vector and back, and a few
+    random bits, for whose hundred operations the compiler takes half a minute.
     """
+    if not isinstance(node, fx.Node):
+        return False
     if node.target is torch.stack:
         return len(node.args[0]) >= _MANY_SCALARS  # pyright: ignore
+    if node.target is ops.threefry2x32:
+        return all(values[s].numel() <= _FEW_BITS for s in node.all_input_nodes)
     return node.target in HOST or node.target is ops.unbind
 
 
@@ -158,8 +164,14 @@ def places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[A
             parent[node], node = root, parent[node]
         return root
 
+    apart = {node for node in graph.nodes if is_apart(node, values)}
+
+    def unpacks(node: fx.Node) -> bool:
+        return node.target is operator.getitem and node.args[0] in apart
+
     def joins(node: fx.Node) -> bool:
-        return node.op != "get_attr" and not is_apart(node) and is_array(values[node])
+        is_own = node.op != "get_attr" and node not in apart and not unpacks(node)
+        return is_own and is_array(values[node])
 
     for node in graph.nodes:
         if node.op == "call_function" and joins(node):
@@ -169,8 +181,10 @@ def places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[A
 
     owners: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        if is_apart(node):
+        if node in apart:
             owners[node] = node
+        elif unpacks(node):
+            owners[node] = node.args[0]
         elif node.op != "get_attr" and is_array(values.get(node)):
             owners[node] = leaf_of(node)
         else:
@@ -180,10 +194,10 @@ def places(graph: fx.Graph, values: dict[fx.Node, Any]) -> dict[fx.Node, tuple[A
         # A scalar from elsewhere that only one leaf reads is computed there.
         readers = {owners[user] for user in node.users}
         owner = owners[node]
-        from_many = owner == _MANY or (owner not in (SHARED, node) and is_apart(owner))
-        if from_many and len(readers) == 1 and node.target is not operator.getitem:
+        from_many = owner == _MANY or (owner in apart and owner is not node and not unpacks(node))
+        if from_many and len(readers) == 1:
             (reader,) = readers
-            if reader not in (SHARED, _MANY) and not is_apart(reader):
+            if reader not in (SHARED, _MANY) and reader not in apart:
                 owners[node] = reader
 
     where: dict[fx.Node, tuple[Any, int]] = {}

@@ -72,8 +72,7 @@ class _Recompute:
                 continue
             found = self.sources(source, stage)
             if found is not None and len(found - self.read(owner, stage)) <= _WRITE_AND_READ:
-                with self.graph.inserting_before(node):
-                    node.replace_input_with(source, self.remade(source, stage))
+                node.replace_input_with(source, self.remade(source, stage))
 
     def sink(self, i: int, node: fx.Node) -> None:
         """Renews an input at the one later stage that reads what it becomes."""
@@ -91,9 +90,7 @@ class _Recompute:
         if any(self.sources(s, last) is None for s in node.all_input_nodes):
             self.renewed_at[self.olds[i]] = stage
             return
-        first = next(n for n in self.graph.nodes if n in later)
-        with self.graph.inserting_before(first):
-            new = self.copy(node, last)
+        new = self.copy(node, last)
         for user in later:
             user.replace_input_with(node, new)
         self.stored ^= {node, new}
@@ -124,7 +121,8 @@ class _Recompute:
 
     def copy(self, node: fx.Node, stage: int) -> fx.Node:
         if (node, stage) not in self.copies:
-            new = self.graph.node_copy(node, lambda s: self.remade(s, stage))
+            with self.graph.inserting_after(node):
+                new = self.graph.node_copy(node, lambda s: self.remade(s, stage))
             new.meta["rank"] = stage
             self.values[new] = self.values[node]
             self.where[new] = place = self.where[node][0], stage
