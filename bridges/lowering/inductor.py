@@ -155,9 +155,10 @@ class _CompiledCall:
     ):
         """`shapes` are those of the results where the tensors are given flat, else None."""
         self.program, self.inputs, self.outputs = program, inputs, outputs
-        self.renewed, self.shapes = renewed, shapes
+        self.shapes = shapes
         # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
-        self.seen: dict[int, tuple[Tensor, Tensor]] = dict.fromkeys(renewed, (torch.empty(0),) * 2)
+        none = torch.empty(0)
+        self.seen = {j: (none, none) for j in renewed}
 
     def __call__(self, env: list[Any]) -> None:
         given = [env[i] for i in self.inputs]
@@ -188,7 +189,7 @@ class _CompiledCall:
 def _plain(piece: Piece, program: Program, large: bool) -> Callable[[list[Any]], Sequence[Tensor]]:
     del large
     if piece.nodes[0].target is ops.unbind:
-        entries = [n.args[1] for n in piece.outputs]
+        entries: list[Any] = [n.args[1] for n in piece.outputs]
 
         def entries_of(inputs: list[Any]) -> Sequence[Tensor]:
             parts = ops.unbind(inputs[0])
