@@ -21,6 +21,8 @@ Triple = tuple[float, float, float]
 """The coefficients (a, b, c) of a step."""
 
 _MAX_ERROR = 2.0**-12  # that keeping one Gram matrix for several steps may add to a singular value
+# With 8 or 11 bits, to round X after every step costs more than what a Gram matrix loses over two.
+_SHORT = 2.0**-12
 _PANELS = 3  # of rows that a Hermitian matrix is held in
 _TILE = 64  # heights of panels are multiples of it, which suits vector registers and matrix units
 _SMALL = 384  # up to this side the products cost less than what surrounds them
@@ -52,6 +54,8 @@ def _segments(
     >>> steps = [(3.4445, -4.7750, 2.0315)] * 5
     >>> _segments(768, 768, steps, 2**-23, "auto"), _segments(768, 3072, steps, 2**-23, "auto")
     ((1, 1, 1, 1, 1), (3, 2))
+    >>> _segments(768, 3072, steps, 2**-7, "auto")
+    (2, 2, 1)
     """
     steps = len(triples)
     if gram != "auto" or small <= _SMALL:
@@ -63,7 +67,7 @@ def _segments(
         for start in reversed(range(end)):
             length = end - start
             slope = math.prod(abs(a) for a, _, _ in triples[start:end])
-            if length == 1 or slope**2 * eps <= _MAX_ERROR:
+            if length <= (2 if eps > _SHORT else 1) or slope**2 * eps <= _MAX_ERROR:
                 # A Gram matrix, the products of its steps and one with X, in units of small^2.
                 cost = half * large + half * small * (4 * length - 3) + large
                 options.append((best[start][0] + cost, (*best[start][1], length)))

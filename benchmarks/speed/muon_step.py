@@ -109,11 +109,14 @@ def orthogonality(o):
 
 def show_accuracy():
     forms = {
-        f"gram={gram!r}": jax.jit(newton_schulz(scale=None, gram=gram).update)
-        for gram in (False, "auto", True)
+        f"{dtype or 'float32'}, gram={gram!r}": jax.jit(
+            newton_schulz(scale=None, gram=gram, dtype=dtype).update
+        )
+        for dtype, grams in ((None, (False, "auto", True)), ("bfloat16", (False, "auto")))
+        for gram in grams
     }
-    print(f"\n{'':30}" + "".join(f"{name:>24}" for name in forms))
-    print(f"{'':30}" + "".join(f"{'|OO^T-I|':>12}{'error':>12}" for _ in forms))
+    print(f"\n{'':30}" + "".join(f"{name:>26}" for name in forms))
+    print(f"{'':30}" + "".join(f"{'|OO^T-I|':>14}{'error':>12}" for _ in forms))
     for shape in sorted(set(MATRICES)):
         for name, g in spectra(*shape):
             g = g.astype(np.float32)
@@ -122,7 +125,7 @@ def show_accuracy():
             for form in forms.values():
                 o = np.asarray(form(g, optax.EmptyState())[0])
                 error = np.abs(o - exact).max() / np.abs(exact).max()
-                cells.append(f"{orthogonality(o):12.4f}{error:12.1e}")
+                cells.append(f"{orthogonality(o):14.4f}{error:12.1e}")
             label = f"{shape[0]} x {shape[1]}, {name}"
             print(f"{label:30}" + "".join(cells), flush=True)
     print("error: largest difference from float64, over the largest entry")

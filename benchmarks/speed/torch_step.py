@@ -167,7 +167,7 @@ def first_step(listed: str) -> None:
     optimizer.step()
     times.append(time.perf_counter())
     names = ("imports", "lowering", "compiling")
-    print(json.dumps({n: b - a for n, a, b in zip(names, times, times[1:], strict=True)}))
+    print(json.dumps({n: b - a for n, a, b in zip(names, times, times[1:], strict=False)}))
 
 
 def show_compilation() -> None:
