@@ -158,7 +158,7 @@ class _CompiledCall:
         self.shapes = shapes
         # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
         none = torch.empty(0)
-        self.seen = {j: (none, none) for j in renewed}
+        self.seen = dict.fromkeys(renewed, (none, none))
 
     def __call__(self, env: list[Any]) -> None:
         given = [env[i] for i in self.inputs]
