@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from chainrule import chains
+from chainrule import TorchBridge, chains
 from chainrule.bridges.lowering import lower, to_torch
 from chainrule.bridges.lowering.foreach import foreach_step
 from chainrule.bridges.lowering.pieces import by_kind, cut, fake_values
+from chainrule.bridges.lowering.recompute import recompute
 
 SHAPES = {"bias": (3,), "kernel": (4, 3), "scale": (), "twin": (4, 3)}
 CASES = {
@@ -57,11 +59,73 @@ def test_batched_over_leaves(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "clip", "stam"])
+@pytest.mark.parametrize("name", CASES)
 def test_compiled(name):
     from chainrule.bridges.lowering.inductor import compiled_step
 
     assert_same_steps(compiled_step, CASES[name])
+
+
+@pytest.mark.slow
+def test_compiled_with_tensors_of_any_strides():
+    params = [torch.nn.Parameter(torch.randn(4, 3).t()), torch.nn.Parameter(torch.randn(5, 2))]
+    grads = [torch.randn(3, 4), torch.randn(2, 5).t()]
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for group, compile in ((params, True), (plain, False)):
+        for p, g in zip(group, grads, strict=True):
+            p.grad = g
+        optimizer = TorchBridge(optax.adamw(1e-2), group, compile=compile)
+        optimizer.step()
+        optimizer.step()
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+class Calls(TorchDispatchMode):
+    """The batched operations that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith("_foreach") and name != "_foreach_copy_":
+            self.names.append(name.removeprefix("_foreach_"))
+        return func(*args, **(kwargs or {}))
+
+
+TORCH_ADAMW = ["lerp_", "mul_", "addcmul_", "div", "sqrt_", "add_", "mul_", "addcdiv_"]
+"""The passes of `torch.optim.AdamW(foreach=True)`: one fresh list of tensors, the denominators."""
+
+
+@pytest.mark.parametrize("make", [lambda: optax.adamw(1e-3), lambda: chains.adam(1e-3, eps=1e-8)])
+def test_adamw_makes_the_passes_of_torch(make):
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = TorchBridge(make(), params)
+    optimizer.step()
+    with Calls() as calls:
+        optimizer.step()
+    live_eps_root = [] if len(calls.names) == len(TORCH_ADAMW) else ["add_"]
+    assert calls.names == [*TORCH_ADAMW[:4], *live_eps_root, *TORCH_ADAMW[4:]]
+
+
+@pytest.mark.parametrize("name", ["casmo", "magma"])
+def test_no_tensor_is_carried_between_stages(name):
+    makes = {**CASES, "magma": lambda: chains.magma(optax.adamw(1e-2))}
+    lowered, targets, _ = program(makes[name])
+    graph, values = lowered.graph.graph, fake_values(lowered, torch.device("cpu"))
+    recompute(graph, values, targets)
+    shape = SHAPES["kernel"]
+    pieces = [p for stage in cut(graph, targets, values).stages for p in stage]
+    pieces = [p for p in pieces if any(values[n].shape == shape for n in p.inputs)]
+    sums, steps = pieces[:2], pieces[2:]
+    assert [len(p.renews) for p in pieces] == [0, 0, 3, 3]  # parameter and both moments at the end
+    for piece in (*sums, *steps):
+        tensors = [n for n in piece.inputs if values[n].ndim > 0]
+        assert all(n.op == "placeholder" for n in tensors)
 
 
 def test_alike_leaves_are_one_kind():
