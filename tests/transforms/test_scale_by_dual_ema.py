@@ -51,17 +51,17 @@ def test_the_short_ema_alone_is_adam():
 @pytest.mark.parametrize(
     ("settings", "kept"),
     [
-        ({}, {"mu", "nu"}),
-        ({"blend": 0.0}, {"mu_long", "nu"}),
-        ({"blend": 0.5}, {"mu", "mu_long", "nu"}),
-        ({"keep_long": True, "b2": None}, {"mu", "mu_long"}),
+        ({}, ["mu", "nu"]),
+        ({"blend": 0.0}, ["mu_long", "nu"]),
+        ({"blend": 0.5}, ["mu", "mu_long", "nu"]),
+        ({"keep_long": True, "b2": None}, ["mu", "mu_long"]),
     ],
     ids=str,
 )
 def test_what_the_blend_does_not_use_is_not_kept(settings, kept):
     state = scale_by_dual_ema(**settings, state_dtype=jnp.bfloat16).init(jnp.zeros(6))
     held = {name: x for name, x in state._asdict().items() if x is not None and name != "count"}
-    assert set(held) == kept
+    assert sorted(held) == kept
     assert {x.dtype for x in held.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
