@@ -1,5 +1,6 @@
 """What a bridge refuses among parameters and gradients, before anything is written."""
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +28,17 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             raise TypeError(
                 f"TorchBridge: parameter {label} is a DTensor; a chain may couple parameters, so pass full tensors, or "
                 "the local ones (`p.to_local()`) to a chain that works leaf by leaf"
+            )
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.nbytes, label)
+        for p, label in zip(params, labels, strict=True)
+        if p.device.type == "cpu" and p.numel() and p.is_contiguous()
+    )
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"TorchBridge: parameters {one} and {other} overlap in memory, so a step would update the overlap "
+                "twice; clone one of them"
             )
 
 

@@ -83,6 +83,14 @@ def test_a_parameter_twice_in_a_group() -> None:
         TorchBridge(chains.adam(), [p, p])
 
 
+def test_parameters_that_overlap_in_memory() -> None:
+    memory = torch.arange(6.0)
+    apart = [torch.nn.Parameter(memory[:3]), torch.nn.Parameter(memory[3:])]
+    TorchBridge(optax.sgd(1.0), apart)
+    with pytest.raises(ValueError, match="parameters 1 and 2 overlap in memory.*clone one"):
+        TorchBridge(optax.sgd(1.0), [*apart, torch.nn.Parameter(memory[4:])])
+
+
 def test_a_name_twice() -> None:
     a, b = tensors().values()
     with pytest.raises(ValueError, match="have the same name"):
