@@ -87,7 +87,7 @@ def test_parameters_that_overlap_in_memory() -> None:
     memory = torch.arange(6.0)
     apart = [torch.nn.Parameter(memory[:3]), torch.nn.Parameter(memory[3:])]
     TorchBridge(optax.sgd(1.0), apart)
-    with pytest.raises(ValueError, match="parameters 1 and 2 overlap in memory.*clone one"):
+    with pytest.raises(ValueError, match=r"parameters 1 and 2 overlap in memory.*clone one"):
         TorchBridge(optax.sgd(1.0), [*apart, torch.nn.Parameter(memory[4:])])
 
 
