@@ -70,7 +70,7 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
       A function of the flat inputs.
     """
     lowered = dataclasses.replace(lowered, graph=copy.deepcopy(lowered.graph))
-    host = device.type == "cpu"
+    host = reads_are_free(device)
     graph, values = lowered.graph.graph, fake_values(lowered, device)
     fuse(graph, values, host=host)
     program = cut(graph, targets, values)
@@ -99,6 +99,11 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
             torch._foreach_copy_([env[old] for _, old in left], news)
 
     return step
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether a scalar tensor can be read as a number without waiting for a device."""
+    return device.type == "cpu"
 
 
 class _Batch:

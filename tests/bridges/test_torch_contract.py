@@ -23,7 +23,7 @@ from torch.optim import lr_scheduler, swa_utils
 
 import chainrule
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import to_jax
+from chainrule.bridges.lowering import foreach, to_jax
 
 FEATURES, CLASSES = 6, 3
 
@@ -407,9 +407,12 @@ def test_channels_last_parameters_stay_so() -> None:
     assert ours.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_step_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [chains.adam, chains.stam, chains.casmo])
+def test_a_step_waits_for_no_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a CPU there is nothing to wait for; this is the program that an accelerator runs.
+    monkeypatch.setattr(foreach, "reads_are_free", lambda device: False)
     net = model()
-    bridge = TorchBridge(chains.stam(), net.parameters())
+    bridge = TorchBridge(make(), net.parameters())
     train(net, bridge, range(1))
     loss_of(net, 1).backward()
 

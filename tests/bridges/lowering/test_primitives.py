@@ -374,6 +374,8 @@ ALIASES = {
     "sharding_constraint", "remat2",
     # what the random primitives expand to
     "iota_2x32_shape", "threefry2x32",
+    # the compiled kernel: tests/bridges/test_torch_kernel.py
+    "ffi_call",
 }  # fmt: skip
 
 
