@@ -122,9 +122,7 @@ def _calls(
             programs[large] = make(piece, program, large)
         call = _Call(programs[large], inputs, [slots[n] for n in outputs])
         if compiles:
-            renewed = [piece.inputs.index(old) for _, old in renews]
-            shapes = [program.values[n].shape for n in outputs] if piece.flat else None
-            call = _CompiledCall(*call, renewed, shapes)
+            call = _CompiledCall(call, piece, program.values, outputs)
         calls.append(call)
     return calls
 
@@ -146,31 +144,35 @@ class _CompiledCall:
     """A call of compiled code, which wants its tensors contiguous: others are copied there and back."""
 
     def __init__(
-        self,
-        program: Callable[[list[Any]], Sequence[Tensor]],
-        inputs: list[int],
-        outputs: list[int],
-        renewed: list[int],
-        shapes: Sequence[torch.Size] | None,
+        self, call: _Call, piece: Piece, values: dict[fx.Node, Any], outputs: list[fx.Node]
     ):
-        """`shapes` are those of the results where the tensors are given flat, else None."""
-        self.program, self.inputs, self.outputs = program, inputs, outputs
-        self.shapes = shapes
+        self.program, self.inputs, self.outputs = call
+        self.shapes = [values[n].shape for n in outputs] if piece.flat else None
+        arrays = [j for j, n in enumerate(piece.inputs) if values[n].ndim > 0]
+        renewed = {piece.inputs.index(old) for _, old in piece.renews}
+        self.others = [j for j in arrays if j not in renewed]
         # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
         none = torch.empty(0)
-        self.seen = dict.fromkeys(renewed, (none, none))
+        self.seen = {j: (none, none) for j in arrays if j in renewed}
 
     def __call__(self, env: list[Any]) -> None:
         given = [env[i] for i in self.inputs]
-        strided = [j for j, x in enumerate(given) if not x.is_contiguous()]
-        for j in strided:
-            given[j] = given[j].contiguous()
-        copies = [(env[self.inputs[j]], given[j]) for j in strided if j in self.seen]
-        if self.shapes is not None:
-            given = [self.flat(j, x) if x.ndim else x for j, x in enumerate(given)]
+        copies = []
+        for j, (known, ready) in self.seen.items():
+            x = given[j]
+            if x is known:
+                given[j] = ready
+            elif x.is_contiguous():
+                given[j] = self.ready(x)
+                self.seen[j] = x, given[j]
+            else:
+                given[j] = self.ready(x.contiguous())
+                copies.append((x, given[j]))
+        for j in self.others:
+            given[j] = self.ready(given[j].contiguous())
         results = self.program(given)
         for x, new in copies:
-            x.copy_(new)
+            x.copy_(new.view(x.shape))
         if self.shapes is None:
             for slot, result in zip(self.outputs, results, strict=True):
                 env[slot] = result
@@ -178,12 +180,8 @@ class _CompiledCall:
         for slot, result, shape in zip(self.outputs, results, self.shapes, strict=True):
             env[slot] = result.view(shape) if result.ndim else result
 
-    def flat(self, j: int, x: Tensor) -> Tensor:
-        if j not in self.seen:
-            return x.view(-1)
-        if self.seen[j][0] is not x:
-            self.seen[j] = x, x.view(-1)
-        return self.seen[j][1]
+    def ready(self, x: Tensor) -> Tensor:
+        return x if self.shapes is None else x.view(-1)
 
 
 def _plain(piece: Piece, program: Program, large: bool) -> Callable[[list[Any]], Sequence[Tensor]]:
