@@ -21,6 +21,7 @@ from chainrule.bridges.program import (
     as_transformation,
     settled,
 )
+from chainrule.bridges.scalars import apart, together
 from chainrule.bridges.tiers import tiers_of
 from chainrule.bridges.xla_engine import make_xla_step, used_inputs, x64_if_wide
 from chainrule.transforms import assign
@@ -161,7 +162,7 @@ class GroupTree:
 
     def _initial(self, params: Any) -> Any:
         state = self.chain.init(params)
-        return state if self.tiers is None else assign(state, self.tiers, params)
+        return apart(state if self.tiers is None else assign(state, self.tiers, params))
 
     def _program(
         self, params: Any, state: BridgeState, multiplier: bool, value: bool = True
@@ -246,14 +247,14 @@ class GroupTree:
         return leaves  # pyright: ignore[reportReturnType]
 
     def state(self, leaves: Sequence[Any]) -> Any:
-        """The chain's state with these leaves."""
+        """The chain's state with these leaves, `apart`."""
         return jax.tree.unflatten(self.state_structure, leaves).chain
 
     def jax_state(self, leaves: Sequence[Tensor]) -> Any:
         """The chain's state in JAX."""
         with jax.enable_x64(True):
             arrays = [to_jax(t, aval) for t, aval in zip(leaves, self.state_avals, strict=True)]
-        return self.state(arrays)
+        return together(self.state(arrays))
 
     def jax_tree(self, tensors: Sequence[Tensor | None]) -> Any:
         """Tensors like the parameters as the chain's tree in JAX, zeros for None."""
@@ -268,7 +269,7 @@ class GroupTree:
         """The leaves of the chain's state in torch, in the dtypes of the program."""
         return [
             to_torch(leaf, self.device).to(torch_dtype(aval.dtype))
-            for leaf, aval in zip(jax.tree.leaves(state), self.state_avals, strict=False)
+            for leaf, aval in zip(jax.tree.leaves(apart(state)), self.state_avals, strict=False)
         ]
 
     # ---- hyperparameters -------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from chainrule.bridges.scalars import THROUGH
 from chainrule.transforms import TieredState, hyperparams
 
 
@@ -20,6 +21,10 @@ class Slot(NamedTuple):
     """Position of the parameter in the flattened tree; None: the leaf belongs to the group."""
     name: str
     """Readable, and unique among the leaves with this owner and those of the group."""
+
+
+def _parts(path: tuple[Any, ...]) -> tuple[str | int, ...]:
+    return tuple(_part(key) for key in path if key is not THROUGH)
 
 
 def _part(key: Any) -> str | int:
@@ -63,12 +68,12 @@ def slots(state: Any, params: Any) -> list[Slot]:
 
     found: list[tuple[int | None, tuple[str | int, ...], tuple[str | int, ...]]] = []
     for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=like_params)[0]:
-        prefix = tuple(map(_part, path))
+        prefix = _parts(path)
         if not keys or not like_params(node):
             found.append((None, prefix, ()))
             continue
         for inner, _ in jax.tree_util.tree_flatten_with_path(node)[0]:
-            parts = tuple(map(_part, inner))
+            parts = _parts(inner)
             if not isinstance(node, TieredState):
                 key = inner[0].key if isinstance(params, dict) else inner[0].idx
                 found.append((position[key], prefix, parts[1:]))

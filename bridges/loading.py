@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chainrule.bridges.group_tree import GroupTree, shortest
 from chainrule.bridges.lowering import to_torch
+from chainrule.bridges.scalars import apart
 
 Plan: TypeAlias = list[tuple[Tensor, Tensor]]
 
@@ -95,7 +96,7 @@ def from_jax(
     Raises:
       ValueError: structure or shapes differ.
     """
-    expected = tree.state(tree.state_avals)
+    state, expected = apart(state), tree.state(tree.state_avals)
     got, wanted = jax.tree.structure(state), jax.tree.structure(expected)
     if got != wanted:
         raise ValueError(f"{where}: expected a state of structure {wanted}, got {got}")

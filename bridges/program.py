@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.bridges.rounding import apply_updates
+from chainrule.bridges.scalars import apart, together
 
 Struct = jax.ShapeDtypeStruct
 
@@ -35,7 +36,7 @@ class BridgeState(NamedTuple):
     """The state a step maps: the chain's, and the bridge's own."""
 
     chain: Any
-    """The chain's state."""
+    """The chain's state, `apart`."""
     rounding: Any
     """int32 [2], the seed and step of stochastic rounding; or None."""
 
@@ -67,7 +68,7 @@ class Update(NamedTuple):
             )
         offered = {"grad": grads, **({"value": extras.value} if self.value else {})}
         updates, new = self.chain.update(
-            grads, state.chain, params, **_taken(self.chain.update, offered)
+            grads, together(state.chain), params, **_taken(self.chain.update, offered)
         )
         if self.multiplier:
             updates = jax.tree.map(lambda u: u * extras.multiplier.astype(u.dtype), updates)
@@ -75,7 +76,7 @@ class Update(NamedTuple):
         new_params = apply_updates(params, updates, rounding)
         if rounding is not None:
             rounding = rounding + jnp.array([0, 1], jnp.int32)
-        return new_params, BridgeState(new, rounding)
+        return new_params, BridgeState(apart(new), rounding)
 
 
 def _taken(update: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def settled(
             ) from error
         _check_structure("parameters", params, new_params)
         _check_structure("state", state, new)
-        if jax.tree.map(_kind, state) == jax.tree.map(_kind, new):
+        if list(map(_kind, jax.tree.leaves(state))) == list(map(_kind, jax.tree.leaves(new))):
             return program, state
         state = new
     raise StateChanges("the dtypes of the chain's state go on changing from update to update")

@@ -13,6 +13,7 @@ from chainrule.bridges.checks import check_gradients, check_params
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
+from chainrule.bridges.scalars import apart
 from chainrule.bridges.tiers import gates_logged, is_due, retiered, tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
@@ -240,7 +241,7 @@ class TorchBridge(torch.optim.Optimizer):
             new = tree
             if tiers != tree.tiers:
                 new = self._make_tree(self.param_groups[index], self._members[index], tiers)
-            own = tree.leaves(self.state)[len(jax.tree.leaves(old)) :]
+            own = tree.leaves(self.state)[len(jax.tree.leaves(apart(old))) :]
             self._replace(index, new, [*new.torch_leaves(state), *own])
 
     # ---- the step --------------------------------------------------------------------------

@@ -74,3 +74,11 @@ def chosen(kernel: str, dtypes: Iterable[object] = ()) -> bool:
     if on_cpu and not all(str(dtype) in _FLOATS for dtype in dtypes):
         return False
     return available()
+
+
+def sums_in_kernel(dtypes: Iterable[object]) -> bool:
+    """Whether the sums of tensors of these dtypes are taken in the compiled kernel where a chain runs on the CPU.
+
+    They are in JAX. A bridge has a compiler of its own, which fuses them.
+    """
+    return _bridge.get() is None and all(str(d) in _FLOATS for d in dtypes) and available()

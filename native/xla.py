@@ -5,8 +5,8 @@ on XLA's own threads. A number is a Python number or a traced one, for all tenso
 for each. State operands share memory with the results they become, so donated state is never copied.
 Arithmetic is float32 whatever the dtypes; the equations are in ``include/chainrule``.
 
-Under ``vmap`` the calls run one after another. There is no derivative, and no target but the CPU: choose
-with ``jax.lax.platform_dependent`` where a program may run elsewhere.
+Under ``vmap`` the calls run one after another, but for `sums`. There is no derivative, and no target
+but the CPU: choose with ``jax.lax.platform_dependent`` where a program may run elsewhere.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ Shaped = Sequence[jax.Array | jax.ShapeDtypeStruct]
 
 _DENOMINATORS = {"root": 0, "magnitude": 1, "none": 2}
 _FLOATS = ("float32", "bfloat16", "float16")
+# The kinds of `sums` in the kernel's order, and how many sums each has.
+_SUMS = {"moments": 2, "residual": 2, "alignment": 3, "variance_share": 1, "square_share": 1}
 
 if _kernel is not None:
     for _name, _capsule in _kernel.xla_targets().items():
@@ -109,11 +111,18 @@ def _table(tensors: int, *numbers: Number) -> jax.Array:
     return jnp.stack(columns, axis=1)
 
 
-def _call(target: str, results: list, operands: list, aliases: dict[int, int], **attributes):
+def _call(
+    target: str,
+    results: list,
+    operands: list,
+    aliases: dict[int, int],
+    vmap_method: str = "sequential",
+    **attributes,
+):
     """One FFI call; `aliases` maps operand to result."""
     if _kernel is None:
         raise RuntimeError(f"{target}: the compiled kernel is not installed; choose the XLA form")
-    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method="sequential")
+    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method=vmap_method)
     return call(*operands, **attributes)
 
 
@@ -420,6 +429,53 @@ def statistics(gradients: Tensors) -> jax.Array:
         return jnp.zeros((0, 4), jnp.float32)
     row = jax.ShapeDtypeStruct((len(gradients), 4), jnp.float32)
     (table,) = _call("chainrule_statistics", [row], list(gradients), {})
+    return table
+
+
+def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Number = 1.0) -> jax.Array:
+    """Sums over each tensor, or each pair of tensors, in one pass over all of them.
+
+    Terms are float32, and are added in float64 tile by tile. Under ``vmap`` it stays one call.
+
+    Args:
+        kind: ``"moments"``, sum x and sum x^2; ``"residual"``, sum abs(x - y) and sum (x - y)^2;
+            ``"alignment"``, sum x y, sum x^2 and sum y^2; ``"variance_share"``, sum x^2 / (x^2 + c y);
+            ``"square_share"``, sum x^2 / max(x^2, c y); in both a term is 0 where x and y are.
+        xs: one array a tensor.
+        ys: as many of the same shapes; None for the moments.
+        c: one number for all tensors, read for the shares.
+
+    Returns:
+        (tensors, sums) float32.
+
+    Raises:
+        TypeError: a dtype that is not float32, bfloat16 or float16.
+        ValueError: another kind; `ys` missing, one too many, or of other shapes.
+
+    >>> xs, ys = [jnp.array([1.0, -2.0])], [jnp.array([3.0, 0.0])]
+    >>> sums("moments", xs).tolist(), sums("residual", xs, ys).tolist(), sums("alignment", xs, ys).tolist()
+    ([[-1.0, 5.0]], [[4.0, 8.0]], [[3.0, 5.0, 9.0]])
+    >>> sums("variance_share", xs, ys).tolist(), sums("square_share", xs, ys, c=0.5).tolist()
+    ([[1.25]], [[1.66...]])
+    """
+    owner = "native.xla.sums"
+    if kind not in _SUMS:
+        raise ValueError(f"{owner}: `kind` must be one of {', '.join(_SUMS)}, got {kind!r}")
+    if (ys is None) != (kind == "moments"):
+        raise ValueError(f"{owner}: `ys` goes with every kind but 'moments'")
+    _check(owner, "xs", xs, xs)
+    _check(owner, "ys", xs if ys is None else ys, xs)
+    result = jax.ShapeDtypeStruct((len(xs), _SUMS[kind]), jnp.float32)
+    if not xs:
+        return jnp.zeros(result.shape, result.dtype)
+    (table,) = _call(
+        "chainrule_sums",
+        [result],
+        [jnp.asarray(c, jnp.float32), *xs, *(ys or ())],
+        {},
+        vmap_method="broadcast_all",
+        kind=np.int32(list(_SUMS).index(kind)),
+    )
     return table
 
 

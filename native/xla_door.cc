@@ -232,6 +232,45 @@ ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Re
   return ffi::Error::Success();
 }
 
+// Operands: c, each x, then each y but for the moments. Result: (..., tensors, sums), the leading axes those that
+// `vmap` gave every operand.
+ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs operands, 
+                ffi::Result<ffi::AnyBuffer> result, std::int32_t kind_number) {
+  const auto kind = static_cast<SumKind>(kind_number);
+  const auto axes = result->dimensions();
+  const std::size_t tensors = operands.size() / (kind == SumKind::moments ? 1 : 2);
+  const bool fits = kind_number < kSumKinds && c.element_type() == ffi::DataType::F32 &&
+                    result->element_type() == ffi::DataType::F32 && axes.size() >= 2 &&
+                    axes[axes.size() - 1] == sum_count(kind) &&
+                    axes[axes.size() - 2] == static_cast<std::int64_t>(tensors);
+  if (!fits) return ffi::Error::InvalidArgument("chainrule: wrong shape of sums");
+  std::int64_t batch = 1;
+  for (std::size_t i = 0; i + 2 < axes.size(); ++i) batch *= axes[i];
+  std::vector<Buffer> whole;
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    const auto buffer = operands.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) return buffer.error();
+    whole.push_back(buffer_of(*buffer));
+  }
+  const auto part = [batch](const Buffer& buffer, std::int64_t index) {
+    const std::int64_t size = buffer.size / batch, offset = index * size * element_size(buffer.element);
+    return Buffer{static_cast<char*>(buffer.data) + offset, size, buffer.element};
+  };
+  std::vector<Summands> pairs;
+  for (std::int64_t index = 0; index < batch; ++index) {
+    for (std::size_t i = 0; i < tensors; ++i) {
+      const bool alone = kind == SumKind::moments;
+      const Buffer y = alone ? Buffer{} : part(whole[tensors + i], index);
+      pairs.push_back({part(whole[i], index), y, static_cast<const float*>(c.untyped_data())[index]});
+    }
+  }
+  float* out = static_cast<float*>(result->untyped_data());
+  for (const Sums& found : run_sums(kind, pairs, loop_on(pool))) {
+    for (int k = 0; k < sum_count(kind); ++k) *out++ = static_cast<float>(found.of[k]);
+  }
+  return ffi::Error::Success();
+}
+
 // Operands: keys (one (0, 0) a tensor when rounding to nearest), values. Results: codes, scales.
 ffi::Error quantize(ffi::ThreadPool pool, Keys keys, ffi::RemainingArgs operands,
                     ffi::RemainingRets results, std::int64_t block, std::int32_t bits, bool stochastic) {
@@ -296,6 +335,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tier1_handler, tier1,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     statistics_handler, statistics,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().Ret<Table>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sums_handler, sums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<std::int32_t>("kind"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quantize_handler, quantize,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -324,6 +370,7 @@ py::dict xla_targets() {
   add("chainrule_tier2_quantized", tier2_quantized_handler);
   add("chainrule_tier1", tier1_handler);
   add("chainrule_statistics", statistics_handler);
+  add("chainrule_sums", sums_handler);
   add("chainrule_quantize", quantize_handler);
   add("chainrule_dequantize", dequantize_handler);
   return targets;

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import optax
 
+from chainrule.transforms._per_parameter import PerParameter
+
 _MOMENTS = ("mu", "nu", "trace")
 _BESIDE = ("count", "b1")
 
@@ -68,6 +70,8 @@ def posted(state: Any) -> dict[str, Any]:
         fields = {k: v for k, v in state._asdict().items() if v is not None}
         if any(name in fields for name in _MOMENTS):
             found = {name: fields.pop(name) for name in (*_MOMENTS, *_BESIDE) if name in fields}
+            if isinstance(found.get("b1"), PerParameter):
+                found["b1"] = found["b1"].tree()
         children = list(fields.values())
     elif isinstance(state, Mapping):
         children = list(state.values())

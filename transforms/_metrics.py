@@ -24,7 +24,8 @@ def metrics(state: optax.OptState) -> dict[str, Any]:
     """What the links of a chain know of the run: AGAR and confidence, b1, alignment and mask rate,
     tiers, gate scale.
 
-    Each atom's state names the fields worth showing in its class attribute `metric_fields`.
+    Each atom's state names the fields worth showing in its class attribute `metric_fields`. What is
+    kept in one array for all parameters is shown as the tree that it has a method `tree` for.
 
     Args:
       state: the state of any gradient transformation.
@@ -50,7 +51,8 @@ def metrics(state: optax.OptState) -> dict[str, Any]:
             for name in shown:
                 uses[name] = uses.get(name, 0) + 1
                 key = name if uses[name] == 1 else f"{name}_{uses[name]}"
-                found[key] = getattr(node, name)
+                value = getattr(node, name)
+                found[key] = value.tree() if hasattr(value, "tree") else value
             for name, child in node._asdict().items():  # pyright: ignore[reportAttributeAccessIssue]
                 if name not in shown:
                     visit(child)

@@ -58,16 +58,25 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.sum((up(x).conj() * up(y)).real)
 
 
+def square_norm(x: jax.Array) -> jax.Array:
+    """The squared Euclidean norm of an array as a real vector.
+
+    >>> square_norm(jnp.array([[3.0, -4.0]])).item()
+    25.0
+    """
+    # Behind a barrier, because x * x may occur elsewhere too (in a second moment): XLA:CPU would then write it to
+    # memory for both, at several times the cost of this sum.
+    x = jnp.abs(jax.lax.optimization_barrier(up(x)))
+    return jnp.sum(x * x)
+
+
 def norm(x: jax.Array) -> jax.Array:
     """The Euclidean norm of an array as a real vector.
 
     >>> norm(jnp.array([[3.0, -4.0]])).item()
     5.0
     """
-    # Behind a barrier, because x * x may occur elsewhere too (in a second moment): XLA:CPU would then write it to
-    # memory for both, at several times the cost of this sum.
-    x = jnp.abs(jax.lax.optimization_barrier(up(x)))
-    return jnp.sqrt(jnp.sum(x * x))
+    return jnp.sqrt(square_norm(x))
 
 
 def finite(x: jax.Array, max_abs: Any) -> jax.Array:

@@ -23,28 +23,29 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import bias_correction, ema, finite, increment, up
+from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._sums import means
 
 _HUGE = 2.0**48  # entries from here on, in a tensor whose mean square overflows, are why it does
 
 
 class AdaptiveBeta1State(NamedTuple):
-    """State of `adaptive_beta1`. The scalars are one a parameter, in `stat_dtype`."""
+    """State of `adaptive_beta1`. The numbers for each parameter are in `stat_dtype`."""
 
     count: jax.Array
     """int32 scalar: updates made."""
     mu: optax.Updates
     """First moment, like the parameters, in `state_dtype`."""
-    b1: optax.Updates
+    b1: PerParameter
     """Decay used in the last update."""
-    b1_prod: optax.Updates
+    b1_prod: PerParameter
     """Product of all decays used: 1 - b1_prod is the weight that `mu` has given to gradients."""
-    first: optax.Updates
+    first: PerParameter
     """`"residual"`: tau, EMA of mean |r|; `"moments"`: EMA of mean g."""
-    second: optax.Updates
+    second: PerParameter
     """`"residual"`: sigma, EMA of mean r^2; `"moments"`: EMA of mean g^2."""
-    nonfinite: optax.Updates
-    """bool scalars, one a parameter: the last gradient had entries that are not finite, or squares
-    that overflow."""
+    nonfinite: PerParameter
+    """bool: the last gradient had entries that are not finite, or squares that overflow."""
 
     metric_fields = ("b1", "nonfinite")
 
@@ -110,7 +111,7 @@ def adaptive_beta1(
     >>> u, state = tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))
     >>> u.round(4).tolist()
     [1.0, -1.0]
-    >>> 0.72 <= float(state[0].b1) <= 0.9
+    >>> 0.72 <= float(state[0].b1.tree()) <= 0.9
     True
 
     References:
@@ -137,86 +138,78 @@ def adaptive_beta1(
     def init(params):
         check_params("adaptive_beta1", params, real=True)
 
-        def scalars(value):
-            return jax.tree.map(
-                lambda _: jnp.array(value, stat_dtype), params
-            )  # a buffer of its own each
+        def each(value, dtype=stat_dtype):
+            return PerParameter.full(value, params, dtype)
 
         return AdaptiveBeta1State(
             count=jnp.zeros((), jnp.int32),
             mu=zeros_like("adaptive_beta1", params, state_dtype),
-            b1=scalars(b1_base),
-            b1_prod=scalars(1.0),
-            first=scalars(0.0),
-            second=scalars(0.0),
-            nonfinite=jax.tree.map(lambda _: jnp.zeros((), bool), params),
+            b1=each(b1_base),
+            b1_prod=each(1.0),
+            first=each(0.0),
+            second=each(0.0),
+            nonfinite=each(False, bool),
         )
 
     def update(updates, state, params=None):
         del params
         count = increment(state.count)
         renew = state.count % jnp.asarray(b1_update_interval, jnp.int32) == 0
+        raw, structure = jax.tree.flatten(updates)
+        mus = structure.flatten_up_to(state.mu)
+        safe = [finite(g, max_abs) for g in raw]
+        measured = raw if nonfinite == "skip" else safe
+        if residual:
+            mean, square = means("residual", measured, mus)
+        else:
+            mean, square = means("moments", measured)
+        bad = ~(jnp.isfinite(mean) & jnp.isfinite(square))
 
-        def mean(x):
-            return jnp.sum(x) / max(x.size, 1)  # zero-size leaves have the mean 0
-
-        safe = jax.tree.map(lambda g: finite(g, max_abs), updates)
-        measured = updates if nonfinite == "skip" else safe
-
-        # XLA:CPU fuses each difference into its own reduction only if the two are not one
-        # expression; a shared difference
-        # is written to memory, at four times the cost of both reductions. Hence g - mu in one and
-        # mu - g in the other.
-        def first_stat(g, mu):
-            return mean(jnp.abs(up(mu) - up(g))) if residual else mean(up(g))
-
-        def second_stat(g, mu):
-            return mean(jnp.square(up(g) - up(mu) if residual else up(g)))
-
-        def taken_in(decay, old, new, bad):
+        def taken_in(decay, old, new):
             new = ema(decay, old, new)
             return jnp.where(bad, up(old), new) if nonfinite == "skip" else new
 
-        def adapted(old_b1, first, second, bad):
-            if debias:
-                first = first / (bias_correction(first_decay, count) + debias_eps)
-                second = second / (bias_correction(second_decay, count) + debias_eps)
-            if residual:
-                scale = first * first + 1e-8
-                z = second / scale
-                fall_back = ~jnp.isfinite(second) | (second >= fallback_threshold * scale)
-            else:
-                z = jnp.maximum(second - first * first, 0) / (second + eps)
-                fall_back = ~jnp.isfinite(z)
-            if nonfinite == "skip":
-                fall_back |= bad
-            lowest = jnp.maximum(0.5, b1_base * (1 - adapt_strength))
-            b1 = jnp.clip(b1_base * (1 - adapt_strength * z / (1 + z)), lowest, b1_base)
-            return jnp.where(renew, jnp.where(fall_back, b1_base, b1), up(old_b1))
+        first = taken_in(first_decay, state.first.values, mean)
+        second = taken_in(second_decay, state.second.values, square)
+        b1 = adapted(count, first, second, bad)
+        b1 = jnp.where(renew, b1, up(state.b1.values))
+        b1_prod = up(state.b1_prod.values) * b1
 
-        firsts = jax.tree.map(first_stat, measured, state.mu)
-        seconds = jax.tree.map(second_stat, measured, state.mu)
-        bad = jax.tree.map(lambda a, b: ~(jnp.isfinite(a) & jnp.isfinite(b)), firsts, seconds)
-        first = jax.tree.map(lambda *args: taken_in(first_decay, *args), state.first, firsts, bad)
-        second = jax.tree.map(
-            lambda *args: taken_in(second_decay, *args), state.second, seconds, bad
-        )
-        b1 = jax.tree.map(adapted, state.b1, first, second, bad)
         if not residual and nonfinite == "skip":
             # The scale of `scale_by_tensor_rms` leaves the gradient out too, so what overflowed must not move anything.
-            safe = jax.tree.map(
-                lambda g, bad: jnp.where(bad & (jnp.abs(up(g)) >= _HUGE), 0, g), safe, bad
-            )
-        mu = jax.tree.map(ema, b1, state.mu, safe)
-        b1_prod = jax.tree.map(lambda prod, b1: up(prod) * b1, state.b1_prod, b1)
-        leaves = jax.tree.map(
-            lambda mu, g, prod, square: MomentumLeaf(mu, g, 1 - prod, None if residual else square),
-            mu,
-            safe,
-            b1_prod,
-            seconds,
+            safe = [
+                jnp.where(is_bad & (jnp.abs(up(g)) >= _HUGE), 0, g)
+                for g, is_bad in zip(safe, unstacked(bad), strict=True)
+            ]
+        mu = [ema(*each) for each in zip(unstacked(b1), mus, safe, strict=True)]
+        squares = [None] * len(mu) if residual else unstacked(square)
+        corrections = unstacked(1 - b1_prod)
+        leaves = [MomentumLeaf(*each) for each in zip(mu, safe, corrections, squares, strict=True)]
+        return jax.tree.unflatten(structure, leaves), AdaptiveBeta1State(
+            count=count,
+            mu=optax.tree.cast_like(jax.tree.unflatten(structure, mu), state.mu),
+            b1=state.b1.replace(b1),
+            b1_prod=state.b1_prod.replace(b1_prod),
+            first=state.first.replace(first),
+            second=state.second.replace(second),
+            nonfinite=state.nonfinite.replace(bad),
         )
-        stored = optax.tree.cast_like((mu, b1, b1_prod, first, second), tuple(state)[1:-1])
-        return leaves, AdaptiveBeta1State(count, *stored, nonfinite=bad)
+
+    def adapted(count, first, second, bad):
+        if debias:
+            first = first / (bias_correction(first_decay, count) + debias_eps)
+            second = second / (bias_correction(second_decay, count) + debias_eps)
+        if residual:
+            scale = first * first + 1e-8
+            z = second / scale
+            fall_back = ~jnp.isfinite(second) | (second >= fallback_threshold * scale)
+        else:
+            z = jnp.maximum(second - first * first, 0) / (second + eps)
+            fall_back = ~jnp.isfinite(z)
+        if nonfinite == "skip":
+            fall_back |= bad
+        lowest = jnp.maximum(0.5, b1_base * (1 - adapt_strength))
+        b1 = jnp.clip(b1_base * (1 - adapt_strength * z / (1 + z)), lowest, b1_base)
+        return jnp.where(fall_back, b1_base, b1)
 
     return optax.GradientTransformation(init, update)

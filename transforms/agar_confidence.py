@@ -35,6 +35,8 @@ from chainrule.transforms._checks import (
     zeros_like,
 )
 from chainrule.transforms._numerics import bias_correction, ema, own_scalar, up
+from chainrule.transforms._per_parameter import PerParameter, stacked
+from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import map_unmasked
 
 _REMEDY = (
@@ -45,7 +47,7 @@ _REMEDY = (
 
 
 class AgarConfidenceState(NamedTuple):
-    """State of `agar_confidence`. `[a tree]`: one a parameter with granularity "parameter"."""
+    """State of `agar_confidence`."""
 
     count: jax.Array | None
     """int32 scalar: updates made; `None` if the moments come from upstream."""
@@ -53,10 +55,10 @@ class AgarConfidenceState(NamedTuple):
     """First moment, like the parameters, in `mu_dtype`; `None` unless source is "own"."""
     nu: optax.Updates | None
     """Second moment, like the parameters, in `nu_dtype`; `None` unless source is "own"."""
-    agar: Any
-    """float32 scalar [a tree]: AGAR of the last update."""
-    confidence: Any
-    """float32 scalar [a tree]: what the last update was multiplied by."""
+    agar: jax.Array | PerParameter
+    """float32 scalar, with granularity "parameter" one for each: AGAR of the last update."""
+    confidence: jax.Array | PerParameter
+    """Likewise: what the last update was multiplied by."""
     calibration: CalibrationState
     """The samples and the map; one, or with granularity "parameter" one a parameter."""
 
@@ -175,16 +177,16 @@ def agar_confidence(
         steps = _default_steps(b1) if tau_init_steps is None else int(tau_init_steps)
         shape = () if by_group or shared_calibration else (len(jax.tree.leaves(params)),)
 
-        def scalars(value):
-            return value if by_group else jax.tree.map(lambda _: jnp.array(value), params)
+        def each(value):
+            return jnp.float32(value) if by_group else PerParameter.full(value, params)
 
         own = source == "own"
         return AgarConfidenceState(
             count=None if source == "upstream" else jnp.zeros((), jnp.int32),
             mu=zeros_like(owner, params, mu_dtype) if own else None,
             nu=zeros_like(owner, params, nu_dtype) if own else None,
-            agar=scalars(jnp.zeros((), jnp.float32)),
-            confidence=scalars(jnp.ones((), jnp.float32)),
+            agar=each(0.0),
+            confidence=each(1.0),
             calibration=calibration(steps).init(shape),
         )
 
@@ -214,8 +216,8 @@ def agar_confidence(
             scale = bias_correction(b1, count) ** 2 / bias_correction(b2, count)
             scale = 1 / scale if source == "direction" else scale
 
-        moments = list(zip(_leaves(updates, mu), _leaves(updates, nu), strict=True))
-        sizes = np.array([m.size for m, _ in moments], np.int32)
+        ms, vs = (jax.tree.leaves(map_unmasked(lambda _, x: x, updates, tree)) for tree in (mu, nu))
+        sizes = np.array([m.size for m in ms], np.int32)
         total = max(int(sizes.sum()), 1)
 
         def bounds(magnitudes):
@@ -228,19 +230,18 @@ def agar_confidence(
             return [clamp_factor * (mean + least) for mean in means]
 
         if clamp_factor is not None:
-            first = bounds([jnp.abs(m) for m, _ in moments])
-            second = bounds([v for _, v in moments])
-            moments = [
-                (jnp.clip(m, -a, a), jnp.minimum(v, b))
-                for (m, v), a, b in zip(moments, first, second, strict=True)
-            ]
-        sums = [_ratio_sum(m, v, scale, eps) for m, v in moments]
-        if by_group:
-            agar, counts = sum(sums, jnp.zeros(1)) / total, sizes.any(keepdims=True)
-        else:
-            agar, counts = jnp.stack([*sums, jnp.zeros(())])[:-1] / np.maximum(sizes, 1), sizes > 0
+            first = bounds([jnp.abs(up(m)) for m in ms])
+            second = bounds([up(v) for v in vs])
+            ms = [jnp.clip(up(m), -a, a) for m, a in zip(ms, first, strict=True)]
+            vs = [jnp.minimum(up(v), b) for v, b in zip(vs, second, strict=True)]
         if eps is None:
-            agar = agar / scale
+            (shares,) = sums("square_share", ms, vs, scale)
+        else:
+            shares = stacked([_share_sum(m, v, scale, eps) for m, v in zip(ms, vs, strict=True)])
+        if by_group:
+            agar, counts = jnp.sum(shares, keepdims=True) / total, sizes.any(keepdims=True)
+        else:
+            agar, counts = shares / np.maximum(sizes, 1), sizes > 0
 
         fit = calibration(state.calibration.samples.shape[-1])
         side_by_side = state.calibration.filled.ndim == 1
@@ -254,12 +255,12 @@ def agar_confidence(
         factors = [confidence[0 if by_group else i] for i in range(len(leaves))]
         new = [(up(u) * c).astype(u.dtype) for u, c in zip(leaves, factors, strict=True)]
 
-        def shown(vector):
-            return vector[0] if by_group else jax.tree.unflatten(structure, list(vector))
+        def shown(old, vector):
+            return vector[0] if by_group else old.replace(vector)
 
         state = state._replace(
-            agar=shown(samples.reshape(-1)),
-            confidence=shown(confidence),
+            agar=shown(state.agar, samples.reshape(-1)),
+            confidence=shown(state.confidence, confidence),
             calibration=fitted,
             **kept,
         )
@@ -278,16 +279,7 @@ def _default_steps(b1: Any) -> int:
     return max(500, round(50 / (1 - float(b1))))
 
 
-def _leaves(updates: Any, tree: Any) -> list[jax.Array]:
-    """The leaves of `tree` where `updates` are not masked."""
-    return [up(x) for x in jax.tree.leaves(map_unmasked(lambda _, x: x, updates, tree))]
-
-
-def _ratio_sum(m: jax.Array, v: jax.Array, scale: Any, eps: Any) -> jax.Array:
-    """The sum of s / (s + n + eps), where s = m^2 and the noise n = max(scale v - s, eps); with eps
-    `None` of scale s / (s + n), where n = max(scale v - s, 0)."""
-    s, scale = m * m, own_scalar(scale, m)
-    if eps is None:
-        return jnp.sum(jnp.minimum(s / jnp.maximum(v, own_scalar(0, m)), scale))
-    eps = own_scalar(eps, m)
-    return jnp.sum(s / (jnp.maximum(scale * v, s + eps) + eps))
+def _share_sum(m: jax.Array, v: jax.Array, scale: Any, eps: Any) -> jax.Array:
+    """The sum of s / (s + n + eps), where s = m^2 and the noise n = max(scale v - s, eps)."""
+    s, scale, eps = up(m) * up(m), own_scalar(scale, m), own_scalar(eps, m)
+    return jnp.sum(s / (jnp.maximum(scale * up(v), s + eps) + eps))

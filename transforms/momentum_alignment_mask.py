@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import ema, finite, increment, inner, norm, up
+from chainrule.transforms._numerics import ema, finite, increment, up
+from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import is_masked, map_unmasked, select
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
@@ -25,16 +27,16 @@ _PASS = "use `chainrule.chain` in place of `optax.chain`, pass it to"
 
 
 class MomentumAlignmentMaskState(NamedTuple):
-    """State of `momentum_alignment_mask`. The scalars are float32, one a parameter, none for an excluded one."""
+    """State of `momentum_alignment_mask`. Excluded parameters are left out of what is kept for each."""
 
     count: jax.Array
     """int32 scalar: updates made."""
     key: jax.Array
     """(2,) uint32: threefry key, constant; update t draws from it and t, parameter i takes draw i."""
-    alignment: optax.Updates
-    """s_t."""
-    cosine: optax.Updates
-    """cos(mu_t, g_t) of the last update."""
+    alignment: PerParameter
+    """float32: s_t."""
+    cosine: PerParameter
+    """float32: cos(mu_t, g_t) of the last update."""
     mask_rate: jax.Array
     """float32 scalar: the fraction of parameters whose last update was not dropped."""
     own: optax.Updates | None
@@ -87,7 +89,7 @@ def momentum_alignment_mask(
     >>> from chainrule.transforms import chain
     >>> tx = chain(optax.scale_by_adam(), momentum_alignment_mask(mask_prob=1.0))
     >>> u, state = tx.update(jnp.array([1.0, -2.0]), tx.init(jnp.zeros(2)))
-    >>> print(u.round(4), state[1].cosine.round(4))
+    >>> print(u.round(4), state[1].cosine.tree().round(4))
     [ 0.9622 -0.9622] 1.0
 
     References:
@@ -109,14 +111,11 @@ def momentum_alignment_mask(
         included = jax.tree.map(lambda out, p: optax.MaskedNode() if out else p, excluded, params)
         key = seed if isinstance(seed, jax.Array) else jax.random.key(seed, impl=_PRNG)
 
-        def scalars(value):
-            return jax.tree.map(lambda _: jnp.asarray(value, jnp.float32), included)
-
         return MomentumAlignmentMaskState(
             count=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(key),
-            alignment=scalars(init_alignment),
-            cosine=scalars(0.0),
+            alignment=PerParameter.full(init_alignment, included),
+            cosine=PerParameter.full(0.0, included),
             mask_rate=jnp.ones((), jnp.float32),
             own=zeros_like(owner, included, state_dtype) if moment == "own" else None,
         )
@@ -132,37 +131,45 @@ def momentum_alignment_mask(
             remedy = f'{_PASS} `update(..., {moment}=...)`, name another `moment`, or moment="own"'
             moments = require(owner, moment, extra_args.get(moment), remedy)
 
-        def cosine(_, mu, g):
-            if is_masked(mu):
-                raise ValueError(
-                    f"{owner}: no earlier link keeps `{moment}` of a parameter of shape {g.shape}; "
-                    'leave it out with `exclude`, or use moment="own"'
-                )
-            norms = (jnp.maximum(norm(x), _NORM_FLOOR) for x in (mu, g))
-            cos = (inner(mu, g) / math.prod(norms)).astype(jnp.float32)
-            return jnp.where(jnp.isfinite(cos), cos, 0)  # or s_t would be NaN for ever
+        included = state.alignment.tree()  # an excluded parameter is masked in it
+        mus = jax.tree.leaves(map_unmasked(lambda _, mu, g: kept(mu, g), included, moments, grad))
+        grads = jax.tree.leaves(map_unmasked(lambda _, g: g, included, grad))
+        product, mu_square, g_square = sums("alignment", mus, grads)
+        lengths = (jnp.maximum(jnp.sqrt(x), _NORM_FLOOR) for x in (mu_square, g_square))
+        cosine = (product / math.prod(lengths)).astype(jnp.float32)
+        cosine = jnp.where(jnp.isfinite(cosine), cosine, 0)  # or s_t would be NaN for ever
+        alignment = ema(alignment_ema, state.alignment.values, jax.nn.sigmoid(cosine / tau))
 
-        def follow(s, c):
-            return ema(alignment_ema, s, jax.nn.sigmoid(c / tau)).astype(jnp.float32)
-
-        def scaled(s, m, u):
-            # Zero, not 0 u, where the update is dropped: its NaN are dropped with it.
-            return u if is_masked(s) else jnp.where(m > 0, s * m * up(u), 0).astype(u.dtype)
-
-        cosines = map_unmasked(cosine, state.alignment, moments, grad)
-        alignment = map_unmasked(follow, state.alignment, cosines)
-        leaves, treedef = jax.tree.flatten(alignment)
         if mask is None:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_PRNG), state.count)
-            draws = (jax.random.uniform(key, (len(leaves),)) < mask_prob).astype(jnp.float32)
+            draws = (jax.random.uniform(key, cosine.shape) < mask_prob).astype(jnp.float32)
         else:
-            given = map_unmasked(lambda _, m: jnp.asarray(m, jnp.float32), alignment, mask)
+            given = map_unmasked(lambda _, m: jnp.asarray(m, jnp.float32), included, mask)
             draws = jnp.array(jax.tree.leaves(given), jnp.float32)
-        kept = jax.tree.unflatten(treedef, list(draws))
-        new = jax.tree.map(scaled, alignment, kept, updates, is_leaf=is_masked)
-        own = None if state.own is None else optax.tree.cast_like(moments, state.own)
-        count = increment(state.count)
-        rate = jnp.sum(draws) / len(leaves) if leaves else state.mask_rate
-        return new, MomentumAlignmentMaskState(count, state.key, alignment, cosines, rate, own)
+        structure = state.alignment.structure
+        factors = jax.tree.unflatten(structure, unstacked(alignment * draws))
+        drawn = jax.tree.unflatten(structure, unstacked(draws))
+
+        def scaled(factor, m, u):
+            # Zero, not 0 u, where the update is dropped: its NaN are dropped with it.
+            return u if is_masked(factor) else jnp.where(m > 0, factor * up(u), 0).astype(u.dtype)
+
+        new = jax.tree.map(scaled, factors, drawn, updates, is_leaf=is_masked)
+        return new, MomentumAlignmentMaskState(
+            count=increment(state.count),
+            key=state.key,
+            alignment=state.alignment.replace(alignment),
+            cosine=state.cosine.replace(cosine),
+            mask_rate=jnp.sum(draws) / len(draws) if len(draws) else state.mask_rate,
+            own=None if state.own is None else optax.tree.cast_like(moments, state.own),
+        )
+
+    def kept(mu, g):
+        if is_masked(mu):
+            raise ValueError(
+                f"{owner}: no earlier link keeps `{moment}` of a parameter of shape {g.shape}; "
+                'leave it out with `exclude`, or use moment="own"'
+            )
+        return mu
 
     return optax.GradientTransformationExtraArgs(init, update)

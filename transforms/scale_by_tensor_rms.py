@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
+from chainrule.transforms._per_parameter import PerParameter, stacked, unstacked
 
 
 class ScaleByTensorRmsState(NamedTuple):
@@ -24,8 +26,8 @@ class ScaleByTensorRmsState(NamedTuple):
 
     count: jax.Array
     """int32 scalar: updates made."""
-    mean_square: optax.Updates
-    """EMA of the mean square of each tensor's gradient: a scalar a parameter, in `stat_dtype`."""
+    mean_square: PerParameter
+    """EMA of the mean square of each tensor's gradient, in `stat_dtype`."""
 
 
 def scale_by_tensor_rms(
@@ -67,7 +69,7 @@ def scale_by_tensor_rms(
     def init(params):
         check_params("scale_by_tensor_rms", params)
         return ScaleByTensorRmsState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros((), stat_dtype), params)
+            jnp.zeros((), jnp.int32), PerParameter.full(0.0, params, stat_dtype)
         )
 
     def update(updates, state, params=None):
@@ -75,26 +77,34 @@ def scale_by_tensor_rms(
         count = increment(state.count)
         correction = bias_correction(decay, count) + debias_eps
 
-        def gradient(u):
-            return u.grad if isinstance(u, MomentumLeaf) else u
+        leaves, structure = jax.tree.flatten(updates)
+        state.mean_square.check("scale_by_tensor_rms", structure)
 
-        def numerator(u):
-            return u.mu / (u.correction + debias_eps) if isinstance(u, MomentumLeaf) else up(u)
+        def mean_square(u):
+            if isinstance(u, MomentumLeaf):
+                u, known = u.grad, u.mean_square
+                if known is not None:
+                    return known
+            return jnp.sum(abs_sq(u)) / max(u.size, 1)
 
-        def mean_square(u, old):
-            if isinstance(u, MomentumLeaf) and u.mean_square is not None:
-                new = u.mean_square
-            else:
-                new = jnp.sum(abs_sq(gradient(u))) / max(gradient(u).size, 1)
-            return jnp.where(jnp.isfinite(new), ema(decay, old, new), up(old))
+        new, old = stacked([mean_square(u) for u in leaves]), up(state.mean_square.values)
+        squares = jnp.where(jnp.isfinite(new), ema(decay, old, new), old)
+        # No finite gradient yet: there is no scale, and eps alone would make a step of any size.
+        scales = jnp.where(squares > 0, 1 / (jnp.sqrt(squares / correction) + eps), 0)
+        carry = np.array([isinstance(u, MomentumLeaf) for u in leaves])
+        if carry.any():
+            given = [
+                u.correction if isinstance(u, MomentumLeaf) else jnp.float32(1) for u in leaves
+            ]
+            scales = scales / (stacked(given) + debias_eps * carry)
 
-        def direction(u, square):
-            scaled = numerator(u) / (jnp.sqrt(square / correction) + eps)
-            # No finite gradient yet: there is no scale, and eps alone would make a step of any size.
-            return jnp.where(square > 0, scaled, 0).astype(gradient(u).dtype)
+        def direction(u, scale):
+            dtype, u = (u.grad.dtype, u.mu) if isinstance(u, MomentumLeaf) else (u.dtype, up(u))
+            return jnp.where(scale > 0, scale * u, 0).astype(dtype)
 
-        squares = jax.tree.map(mean_square, updates, state.mean_square)
-        new = jax.tree.map(direction, updates, squares)
-        return new, ScaleByTensorRmsState(count, optax.tree.cast_like(squares, state.mean_square))
+        new = [direction(*each) for each in zip(leaves, unstacked(scales), strict=True)]
+        return jax.tree.unflatten(structure, new), ScaleByTensorRmsState(
+            count, state.mean_square.replace(squares)
+        )
 
     return optax.GradientTransformation(init, update)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
-from chainrule.transforms._numerics import own_scalar, up
+from chainrule.transforms._numerics import up
+from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._sums import means
 from chainrule.transforms._trees import map_unmasked
 from chainrule.transforms.scale_by_belief import DEVIATIONS, corrections
 
@@ -30,8 +31,8 @@ _REMEDY = (
 class SnrConfidenceState(NamedTuple):
     """State of `snr_confidence`: what the last update knew, and nothing that the next one needs."""
 
-    agar: optax.Updates
-    """float32 scalar for each parameter: abar, the mean share of signal."""
+    agar: PerParameter
+    """float32: abar, the mean share of signal."""
 
     metric_fields = ("agar",)
 
@@ -77,7 +78,7 @@ def snr_confidence(
     >>> tx = chain(scale_by_belief(), snr_confidence())
     >>> g = jnp.array([3.0, -0.5])
     >>> u, state = tx.update(g, tx.init(g))
-    >>> u.round(4).tolist(), float(state[1].agar)
+    >>> u.round(4).tolist(), float(state[1].agar.tree())
     ([1.0, -1.0], 1.0)
 
     References:
@@ -91,40 +92,35 @@ def snr_confidence(
 
     def init(params):
         check_params(owner, params, real=True)
-
-        return SnrConfidenceState(jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params))
+        return SnrConfidenceState(PerParameter.full(0.0, params))
 
     def update(updates, state, params=None, *, mu=None, nu=None, count=None, **_: Any):
-        del state, params
+        del params
         mu, nu, count = (
             require(owner, name, value, _REMEDY)
             for name, value in (("mu", mu), ("nu", nu), ("count", count))
         )
         c1, c2 = corrections(b1, b2, count, deviation)
-        ratio, tiny = c1 * c1 / c2, float(jnp.finfo(jnp.float32).tiny)
-
-        def share_sum(_, m, v):
-            signal, noise = up(m) * up(m), own_scalar(ratio, m) * up(v) + own_scalar(0, m)
-            return jnp.sum(signal / (signal + noise)).astype(jnp.float32)
-
-        sums = map_unmasked(share_sum, updates, mu, nu)
-        agar = map_unmasked(lambda u, x: x / max(u.size, 1), updates, sums)
-        leaves, structure = jax.tree.flatten(sums)
-        sizes = np.array([max(u.size, 1) for u in jax.tree.leaves(updates)] + [1], np.float32)
+        tiny = float(jnp.finfo(jnp.float32).tiny)
+        leaves = [jax.tree.leaves(map_unmasked(lambda _, x: x, updates, tree)) for tree in (mu, nu)]
+        # With v / c2 for s, m^2 and s are both multiplied by c1^2.
+        (agar,) = means("variance_share", *leaves, c1 * c1 / c2)
         # The factors of all tensors are computed side by side: a kernel for each would cost as much
         # as a small tensor's.
-        means = jnp.stack([*leaves, jnp.zeros((), jnp.float32)]) / sizes
-        means = jnp.where(jnp.isfinite(means), means, 0)
-        trust = (c_min + (1 - c_min) * means) ** robustness
+        abar = jnp.where(jnp.isfinite(agar), agar, 0)
+        trust = (c_min + (1 - c_min) * abar) ** robustness
         # Multiplied by: XLA would turn a / b / c into a / (b c), which is 0 / 0 for small b and c.
-        inverse = 1 / jnp.maximum(means + eps, tiny)
+        inverse = 1 / jnp.maximum(abar + eps, tiny)
 
-        def scaled(u, m, v, i):
+        def scaled(u, m, v, trust, inverse):
             signal = (up(m) * (1 / c1)) ** 2
             share = signal / jnp.maximum(signal + up(v) * (1 / c2), tiny)
-            return (up(u) * trust[i] * jnp.clip(share * inverse[i], rel_floor, 1)).astype(u.dtype)
+            return (up(u) * trust * jnp.clip(share * inverse, rel_floor, 1)).astype(u.dtype)
 
-        places = jax.tree.unflatten(structure, range(structure.num_leaves))
-        return map_unmasked(scaled, updates, mu, nu, places), SnrConfidenceState(agar)
+        factors = [
+            jax.tree.unflatten(jax.tree.structure(updates), unstacked(x)) for x in (trust, inverse)
+        ]
+        new = map_unmasked(scaled, updates, mu, nu, *factors)
+        return new, SnrConfidenceState(state.agar.replace(agar))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -102,8 +102,8 @@ def test_seed_follows(case):
         expect(np.stack([s.agar for s in confidence], 1), "agar", rtol=2e-5, atol=1e-8)
         expect(np.stack([s.confidence for s in confidence], 1), "conf", rtol=2e-4)
     else:
-        expect(columns(confidence[0].agar, rec.names), "agar", rtol=2e-5, atol=1e-8)
-        expect(columns(confidence[0].confidence, rec.names), "conf", rtol=2e-4)
+        expect(columns(confidence[0].agar.tree(), rec.names), "agar", rtol=2e-5, atol=1e-8)
+        expect(columns(confidence[0].confidence.tree(), rec.names), "conf", rtol=2e-4)
     maps = [s.calibration for s in confidence]
     calibrated = np.stack([m.calibrated for m in maps], 1)
     np.testing.assert_array_equal(calibrated, rec.log(variant, "tau_init"))
@@ -146,7 +146,7 @@ def test_head_follows(case):
     run = replay(tx, rec.params, rec.gradients(variant), log=log)
     assert_follows(run.params, rec, variant)
     agar, mean, moments = run.logs
-    per_tensor = columns(agar, rec.names)
+    per_tensor = columns(agar.tree(), rec.names)
     sizes = np.array([rec.params[name].size for name in rec.names])
     for got, what in (
         (per_tensor, "agar_per_tensor"),

@@ -65,5 +65,5 @@ def test_follows(case):
     included = [i for i, name in enumerate(rec.names) if name not in spec["exclude"]]
     names = [rec.names[i] for i in included]
     for field, what in (("cosine", "cos"), ("alignment", "alignment")):
-        got, expected = columns(getattr(run.logs, field), names), rec.log(variant, what)
+        got, expected = columns(getattr(run.logs, field).tree(), names), rec.log(variant, what)
         np.testing.assert_allclose(got, expected[:, included], atol=2e-6, err_msg=what)

@@ -74,7 +74,7 @@ def test_follows(case):
     assert_follows(run.params, rec, variant)
     half = "state_dtype" in spec  # one unit of rounding in the stored scalar
     for name, field in LOGS[spec["algo"]].items():
-        got = columns(getattr(run.logs, field), rec.names).astype(np.float64)
+        got = columns(getattr(run.logs, field).tree(), rec.names).astype(np.float64)
         np.testing.assert_allclose(
             got, rec.log(variant, name), rtol=1e-2 if half else 2e-4, atol=1e-6, err_msg=name
         )

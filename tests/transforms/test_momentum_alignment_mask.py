@@ -118,7 +118,7 @@ def test_it_reads_the_moment_that_is_named(owner, moment):
 
     expected = jax.tree.map(cosine, remembered, GRADS)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state[1].cosine, expected
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state[1].cosine.tree(), expected
     )
 
 

@@ -16,9 +16,9 @@ def test_the_first_update_has_root_mean_square_one():
     np.testing.assert_allclose(updates / updates[0, 0], g / g[0, 0], rtol=1e-6)
 
 
-def test_the_state_is_a_scalar_a_tensor():
+def test_the_state_is_a_number_a_tensor():
     state = scale_by_tensor_rms(stat_dtype="bfloat16").init({"w": jnp.ones((9, 9))})
-    assert (state.mean_square["w"].shape, state.mean_square["w"].dtype) == ((), jnp.bfloat16)
+    assert (state.mean_square.values.shape, state.mean_square.values.dtype) == ((1,), jnp.bfloat16)
 
 
 def test_scale_of_the_gradient_does_not_matter():

@@ -147,42 +147,70 @@ inline void run_requantize(const std::vector<Requantize>& tensors, bool decode, 
            [&](const Piece& piece) { kernel(tensors[piece.tensor], piece.begin, piece.end); });
 }
 
-// The partial sums of one tensor while its runs are added up.
+// The partial results of one tensor's runs while they come in, in any order.
+template <class Tensor, class Partial, std::int64_t kRun>
 class Gathering {
  public:
-  explicit Gathering(const Buffer& gradient)
-      : gradient_(gradient),
-        partials_(static_cast<std::size_t>((gradient.size + kStatisticsRun - 1) / kStatisticsRun)),
-        missing_(gradient.size) {}
+  Gathering(const Tensor& tensor, std::int64_t size)
+      : tensor_(tensor), partials_(static_cast<std::size_t>((size + kRun - 1) / kRun)), missing_(size) {}
 
-  // Adds elements [begin, end), begin a multiple of kStatisticsRun; true for the call that completes.
-  bool add(PartialStatistics* kernel, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t run = begin; run < end; run += kStatisticsRun) {
-      const std::int64_t stop = end - run < kStatisticsRun ? end : run + kStatisticsRun;
-      partials_[static_cast<std::size_t>(run / kStatisticsRun)] = kernel(gradient_, run, stop);
+  // Adds elements [begin, end), begin a multiple of kRun; true for the call that completes.
+  template <class Kernel>
+  bool add(Kernel* kernel, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t run = begin; run < end; run += kRun) {
+      const std::int64_t stop = end - run < kRun ? end : run + kRun;
+      partials_[static_cast<std::size_t>(run / kRun)] = kernel(tensor_, run, stop);
     }
     return missing_.fetch_sub(end - begin) == end - begin;
   }
 
+  // In ascending order of the runs.
+  const std::vector<Partial>& partials() const { return partials_; }
+
+ private:
+  const Tensor tensor_;
+  std::vector<Partial> partials_;
+  std::atomic<std::int64_t> missing_;
+};
+
+class StatisticsGathering : public Gathering<Buffer, Partial, kStatisticsRun> {
+ public:
+  explicit StatisticsGathering(const Buffer& gradient) : Gathering(gradient, gradient.size), size_(gradient.size) {}
+
   Statistics total() const {
-    return CHAINRULE_ISA::total_statistics(partials_.data(), static_cast<std::int64_t>(partials_.size()), gradient_.size);
+    return CHAINRULE_ISA::total_statistics(partials().data(), static_cast<std::int64_t>(partials().size()), size_);
   }
 
  private:
-  const Buffer gradient_;
-  std::vector<Partial> partials_;
-  std::atomic<std::int64_t> missing_;
+  std::int64_t size_;
 };
 
 inline std::vector<Statistics> run_statistics(const std::vector<Buffer>& gradients, const Loop& loop) {
   const auto size = [](const Buffer& b) { return b.size; };
   const Plan plan = plan_of(gradients, size, [](const Buffer&) { return kStatisticsRun; });
-  std::deque<Gathering> gatherings(gradients.begin(), gradients.end());
+  std::deque<StatisticsGathering> gatherings(gradients.begin(), gradients.end());
   const Kernels& k = kernels();
   std::vector<Statistics> totals(gradients.size());
   plan.run(loop, Subnormals::flush, [&](const Piece& piece) {
-    Gathering& gathering = gatherings[piece.tensor];
+    StatisticsGathering& gathering = gatherings[piece.tensor];
     if (gathering.add(k.statistics, piece.begin, piece.end)) totals[piece.tensor] = gathering.total();
+  });
+  return totals;
+}
+
+inline std::vector<Sums> run_sums(SumKind kind, const std::vector<Summands>& tensors, const Loop& loop) {
+  const auto size = [](const Summands& t) { return t.x.size; };
+  const Plan plan = plan_of(tensors, size, [](const Summands&) { return kSumsRun; });
+  std::deque<Gathering<Summands, Sums, kSumsRun>> gatherings;
+  for (const Summands& t : tensors) gatherings.emplace_back(t, t.x.size);
+  PartialSums* const kernel = kernels().sums[static_cast<int>(kind)];
+  std::vector<Sums> totals(tensors.size());
+  plan.run(loop, Subnormals::flush, [&](const Piece& piece) {
+    auto& gathering = gatherings[piece.tensor];
+    if (!gathering.add(kernel, piece.begin, piece.end)) return;
+    for (const Sums& run : gathering.partials()) {
+      for (int k = 0; k < sum_count(kind); ++k) totals[piece.tensor].of[k] += run.of[k];
+    }
   });
   return totals;
 }
@@ -206,7 +234,7 @@ struct Tier1 {
 inline void run_tier1(std::vector<Tier1>& tensors, const Loop& loop) {
   struct Progress {
     explicit Progress(const Buffer& gradient) : gathering(gradient) {}
-    Gathering gathering;
+    StatisticsGathering gathering;
     std::atomic<bool> ready{false};
   };
   std::int64_t elements = 0;

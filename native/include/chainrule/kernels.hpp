@@ -2,11 +2,13 @@
 #pragma once
 
 #include "chainrule/quant4.hpp"
+#include "chainrule/sums.hpp"
 #include "chainrule/tier_update.hpp"
 
 namespace chainrule {
 
 using PartialStatistics = Partial(const Buffer&, std::int64_t begin, std::int64_t end);
+using PartialSums = Sums(const Summands&, std::int64_t begin, std::int64_t end);
 
 // Each runs on elements [begin, end) of one tensor.
 struct Kernels {
@@ -16,6 +18,7 @@ struct Kernels {
   void (*sign_step)(const SignStep&, std::int64_t begin, std::int64_t end);
   PartialStatistics* statistics;
   PartialStatistics* mean_magnitude;  // the sum of |g| alone
+  PartialSums* sums[kSumKinds];
   void (*quantize)(const Requantize&, std::int64_t begin, std::int64_t end);
   void (*dequantize)(const Requantize&, std::int64_t begin, std::int64_t end);
 };
