@@ -1,0 +1,131 @@
+"""Sums taken in the kernel, in XLA and by the formula are the same, under every transformation of JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chainrule import chains, native
+from chainrule.transforms._sums import means, sums
+from harness import assert_close, random_tree, run
+
+SHAPES = [(), (0,), (7,), (33, 40), (3, 5000)]
+C = 0.5
+FORMULAS = {
+    "moments": (lambda x, y: x, lambda x, y: x**2),
+    "residual": (lambda x, y: np.abs(x - y), lambda x, y: (x - y) ** 2),
+    "alignment": (lambda x, y: x * y, lambda x, y: x**2, lambda x, y: y**2),
+    "variance_share": (lambda x, y: x**2 / (x**2 + C * y),),
+    "square_share": (lambda x, y: x**2 / np.maximum(x**2, C * y),),
+}
+
+
+def tensors(dtype="float32"):
+    rng = np.random.default_rng(0)
+    xs = [jnp.asarray(rng.standard_normal(s), dtype) for s in SHAPES]
+    return xs, [jnp.asarray(rng.standard_normal(s) ** 2, dtype) for s in SHAPES]
+
+
+def taken(kind, xs, ys, c=C):
+    return sums(kind, xs, None if kind == "moments" else ys, c)
+
+
+def expected(kind, xs, ys):
+    pairs = [
+        (np.asarray(x, np.float64), np.asarray(y, np.float64)) for x, y in zip(xs, ys, strict=True)
+    ]
+    return [np.array([f(x, y).sum() for x, y in pairs]) for f in FORMULAS[kind]]
+
+
+@pytest.mark.parametrize("in_kernel", [True, False], ids=["kernel", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_follow_the_formula(kind, dtype, in_kernel, monkeypatch):
+    monkeypatch.setattr(native, "_kernel", native._kernel if in_kernel else None)
+    monkeypatch.setattr(native, "_warned", True)
+    xs, ys = tensors(dtype)
+    calls = str(jax.make_jaxpr(lambda: taken(kind, xs, ys))()).count("chainrule_sums")
+    assert calls == in_kernel
+    for got, want in zip(
+        jax.jit(taken, static_argnums=0)(kind, xs, ys), expected(kind, xs, ys), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_under_vmap_each_is_as_alone(kind):
+    xs, ys = tensors()
+    many = [jnp.stack([x, 2 * x, -x]) for x in xs], [jnp.stack([y, y, 3 * y]) for y in ys]
+    cs = jnp.array([0.5, 1.0, 2.0])
+    together = jax.vmap(lambda xs, ys, c: taken(kind, xs, ys, c))(*many, cs)
+    for i in range(3):
+        alone = taken(kind, [x[i] for x in many[0]], [y[i] for y in many[1]], cs[i])
+        for a, b in zip(together, alone, strict=True):
+            np.testing.assert_array_equal(a[i], b)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_the_derivative_is_that_of_the_formula(kind):
+    xs, ys = [jnp.array([0.5, -2.0])], [jnp.array([1.5, 0.25])]
+
+    def total(x, y):
+        return sum(v.sum() for v in taken(kind, [x], [y]))
+
+    def formula(x, y):
+        x, y = np.float64(x), np.float64(y)
+        return sum(f(x, y).sum() for f in FORMULAS[kind])
+
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1)))(*xs, *ys)
+    for argument, slope in enumerate(slopes):
+        for i in range(2):
+            points = [[np.float64(xs[0]), np.float64(ys[0])] for _ in range(2)]
+            for point, step in zip(points, (1e-6, -1e-6), strict=True):
+                point[argument] = point[argument].copy()
+                point[argument][i] += step
+            difference = (formula(*points[0]) - formula(*points[1])) / 2e-6
+            np.testing.assert_allclose(slope[i], difference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_what_is_not_finite_or_overflows_shows_in_its_tensor_alone(kind, bad):
+    xs = [jnp.array([1.0, bad, 2.0]), jnp.ones(40)]
+    ys = [jnp.ones(3), jnp.ones(40)]
+    *_, last = taken(kind, xs, ys) if kind != "alignment" else taken(kind, xs, ys)[:2]
+    assert np.isfinite(last[1])
+    assert not np.isfinite(last[0])
+
+
+def test_a_share_of_nothing_is_nothing():
+    for kind in ("variance_share", "square_share"):
+        assert taken(kind, [jnp.zeros(5)], [jnp.zeros(5)])[0] == 0
+
+
+def test_no_tensors_have_no_sums():
+    assert [v.shape for v in sums("moments", [])] == [(0,), (0,)]
+    assert [v.tolist() for v in means("moments", [jnp.zeros((0, 2))])] == [[0.0], [0.0]]
+
+
+def test_wide_and_complex_tensors_are_reduced_in_xla():
+    z = jnp.array([3.0 + 4.0j, 1.0j])
+    product, x, y = sums("alignment", [z], [2 * z])
+    np.testing.assert_allclose([product[0], x[0], y[0]], [52.0, 26.0, 104.0], rtol=1e-6)
+    with jax.enable_x64(True):
+        (mean, _) = means("moments", [jnp.array([1.0, 1.0 + 1e-12], jnp.float64)])
+        assert mean.dtype == jnp.float64 and mean[0] > 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [chains.stam, chains.stam_lite, chains.casmo, chains.casmo_snr, chains.magma],
+    ids=lambda f: f.__name__,
+)
+def test_a_chain_is_the_same_with_and_without_the_kernel(make, monkeypatch):
+    tx = make(chains.adam()) if make is chains.magma else make()
+    shapes = {"dense": {"bias": (300,), "kernel": (40, 30)}, "scale": ()}
+    params, grads = random_tree(shapes, 0), [random_tree(shapes, seed) for seed in range(1, 5)]
+    with_kernel, _ = run(tx, params, grads)
+    monkeypatch.setattr(native, "_kernel", None)
+    monkeypatch.setattr(native, "_warned", True)
+    without, _ = run(tx, params, grads)
+    assert_close(with_kernel, without, rtol=2e-5)
