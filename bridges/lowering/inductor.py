@@ -25,6 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.entries import split_vectors
 from chainrule.bridges.lowering.pieces import (
     Piece,
     Program,
@@ -56,6 +57,7 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
     """
     lowered = dataclasses.replace(lowered, graph=copy.deepcopy(lowered.graph))
     graph, values = lowered.graph.graph, fake_values(lowered, device)
+    split_vectors(lowered.graph, values)
     recompute(graph, values, targets)
     program = cut(graph, targets, values)
     slots: dict[fx.Node, int] = {n: i for i, n in enumerate(program.placeholders)}
