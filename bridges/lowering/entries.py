@@ -14,6 +14,10 @@ from torch import fx
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.pieces import POINTWISE
 
+_COSTLY = {torch.pow}
+"""Compiled with a leaf, an entry may be computed again for each of its elements; with these that takes longer than all
+the rest of a step."""
+
 
 def split_vectors(module: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
     """Replaces elementwise arithmetic between `torch.stack` and `ops.unbind` by arithmetic on the entries.
@@ -91,4 +95,17 @@ def _between(graph: fx.Graph, values: dict[fx.Node, Any]) -> list[fx.Node]:
     for node in reversed(list(found)):
         if not all(user in found or user.target is ops.unbind for user in node.users):
             del found[node]
+    for node in reversed(list(found)):
+        if node.target in _COSTLY:
+            _drop(node, found)
     return list(found)
+
+
+def _drop(node: fx.Node, found: dict[fx.Node, None]) -> None:
+    """Removes a node and all that it is connected with."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node in found:
+            del found[node]
+            waiting += [*node.all_input_nodes, *node.users]
