@@ -136,7 +136,8 @@ def cosmic(
       state_dtype: dtype of the moments, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`; with decoupled decay only.
       kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
-        what `benchmarks/speed/native.py` finds faster: the kernel in a bridge on the CPU, else XLA.
+        what `benchmarks/speed/native.py` finds faster on the CPU: the kernel in a bridge and with
+        `bits`; else XLA.
       preset: `"safe"`, `"fast"` or `"memory"`: arguments for those that are not given.
 
     Returns:

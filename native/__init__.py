@@ -76,9 +76,13 @@ def chosen(kernel: str, dtypes: Iterable[object] = ()) -> bool:
     return available()
 
 
-def sums_in_kernel(dtypes: Iterable[object]) -> bool:
-    """Whether the sums of tensors of these dtypes are taken in the compiled kernel where a chain runs on the CPU.
+def for_cpu(dtypes: Iterable[object]) -> bool:
+    """Whether the kernel can take, where a chain in JAX runs on the CPU, what it is faster at: sums, and codes.
 
-    They are in JAX. A bridge has a compiler of its own, which fuses them.
+    Where the chain runs is known when it is compiled: ask ``jax.lax.platform_dependent``. A bridge has a
+    compiler of its own, which fuses sums.
+
+    Args:
+        dtypes: what it would be given.
     """
-    return _bridge.get() is None and all(str(d) in _FLOATS for d in dtypes) and available()
+    return _bridge.get() is None and all(str(dtype) in _FLOATS for dtype in dtypes) and available()

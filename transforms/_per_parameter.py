@@ -60,7 +60,7 @@ def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(scalars) if scalars else jnp.zeros((0,), jnp.float32)
 
 
-def unstacked(vector: jax.Array) -> list[jax.Array]:
+def unstacked(vector: Any) -> list[jax.Array]:
     """The entries of a vector as scalars.
 
     >>> [x.item() for x in unstacked(jnp.arange(2))]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chainrule.native import sums_in_kernel, xla
+from chainrule.native import for_cpu, xla
 from chainrule.transforms._numerics import inner, own_scalar, square_norm, up
 
 Tensors = Sequence[jax.Array]
@@ -66,7 +66,7 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Any = 1.0) -> tup
     if not xs:
         return tuple(jnp.zeros((0,), jnp.float32) for _ in _TERMS[kind])
     alike = all(map(operator.eq, map(jnp.shape, xs), map(jnp.shape, ys)))
-    in_kernel = alike and sums_in_kernel(jnp.result_type(t) for t in (*xs, *ys))
+    in_kernel = alike and for_cpu(jnp.result_type(t) for t in (*xs, *ys))
     return (_on_cpu_in_kernel if in_kernel else _in_xla)(kind, xs, ys, c)
 
 

@@ -27,6 +27,15 @@ def map_unmasked(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
+def unmasked_leaves(tree: Any, other: Any) -> list[Any]:
+    """The leaves of `other` where those of `tree` are not masked.
+
+    >>> unmasked_leaves({"a": 1.0, "b": optax.MaskedNode()}, {"a": 2.0, "b": 3.0})
+    [2.0]
+    """
+    return jax.tree.leaves(map_unmasked(lambda _, x: x, tree, other))
+
+
 def path_name(path: tuple[Any, ...]) -> str:
     """The keys of a leaf's path joined by slashes.
 

@@ -135,7 +135,7 @@ def adaptive_beta1(
     residual = signal == "residual"
     first_decay, second_decay = (tau_decay, b2) if residual else (moment_decay, moment_decay)
 
-    def init(params):
+    def init(params) -> Any:
         check_params("adaptive_beta1", params, real=True)
 
         def each(value, dtype=stat_dtype):
@@ -151,7 +151,7 @@ def adaptive_beta1(
             nonfinite=each(False, bool),
         )
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> Any:
         del params
         count = increment(state.count)
         renew = state.count % jnp.asarray(b1_update_interval, jnp.int32) == 0

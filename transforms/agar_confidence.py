@@ -37,7 +37,7 @@ from chainrule.transforms._checks import (
 from chainrule.transforms._numerics import bias_correction, ema, own_scalar, up
 from chainrule.transforms._per_parameter import PerParameter, stacked
 from chainrule.transforms._sums import sums
-from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._trees import map_unmasked, unmasked_leaves
 
 _REMEDY = (
     "use `chainrule.chain` in place of `optax.chain` with a link before it that keeps moments, "
@@ -216,7 +216,7 @@ def agar_confidence(
             scale = bias_correction(b1, count) ** 2 / bias_correction(b2, count)
             scale = 1 / scale if source == "direction" else scale
 
-        ms, vs = (jax.tree.leaves(map_unmasked(lambda _, x: x, updates, tree)) for tree in (mu, nu))
+        ms, vs = (unmasked_leaves(updates, tree) for tree in (mu, nu))
         sizes = np.array([m.size for m in ms], np.int32)
         total = max(int(sizes.sum()), 1)
 

@@ -19,7 +19,7 @@ from chainrule.transforms._checks import check_bounds, check_choice, require, ze
 from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import sums
-from chainrule.transforms._trees import is_masked, map_unmasked, select
+from chainrule.transforms._trees import is_masked, map_unmasked, select, unmasked_leaves
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
 _PRNG = "threefry2x32"
@@ -133,7 +133,7 @@ def momentum_alignment_mask(
 
         included = state.alignment.tree()  # an excluded parameter is masked in it
         mus = jax.tree.leaves(map_unmasked(lambda _, mu, g: kept(mu, g), included, moments, grad))
-        grads = jax.tree.leaves(map_unmasked(lambda _, g: g, included, grad))
+        grads = unmasked_leaves(included, grad)
         product, mu_square, g_square = sums("alignment", mus, grads)
         lengths = (jnp.maximum(jnp.sqrt(x), _NORM_FLOOR) for x in (mu_square, g_square))
         cosine = (product / math.prod(lengths)).astype(jnp.float32)
@@ -144,8 +144,7 @@ def momentum_alignment_mask(
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_PRNG), state.count)
             draws = (jax.random.uniform(key, cosine.shape) < mask_prob).astype(jnp.float32)
         else:
-            given = map_unmasked(lambda _, m: jnp.asarray(m, jnp.float32), included, mask)
-            draws = jnp.array(jax.tree.leaves(given), jnp.float32)
+            draws = jnp.array(unmasked_leaves(included, mask), jnp.float32)
         structure = state.alignment.structure
         factors = jax.tree.unflatten(structure, unstacked(alignment * draws))
         drawn = jax.tree.unflatten(structure, unstacked(draws))

@@ -121,7 +121,8 @@ def quantized_state(
 
     The state is decoded before each update and encoded after it; the update itself uses the new
     moments as they are, so a step loses only what the next one reads. Scalars, integers and masked
-    leaves stay as they are. `scale_by_dual_ema(kernel="native")` works on the codes themselves, to nearest.
+    leaves stay as they are. In the compiled kernel `scale_by_dual_ema` works on the codes themselves,
+    to nearest.
 
     Args:
       inner: any gradient transformation.
@@ -178,14 +179,25 @@ def quantized_state(
         return QuantizedState(key, encode(inner.init(params), None))
 
     def update(updates, state, params=None, **extra_args) -> Any:
-        key, now = state.key, None
+        key, now = jax.random.split(state.key) if stochastic else (None, None)
+
+        def on_codes():
+            return inner.update(updates, state.inner_state, params, **extra_args)
+
+        def on_tensors():
+            new_updates, new = inner.update(
+                updates, decode(state.inner_state), params, **extra_args
+            )
+            return new_updates, encode(new, now)
+
         takes_codes = getattr(inner.update, "takes_codes", None)
-        if takes_codes and not stochastic and takes_codes(updates, state.inner_state):
-            updates, new = inner.update(updates, state.inner_state, params, **extra_args)
-            return updates, QuantizedState(None, new)
-        if stochastic:
-            key, now = jax.random.split(state.key)
-        updates, new = inner.update(updates, decode(state.inner_state), params, **extra_args)
-        return updates, QuantizedState(key, encode(new, now))
+        where = "nowhere"
+        if takes_codes and not stochastic:
+            where = takes_codes(updates, state.inner_state)
+        if where == "on the CPU":
+            new_updates, new = jax.lax.platform_dependent(cpu=on_codes, default=on_tensors)
+        else:
+            new_updates, new = on_codes() if where == "everywhere" else on_tensors()
+        return new_updates, QuantizedState(key, new)
 
     return optax.GradientTransformationExtraArgs(init, update)

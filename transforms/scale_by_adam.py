@@ -124,7 +124,7 @@ def scale_by_adam(
             ahead = (
                 bias_correction(b1, count + 1) + debias_eps if debias and nesterov is True else c1
             )
-            return b1 * mu / ahead + (1 - b1) * up(u) / c1
+            return (b1 / ahead) * mu + ((1 - b1) / c1) * up(u)
 
         def direction(u, mu, nu):
             if eps_scope == "raw":

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import chosen
+from chainrule.native import chosen, for_cpu
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 from chainrule.transforms.quantized_state import Quantized
@@ -74,7 +74,8 @@ def scale_by_dual_ema(
         mismatch signal).
       state_dtype: dtype of the moments, default the parameter's.
       kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
-        what `benchmarks/speed/native.py` finds faster: the kernel in a bridge on the CPU, else XLA.
+        what `benchmarks/speed/native.py` finds faster on the CPU: the kernel in a bridge and on what
+        `quantized_state` holds in codes; else XLA.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.
@@ -135,7 +136,7 @@ def scale_by_dual_ema(
         correct_short = bias_correction(b1, t) if corrected else 1.0
         correct_long = bias_correction(b1_long, t) if corrected else 1.0
         only_short = not has_long or (keep_long and not by_tier and short == 1)
-        if chosen(kernel, _dtypes(updates, state)):
+        if chosen(kernel, _dtypes(updates, state)) or _holds_codes(state):
             # Without the short EMA, the long one is the kernel's only one.
             own, decay = (state.mu, b1) if has_short else (state.mu_long, b1_long)
             correction = correct_short if has_short else correct_long
@@ -196,8 +197,14 @@ def scale_by_dual_ema(
         stored = optax.tree.cast_like((mu, mu_long, nu), tuple(state)[1:])
         return new, ScaleByDualEmaState(count, *stored)
 
-    def takes_codes(updates, state) -> bool:  # `quantized_state` asks
-        return _kernel_reads(state) and chosen(kernel, _dtypes(updates, state))
+    def takes_codes(updates, state) -> str:  # `quantized_state` asks
+        if not _kernel_reads(state):
+            return "nowhere"
+        dtypes = _dtypes(updates, state)
+        if chosen(kernel, dtypes):
+            return "everywhere"
+        codes_are_faster = kernel == "auto" and _holds_codes(state) and for_cpu(dtypes)
+        return "on the CPU" if codes_are_faster else "nowhere"
 
     update.takes_codes = takes_codes  # pyright: ignore[reportFunctionMemberAccess]
     return optax.GradientTransformationExtraArgs(init, update)
@@ -210,6 +217,10 @@ def _is_held(x: Any) -> bool:
 def _held(tree: Any) -> list[Any]:
     """The tensors of a moment, those in codes whole."""
     return jax.tree.leaves(tree, is_leaf=_is_held)
+
+
+def _holds_codes(state: ScaleByDualEmaState) -> bool:
+    return any(map(_is_held, _held(tuple(state))))
 
 
 def _format(x: Any) -> tuple[int, int] | None:

@@ -66,13 +66,13 @@ def scale_by_tensor_rms(
     """
     check_bounds("scale_by_tensor_rms", decay=decay, eps=eps, debias_eps=debias_eps)
 
-    def init(params):
+    def init(params) -> Any:
         check_params("scale_by_tensor_rms", params)
         return ScaleByTensorRmsState(
             jnp.zeros((), jnp.int32), PerParameter.full(0.0, params, stat_dtype)
         )
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None) -> Any:
         del params
         count = increment(state.count)
         correction = bias_correction(decay, count) + debias_eps

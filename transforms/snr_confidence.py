@@ -19,7 +19,7 @@ from chainrule.transforms._checks import check_bounds, check_choice, check_param
 from chainrule.transforms._numerics import up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import means
-from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._trees import unmasked_leaves
 from chainrule.transforms.scale_by_belief import DEVIATIONS, corrections
 
 _REMEDY = (
@@ -90,11 +90,11 @@ def snr_confidence(
     )
     check_choice(owner, "deviation", deviation, DEVIATIONS)
 
-    def init(params):
+    def init(params) -> Any:
         check_params(owner, params, real=True)
         return SnrConfidenceState(PerParameter.full(0.0, params))
 
-    def update(updates, state, params=None, *, mu=None, nu=None, count=None, **_: Any):
+    def update(updates, state, params=None, *, mu=None, nu=None, count=None, **_: Any) -> Any:
         del params
         mu, nu, count = (
             require(owner, name, value, _REMEDY)
@@ -102,12 +102,11 @@ def snr_confidence(
         )
         c1, c2 = corrections(b1, b2, count, deviation)
         tiny = float(jnp.finfo(jnp.float32).tiny)
-        leaves = [jax.tree.leaves(map_unmasked(lambda _, x: x, updates, tree)) for tree in (mu, nu)]
-        # With v / c2 for s, m^2 and s are both multiplied by c1^2.
-        (agar,) = means("variance_share", *leaves, c1 * c1 / c2)
+        mus, nus = (unmasked_leaves(updates, tree) for tree in (mu, nu))
+        (agar,) = means("variance_share", mus, nus, c1 * c1 / c2)
         # The factors of all tensors are computed side by side: a kernel for each would cost as much
         # as a small tensor's.
-        abar = jnp.where(jnp.isfinite(agar), agar, 0)
+        abar = jnp.where(jnp.isfinite(agar), agar, jnp.float32(0))
         trust = (c_min + (1 - c_min) * abar) ** robustness
         # Multiplied by: XLA would turn a / b / c into a / (b c), which is 0 / 0 for small b and c.
         inverse = 1 / jnp.maximum(abar + eps, tiny)
@@ -117,10 +116,9 @@ def snr_confidence(
             share = signal / jnp.maximum(signal + up(v) * (1 / c2), tiny)
             return (up(u) * trust * jnp.clip(share * inverse, rel_floor, 1)).astype(u.dtype)
 
-        factors = [
-            jax.tree.unflatten(jax.tree.structure(updates), unstacked(x)) for x in (trust, inverse)
-        ]
-        new = map_unmasked(scaled, updates, mu, nu, *factors)
+        leaves, structure = jax.tree.flatten(updates)
+        columns = zip(leaves, mus, nus, unstacked(trust), unstacked(inverse), strict=True)
+        new = jax.tree.unflatten(structure, [scaled(*column) for column in columns])
         return new, SnrConfidenceState(state.agar.replace(agar))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -137,7 +137,7 @@ def follow(case, run, **options):
 
 @pytest.mark.parametrize("case", cases(FILES))
 def test_follows(case):
-    follow(case, run)
+    follow(case, run, kernel="xla")
 
 
 @pytest.mark.parametrize("case", cases(["cosmic_primitives"]))
@@ -162,7 +162,7 @@ PACKED = [c for c in cases(["cosmic_quant4"]) if "fused_b" in c.id]
 
 @pytest.mark.parametrize("case", PACKED)
 def test_packed_bytes(case):
-    hold_bytes(case, run)
+    hold_bytes(case, run, kernel="xla")
 
 
 def hold_bytes(case, run, **options):
