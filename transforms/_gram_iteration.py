@@ -127,8 +127,13 @@ def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Ar
     """Product over one axis of each, with leading axes batched.
 
     `HIGHEST`: by default an accelerator may round float32 factors to fewer digits, for which a Gram
-    matrix could not be kept as long as `_segments` says.
+    matrix could not be kept as long as `_segments` says. Half-precision factors have a float32 product,
+    which is then rounded: so XLA:CPU takes it in the processor's bfloat16 units, twice as fast.
     """
     batch = tuple(range(a.ndim - 2))
     dims = (((a.ndim + contract_a,), (b.ndim + contract_b,)), (batch, batch))
-    return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    product = jax.lax.dot_general(
+        a, b, dims, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide
+    )
+    return product.astype(a.dtype)

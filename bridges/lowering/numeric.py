@@ -102,14 +102,17 @@ def _dot_general(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
     if out.dtype.name in MASKS:
         raise b.unsupported(eqn, f"of {out.dtype}")
     dtype = torch_dtype(out.dtype)
-    same = all(torch_dtype(a.dtype) == dtype for a in avals)
+    given = {torch_dtype(a.dtype) for a in avals}
+    same = given == {dtype}
     ranks = [len(a.shape) for a in avals]
-    if same and not batch[0] and ranks == [2, 2] and len(contract[0]) == 1:
+    if len(given) == 1 and not batch[0] and ranks == [2, 2] and len(contract[0]) == 1:
         if contract[0][0] == 0:
             left = b.emit(torch.t, left)
         if contract[1][0] == 1:
             right = b.emit(torch.t, right)
-        return b.emit(torch.mm, left, right)
+        if same:
+            return b.emit(torch.mm, left, right)
+        return b.emit(ops.wide_mm, left, right, *given, dtype)
     if same and ranks == [1, 1] and len(contract[0]) == 1:
         return b.emit(torch.dot, left, right)
     ints = [tuple(int(d) for d in dims) for dims in (*contract, *batch)]

@@ -16,6 +16,7 @@ def simplify(graph: fx.Graph) -> None:
     """No-op arithmetic and dead code gone, common subexpressions once."""
     drop_noops(graph)
     merge_common(graph)
+    round_products(graph)
     unbind_vectors(graph)
     drop_dead(graph)
 
@@ -59,6 +60,16 @@ def merge_common(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def round_products(graph: fx.Graph) -> None:
+    """A wide product of half-precision matrices, rounded to their dtype, is torch's own, which adds in float32."""
+    for node in graph.find_nodes(op="call_function", target=torch.Tensor.to):
+        product, dtype = node.args[:2]
+        if product.op == "call_function" and product.target is ops.wide_mm:
+            x, y, narrow, _ = product.args
+            if dtype == narrow:
+                node.target, node.args = torch.mm, (x, y)
 
 
 _FEW = 8

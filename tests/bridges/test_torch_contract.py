@@ -269,6 +269,23 @@ def test_a_missing_gradient_keeps_moments_while_the_groups_count_goes_on() -> No
     )  # kept with the first parameter
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_missing_gradient_keeps_the_numbers_of_its_parameter(compile: bool) -> None:
+    """In JAX they are one vector for all parameters; here each has its own."""
+    net = model()
+    bridge = TorchBridge(chains.stam(), net.named_parameters(), compile=compile)
+    train(net, bridge, range(2))
+    still, moving = net[0].weight, net[2].weight
+    names = {"b1", "b1_prod", "first", "second", "nonfinite"}
+    before = {p: {n: bridge.state[p][n].clone() for n in names} for p in (still, moving)}
+    loss_of(net, 2).backward()
+    still.grad = None
+    bridge.step()
+    assert all(bridge.state[still][name].equal(before[still][name]) for name in names)
+    assert not bridge.state[moving]["b1_prod"].equal(before[moving]["b1_prod"])
+    assert {x.shape for x in bridge.metrics()["b1"].values()} == {torch.Size([])}
+
+
 def test_no_gradient_at_all_is_no_step() -> None:
     net = model()
     bridge = TorchBridge(adamw(), net.parameters())
@@ -295,6 +312,18 @@ def test_frozen_parameters_have_no_state_and_join_when_they_thaw() -> None:
     train(net, bridge, range(2, 5))
     train(theirs, reference, range(2, 5))
     assert_same(net, theirs)
+
+
+def test_a_newcomer_brings_its_own_numbers() -> None:
+    net = model()
+    net[0].requires_grad_(False)
+    bridge = TorchBridge(chains.stam_lite(), net.named_parameters())
+    train(net, bridge, range(2))
+    kept = bridge.state[net[2].weight]["b1_prod"].clone()
+    net[0].requires_grad_(True)
+    train(net, bridge, range(2, 3))
+    assert bridge.state[net[2].weight]["b1_prod"] < kept
+    assert bridge.state[net[0].weight]["b1_prod"] > kept  # one update old
 
 
 def test_a_state_that_spans_all_parameters_takes_no_newcomer() -> None:

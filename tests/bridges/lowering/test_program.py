@@ -80,6 +80,22 @@ def test_common_subexpressions_and_dead_code() -> None:
     assert targets(kept) == [torch.add]
 
 
+def test_a_wide_product_that_is_rounded_is_one_product_in_half_precision() -> None:
+    half = struct(8, 8, dtype=jnp.bfloat16)
+
+    def product(x: Any, y: Any, rounded: bool) -> Any:
+        wide = jnp.matmul(x.T, y, preferred_element_type=jnp.float32)
+        return wide.astype(jnp.bfloat16) if rounded else wide
+
+    once = lower(lambda x, y: product(x, y, True), half, half)
+    kept = lower(lambda x, y: product(x, y, False), half, half)
+    assert targets(once) == [torch.permute, torch.mm]
+    x, y = (torch.randn(8, 8, dtype=torch.bfloat16) for _ in range(2))
+    exact = x.double().T @ y.double()
+    torch.testing.assert_close(kept(x, y)[0], exact.float())
+    torch.testing.assert_close(once(x, y)[0], exact.bfloat16(), rtol=1e-2, atol=1e-2)
+
+
 def test_passthrough_and_outputs_of_their_own() -> None:
     def fn(x: Any, y: Any) -> Any:
         z = x + y
