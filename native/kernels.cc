@@ -9,10 +9,10 @@ namespace chainrule {
 namespace CHAINRULE_ISA {
 extern const Kernels table;
 const Kernels table = {
-    CHAINRULE_TEXT(CHAINRULE_ISA), tier2,    tier2_quantized, sign_step, partial_statistics<true>,
-    partial_statistics<false>,
+    CHAINRULE_TEXT(CHAINRULE_ISA), tier2,    tier2_quantized, sign_step, partial_statistics,
     {partial_sums<SumKind::moments>, partial_sums<SumKind::residual>, partial_sums<SumKind::alignment>,
-     partial_sums<SumKind::variance_share>, partial_sums<SumKind::square_share>},
+     partial_sums<SumKind::variance_share>, partial_sums<SumKind::square_share>,
+     partial_sums<SumKind::magnitude>},
     quantize, dequantize,
 };
 }  // namespace CHAINRULE_ISA

@@ -232,13 +232,13 @@ ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Re
   return ffi::Error::Success();
 }
 
-// Operands: c, each x, then each y but for the moments. Result: (..., tensors, sums), the leading axes those that
+// Operands: c, each x, then each y if the kind is of pairs. Result: (..., tensors, sums), the leading axes those that
 // `vmap` gave every operand.
 ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs operands, 
                 ffi::Result<ffi::AnyBuffer> result, std::int32_t kind_number) {
   const auto kind = static_cast<SumKind>(kind_number);
   const auto axes = result->dimensions();
-  const std::size_t tensors = operands.size() / (kind == SumKind::moments ? 1 : 2);
+  const std::size_t tensors = operands.size() / (is_of_pairs(kind) ? 2 : 1);
   const bool fits = kind_number < kSumKinds && c.element_type() == ffi::DataType::F32 &&
                     result->element_type() == ffi::DataType::F32 && axes.size() >= 2 &&
                     axes[axes.size() - 1] == sum_count(kind) &&
@@ -259,8 +259,7 @@ ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs opera
   std::vector<Summands> pairs;
   for (std::int64_t index = 0; index < batch; ++index) {
     for (std::size_t i = 0; i < tensors; ++i) {
-      const bool alone = kind == SumKind::moments;
-      const Buffer y = alone ? Buffer{} : part(whole[tensors + i], index);
+      const Buffer y = is_of_pairs(kind) ? part(whole[tensors + i], index) : Buffer{};
       pairs.push_back({part(whole[i], index), y, static_cast<const float*>(c.untyped_data())[index]});
     }
   }

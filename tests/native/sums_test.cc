@@ -32,6 +32,7 @@ TEST(sums_follow_their_formulas_on_any_number_of_threads) {
         for (std::int64_t k = 0; k < pairs[i].x.size; ++k) {
           const double x = xs[k], y = ys[k], square = x * x;
           switch (kind) {
+            case SumKind::magnitude: expected[0] += std::fabs(x); break;
             case SumKind::moments: expected[0] += x, expected[1] += square; break;
             case SumKind::residual: expected[0] += std::fabs(x - y), expected[1] += (x - y) * (x - y); break;
             case SumKind::alignment: expected[0] += x * y, expected[1] += square, expected[2] += y * y; break;

@@ -173,44 +173,45 @@ class Gathering {
   std::atomic<std::int64_t> missing_;
 };
 
-class StatisticsGathering : public Gathering<Buffer, Partial, kStatisticsRun> {
- public:
-  explicit StatisticsGathering(const Buffer& gradient) : Gathering(gradient, gradient.size), size_(gradient.size) {}
-
-  Statistics total() const {
-    return CHAINRULE_ISA::total_statistics(partials().data(), static_cast<std::int64_t>(partials().size()), size_);
-  }
-
- private:
-  std::int64_t size_;
-};
-
 inline std::vector<Statistics> run_statistics(const std::vector<Buffer>& gradients, const Loop& loop) {
   const auto size = [](const Buffer& b) { return b.size; };
   const Plan plan = plan_of(gradients, size, [](const Buffer&) { return kStatisticsRun; });
-  std::deque<StatisticsGathering> gatherings(gradients.begin(), gradients.end());
+  std::deque<Gathering<Buffer, Partial, kStatisticsRun>> gatherings;
+  for (const Buffer& gradient : gradients) gatherings.emplace_back(gradient, gradient.size);
   const Kernels& k = kernels();
   std::vector<Statistics> totals(gradients.size());
   plan.run(loop, Subnormals::flush, [&](const Piece& piece) {
-    StatisticsGathering& gathering = gatherings[piece.tensor];
-    if (gathering.add(k.statistics, piece.begin, piece.end)) totals[piece.tensor] = gathering.total();
+    auto& gathering = gatherings[piece.tensor];
+    if (!gathering.add(k.statistics, piece.begin, piece.end)) return;
+    const std::vector<Partial>& runs = gathering.partials();
+    totals[piece.tensor] = CHAINRULE_ISA::total_statistics(
+        runs.data(), static_cast<std::int64_t>(runs.size()), gradients[piece.tensor].size);
   });
   return totals;
 }
 
+class SumsGathering : public Gathering<Summands, Sums, kSumsRun> {
+ public:
+  explicit SumsGathering(const Summands& tensors) : Gathering(tensors, tensors.x.size) {}
+
+  Sums total() const {
+    Sums total;
+    for (const Sums& run : partials()) {
+      for (int k = 0; k < 3; ++k) total.of[k] += run.of[k];
+    }
+    return total;
+  }
+};
+
 inline std::vector<Sums> run_sums(SumKind kind, const std::vector<Summands>& tensors, const Loop& loop) {
   const auto size = [](const Summands& t) { return t.x.size; };
   const Plan plan = plan_of(tensors, size, [](const Summands&) { return kSumsRun; });
-  std::deque<Gathering<Summands, Sums, kSumsRun>> gatherings;
-  for (const Summands& t : tensors) gatherings.emplace_back(t, t.x.size);
+  std::deque<SumsGathering> gatherings(tensors.begin(), tensors.end());
   PartialSums* const kernel = kernels().sums[static_cast<int>(kind)];
   std::vector<Sums> totals(tensors.size());
   plan.run(loop, Subnormals::flush, [&](const Piece& piece) {
-    auto& gathering = gatherings[piece.tensor];
-    if (!gathering.add(kernel, piece.begin, piece.end)) return;
-    for (const Sums& run : gathering.partials()) {
-      for (int k = 0; k < sum_count(kind); ++k) totals[piece.tensor].of[k] += run.of[k];
-    }
+    SumsGathering& gathering = gatherings[piece.tensor];
+    if (gathering.add(kernel, piece.begin, piece.end)) totals[piece.tensor] = gathering.total();
   });
   return totals;
 }
@@ -233,8 +234,8 @@ struct Tier1 {
 
 inline void run_tier1(std::vector<Tier1>& tensors, const Loop& loop) {
   struct Progress {
-    explicit Progress(const Buffer& gradient) : gathering(gradient) {}
-    StatisticsGathering gathering;
+    explicit Progress(const Buffer& gradient) : gathering({gradient, {}}) {}
+    SumsGathering gathering;
     std::atomic<bool> ready{false};
   };
   std::int64_t elements = 0;
@@ -245,20 +246,21 @@ inline void run_tier1(std::vector<Tier1>& tensors, const Loop& loop) {
     Tier1& t = tensors[i];
     progress.emplace_back(t.step.gradient);
     const bool known = t.mean_magnitude >= 0;
-    plan.add(i, t.step.gradient.size, kStatisticsRun, known ? 1 : 2);
+    plan.add(i, t.step.gradient.size, kSumsRun, known ? 1 : 2);
     if (known) {
       t.update_magnitude(t.mean_magnitude);
       progress.back().ready.store(true);
     }
   }
   const Kernels& k = kernels();
+  PartialSums* const magnitude = k.sums[static_cast<int>(SumKind::magnitude)];
   plan.run(loop, Subnormals::flush, [&](const Piece& piece) {
     Tier1& t = tensors[piece.tensor];
     Progress& now = progress[piece.tensor];
     const bool alone = piece.begin == 0 && piece.end == t.step.gradient.size;
     if ((piece.first_pass || alone) && !now.ready.load(std::memory_order_acquire)) {
-      if (now.gathering.add(k.mean_magnitude, piece.begin, piece.end)) {
-        t.update_magnitude(now.gathering.total().mean_magnitude);
+      if (now.gathering.add(magnitude, piece.begin, piece.end)) {
+        t.update_magnitude(now.gathering.total().of[0] / static_cast<double>(t.step.gradient.size));
         now.ready.store(true, std::memory_order_release);
       }
     }

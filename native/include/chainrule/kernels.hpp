@@ -17,8 +17,7 @@ struct Kernels {
   void (*tier2_quantized)(const Tier2Quantized&, std::int64_t begin, std::int64_t end);
   void (*sign_step)(const SignStep&, std::int64_t begin, std::int64_t end);
   PartialStatistics* statistics;
-  PartialStatistics* mean_magnitude;  // the sum of |g| alone
-  PartialSums* sums[kSumKinds];
+  PartialSums* sums[kSumKinds];  // by SumKind
   void (*quantize)(const Requantize&, std::int64_t begin, std::int64_t end);
   void (*dequantize)(const Requantize&, std::int64_t begin, std::int64_t end);
 };

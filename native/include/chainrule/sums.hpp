@@ -1,5 +1,6 @@
 // Sums over a whole tensor, or two of one shape, that an update must know before it can begin; one pass each.
 //
+//   magnitude        sum |x|
 //   moments          sum x,        sum x^2
 //   residual         sum |x - y|,  sum (x - y)^2
 //   alignment        sum x y,      sum x^2,       sum y^2
@@ -7,7 +8,7 @@
 //   square_share     sum x^2 / max(x^2, c y),   likewise
 //
 // A term is float32, so that a square overflows where it would in the arithmetic around it. Terms are added
-// in 32 lanes over a tile, the lanes pairwise, and tiles in float64 in ascending order: the bits do not depend
+// in 32 lanes over a tile, the lanes pairwise, and tiles in float64 in a fixed order: the bits do not depend
 // on the instruction set or the number of threads.
 #pragma once
 
@@ -18,16 +19,18 @@
 
 namespace chainrule {
 
-enum class SumKind : std::uint8_t { moments, residual, alignment, variance_share, square_share };
-constexpr int kSumKinds = 5;
+enum class SumKind : std::uint8_t { moments, residual, alignment, variance_share, square_share, magnitude };
+constexpr int kSumKinds = 6;
 
 constexpr int sum_count(SumKind kind) {
   return kind == SumKind::alignment ? 3 : kind == SumKind::moments || kind == SumKind::residual ? 2 : 1;
 }
 
+constexpr bool is_of_pairs(SumKind kind) { return kind != SumKind::moments && kind != SumKind::magnitude; }
+
 struct Summands {
   Buffer x;
-  Buffer y;     // absent for the moments
+  Buffer y;     // absent for the sums of one tensor
   float c = 1;  // read for the shares
 };
 
@@ -56,14 +59,16 @@ inline Sums partial_sums(const Summands& t, std::int64_t begin, std::int64_t end
   for (std::int64_t tile = begin; tile < end; tile += kTile) {
     const std::int64_t n = end - tile < kTile ? end - tile : kTile;
     const float* x = load(t.x, tile, n, x_scratch);
-    const float* y = kKind == SumKind::moments ? nullptr : load(t.y, tile, n, y_scratch);
+    const float* y = is_of_pairs(kKind) ? load(t.y, tile, n, y_scratch) : x;
     Floats sums[kCount][kVectors] = {};
     const auto add_lanes = [&](const float* xs, const float* ys) {
       for (int v = 0; v < kVectors; ++v) {
         Floats a, b;
         std::memcpy(&a, xs + v * kWidth, sizeof a);
-        if (kKind != SumKind::moments) std::memcpy(&b, ys + v * kWidth, sizeof b);
-        if constexpr (kKind == SumKind::moments) {
+        std::memcpy(&b, ys + v * kWidth, sizeof b);
+        if constexpr (kKind == SumKind::magnitude) {
+          sums[0][v] += (Floats)((Words)a & 0x7fffffff);
+        } else if constexpr (kKind == SumKind::moments) {
           sums[0][v] += a;
           sums[1][v] += a * a;
         } else if constexpr (kKind == SumKind::residual) {
@@ -84,12 +89,12 @@ inline Sums partial_sums(const Summands& t, std::int64_t begin, std::int64_t end
       }
     };
     std::int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) add_lanes(x + i, y + (y ? i : 0));
+    for (; i + kLanes <= n; i += kLanes) add_lanes(x + i, y + i);
     if (i < n) {
       float x_rest[kLanes] = {}, y_rest[kLanes] = {};
       const std::size_t bytes = static_cast<std::size_t>(n - i) * sizeof(float);
       std::memcpy(x_rest, x + i, bytes);
-      if (y) std::memcpy(y_rest, y + i, bytes);
+      std::memcpy(y_rest, y + i, bytes);
       add_lanes(x_rest, y_rest);
     }
     for (int k = 0; k < kCount; ++k) {

@@ -190,9 +190,7 @@ inline std::uint32_t peak_bits(const float* x, std::int64_t n) {
   return static_cast<std::uint32_t>(peak);
 }
 
-// Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order; only |g|
-// unless kAll.
-template <bool kAll>
+// Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order.
 inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, std::int64_t end) {
 #if defined(__AVX512F__)
   constexpr int kWidth = 8;
@@ -214,10 +212,8 @@ inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, st
       std::memcpy(&x, g + v * kWidth, sizeof x);
       const Doubles wide = __builtin_convertvector(x, Doubles);
       magnitude[v] += (Doubles)((Words)wide & INT64_MAX);
-      if (kAll) {
-        sum[v] += wide;
-        square[v] += wide * wide;
-      }
+      sum[v] += wide;
+      square[v] += wide * wide;
     }
   };
   for (std::int64_t tile = begin; tile < end; tile += kTile) {
@@ -230,7 +226,7 @@ inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, st
       std::memcpy(rest, g + i, static_cast<std::size_t>(n - i) * sizeof(float));
       add_lanes(rest);
     }
-    const std::uint32_t peak_of_tile = kAll ? peak_bits(g, n) : 0;
+    const std::uint32_t peak_of_tile = peak_bits(g, n);
     peak = peak_of_tile > peak ? peak_of_tile : peak;
   }
   Partial total;
