@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from chainrule.transforms._per_parameter import PerParameter, stacked
+from chainrule.transforms import PerParameter
+from chainrule.transforms._per_parameter import stacked
 
 
 class _Through:

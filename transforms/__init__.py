@@ -4,6 +4,7 @@ from chainrule.transforms._chain import chain, named_chain, posted
 from chainrule.transforms._live import LiveState, hyperparams, live, set_hyperparams
 from chainrule.transforms._metrics import metrics, state_bytes
 from chainrule.transforms._momentum_leaf import MomentumLeaf
+from chainrule.transforms._per_parameter import PerParameter
 from chainrule.transforms._presets import presets
 from chainrule.transforms.adaptive_beta1 import AdaptiveBeta1State, adaptive_beta1
 from chainrule.transforms.agar_confidence import AgarConfidenceState, agar_confidence
@@ -53,6 +54,7 @@ __all__ = [
     "LiveState",
     "MomentumAlignmentMaskState",
     "MomentumLeaf",
+    "PerParameter",
     "Quantized",
     "QuantizedState",
     "Routing",

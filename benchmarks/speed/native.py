@@ -42,7 +42,9 @@ def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 2):
         for name, call in contenders.items():
-            time.sleep(0.01)  # torch's threads wait for work in a loop for some milliseconds, on the other's core
+            time.sleep(
+                0.01
+            )  # torch's threads wait for work in a loop for some milliseconds, on the other's core
             start = time.perf_counter()
             result = call()
             seconds = time.perf_counter() - start

@@ -44,14 +44,8 @@ namespace CHAINRULE_ISA {
 
 template <SumKind kKind>
 inline Sums partial_sums(const Summands& t, std::int64_t begin, std::int64_t end) {
-#if defined(__AVX512F__)
-  constexpr int kWidth = 16;
-#elif defined(__AVX__)
-  constexpr int kWidth = 8;
-#else
-  constexpr int kWidth = 4;
-#endif
-  constexpr int kLanes = 32, kVectors = kLanes / kWidth, kCount = sum_count(kKind);
+  constexpr int kWidth = kRegisterBytes / sizeof(float), kLanes = 32, kVectors = kLanes / kWidth;
+  constexpr int kCount = sum_count(kKind);
   typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
   typedef std::int32_t Words __attribute__((vector_size(kWidth * sizeof(std::int32_t))));
   float x_scratch[kTile], y_scratch[kTile];

@@ -192,14 +192,7 @@ inline std::uint32_t peak_bits(const float* x, std::int64_t n) {
 
 // Sums elements [begin, end), at most kStatisticsRun of them, in eight lanes and a fixed order.
 inline Partial partial_statistics(const Buffer& gradient, std::int64_t begin, std::int64_t end) {
-#if defined(__AVX512F__)
-  constexpr int kWidth = 8;
-#elif defined(__AVX__)
-  constexpr int kWidth = 4;
-#else
-  constexpr int kWidth = 2;
-#endif
-  constexpr int kLanes = 8, kVectors = kLanes / kWidth;
+  constexpr int kWidth = kRegisterBytes / sizeof(double), kLanes = 8, kVectors = kLanes / kWidth;
   typedef float Floats __attribute__((vector_size(kWidth * sizeof(float))));
   typedef double Doubles __attribute__((vector_size(kWidth * sizeof(double))));
   typedef std::int64_t Words __attribute__((vector_size(kWidth * sizeof(std::int64_t))));
