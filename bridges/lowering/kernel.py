@@ -5,6 +5,7 @@ the same arithmetic through the kernel's other door, on torch memory: `kernel_ca
 `run_tier2` works in place.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,7 +40,12 @@ def roles(target: str, attributes: Attributes, operands: Sequence[T]) -> dict[st
 
 def buffers(tensors: Sequence[Tensor]) -> list[tuple[int, int, str]]:
     """Contiguous tensors as the kernel takes them."""
-    return [(t.data_ptr(), t.numel(), str(t.dtype).removeprefix("torch.")) for t in tensors]
+    return [(t.data_ptr(), t.numel(), _name(t.dtype)) for t in tensors]
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def run_tier2(
