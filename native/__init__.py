@@ -1,4 +1,4 @@
-"""The compiled kernel: COSMIC's tier update and the block-quantised state.
+"""The compiled kernel: COSMIC's tier update, the block-quantised state, and sums over whole tensors.
 
 `_kernel` is its door for NumPy arrays and raw memory (None where it was left out), `chainrule.native.xla`
 its door for jitted programs. Everything they do also exists in XLA: without the kernel the chains run
@@ -62,7 +62,8 @@ def chosen(kernel: str, dtypes: Iterable[object] = ()) -> bool:
     """Whether an atom with this `kernel` argument runs in the compiled kernel.
 
     Args:
-        kernel: ``"xla"``, ``"native"`` or ``"auto"``, which is the kernel in a bridge alone.
+        kernel: ``"xla"``, ``"native"`` or ``"auto"``, which is the kernel in a bridge alone (see `for_cpu`
+            for what it takes in JAX).
         dtypes: what it would be given. In a bridge, others than the kernel's run as ``"xla"`` does.
 
     >>> chosen("native"), chosen("auto"), chosen("xla")

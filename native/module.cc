@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_kernel, m) {
-  m.doc() = "Kernel of chainrule's tier update and block-quantised state.";
+  m.doc() = "Kernel of chainrule's tier update, block-quantised state and sums over tensors.";
   chainrule::add_numpy_door(m);
   m.def("xla_targets", &chainrule::xla_targets);
   m.def("info", [] {
