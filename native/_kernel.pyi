@@ -105,6 +105,11 @@ def tier0(
 def statistics(gradients: Role, *, threads: int = 0) -> NDArray[np.float64]:
     """(tensors, 4): mean abs(g), mean g**2, variance, max abs(g); 0 for an empty tensor."""
 
+def sums(
+    kind: str, xs: Role, ys: Role | None = None, *, c: float = 1.0, threads: int = 0
+) -> NDArray[np.float32]:
+    """(tensors, sums), as `chainrule.native.xla.sums` has them."""
+
 def quantize(
     values: Role,
     codes: Role,

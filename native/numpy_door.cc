@@ -491,6 +491,38 @@ py::array_t<double> statistics(const py::object& gradients, int threads) {
   return table;
 }
 
+SumKind sum_kind_of(const std::string& name) {
+  std::string known;
+  for (int kind = 0; kind < kSumKinds; ++kind) {
+    if (name == kSumNames[kind]) return static_cast<SumKind>(kind);
+    known += std::string(kind > 0 ? ", " : "") + kSumNames[kind];
+  }
+  throw py::value_error("kind: must be one of " + known + ", got " + name);
+}
+
+py::array_t<float> sums(const std::string& kind_name, const py::object& xs_in, const py::object& ys_in, double c,
+                        int threads) {
+  const SumKind kind = sum_kind_of(kind_name);
+  if (is_of_pairs(kind) == ys_in.is_none()) {
+    throw py::value_error("ys: must " + std::string(is_of_pairs(kind) ? "not " : "") + "be None for '" +
+                          kind_name + "'");
+  }
+  Call call(threads);
+  const auto& xs = call.needed_role(xs_in, "xs", false);
+  const auto* ys = call.role(ys_in, "ys", false);
+  Call::require_sizes(ys, "ys", [&](std::size_t i) { return xs[i].size; });
+  std::vector<Summands> tensors(xs.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {xs[i], pick(ys, i), static_cast<float>(c)};
+  const auto totals = call.without_gil([&](const Loop& loop) { return run_sums(kind, tensors, loop); });
+  py::array_t<float> table(
+      {static_cast<py::ssize_t>(totals.size()), static_cast<py::ssize_t>(sum_count(kind))});
+  float* out = table.mutable_data();
+  for (const Sums& found : totals) {
+    for (int k = 0; k < sum_count(kind); ++k) *out++ = static_cast<float>(found.of[k]);
+  }
+  return table;
+}
+
 void quantize(const py::object& values, const py::object& codes, const py::object& scales,
               const py::object& block, int bits, const py::object& keys, int threads) {
   Call call(threads);
@@ -578,6 +610,7 @@ void add_numpy_door(py::module_& m) {
   m.def("tier0", &tier0, arg("parameters"), arg("gradients"), kw, arg("updates") = none, arg("learning_rate"),
         arg("weight_decay") = 0.0, arg("threads") = 0);
   m.def("statistics", &statistics, arg("gradients"), kw, arg("threads") = 0);
+  m.def("sums", &sums, arg("kind"), arg("xs"), arg("ys") = none, kw, arg("c") = 1.0, arg("threads") = 0);
   m.def("quantize", &quantize, arg("values"), arg("codes"), arg("scales"), kw, arg("block"), arg("bits") = 4,
         arg("keys") = none, arg("threads") = 0);
   m.def("dequantize", &dequantize, arg("codes"), arg("scales"), arg("values"), kw, arg("block"),

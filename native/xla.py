@@ -24,8 +24,15 @@ Shaped = Sequence[jax.Array | jax.ShapeDtypeStruct]
 
 _DENOMINATORS = {"root": 0, "magnitude": 1, "none": 2}
 _FLOATS = ("float32", "bfloat16", "float16")
-# The kinds of `sums` in the kernel's order, and how many sums each has.
-_SUMS = {"moments": 2, "residual": 2, "alignment": 3, "variance_share": 1, "square_share": 1}
+# The kinds of `sums` in the kernel's order: how many sums each has, and whether it is of pairs.
+SUMS = {
+    "moments": (2, False),
+    "residual": (2, True),
+    "alignment": (3, True),
+    "variance_share": (1, True),
+    "square_share": (1, True),
+    "magnitude": (1, False),
+}
 
 if _kernel is not None:
     for _name, _capsule in _kernel.xla_targets().items():
@@ -440,9 +447,10 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Number = 1.0) -> 
     Args:
         kind: ``"moments"``, sum x and sum x^2; ``"residual"``, sum abs(x - y) and sum (x - y)^2;
             ``"alignment"``, sum x y, sum x^2 and sum y^2; ``"variance_share"``, sum x^2 / (x^2 + c y);
-            ``"square_share"``, sum x^2 / max(x^2, c y); in both a term is 0 where x and y are.
+            ``"square_share"``, sum x^2 / max(x^2, c y); in both a term is 0 where x and y are;
+            ``"magnitude"``, sum abs(x) over the entries that are finite.
         xs: one array a tensor.
-        ys: as many of the same shapes; None for the moments.
+        ys: as many of the same shapes; None for the moments and the magnitude.
         c: one number for all tensors, read for the shares.
 
     Returns:
@@ -459,13 +467,14 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Number = 1.0) -> 
     ([[1.25]], [[1.66...]])
     """
     owner = "native.xla.sums"
-    if kind not in _SUMS:
-        raise ValueError(f"{owner}: `kind` must be one of {', '.join(_SUMS)}, got {kind!r}")
-    if (ys is None) != (kind == "moments"):
-        raise ValueError(f"{owner}: `ys` goes with every kind but 'moments'")
+    if kind not in SUMS:
+        raise ValueError(f"{owner}: `kind` must be one of {', '.join(SUMS)}, got {kind!r}")
+    count, of_pairs = SUMS[kind]
+    if (ys is not None) != of_pairs:
+        raise ValueError(f"{owner}: `ys` must {'not ' * of_pairs}be None for {kind!r}")
     _check(owner, "xs", xs, xs)
     _check(owner, "ys", xs if ys is None else ys, xs)
-    result = jax.ShapeDtypeStruct((len(xs), _SUMS[kind]), jnp.float32)
+    result = jax.ShapeDtypeStruct((len(xs), count), jnp.float32)
     if not xs:
         return jnp.zeros(result.shape, result.dtype)
     (table,) = _call(
@@ -474,7 +483,7 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Number = 1.0) -> 
         [jnp.asarray(c, jnp.float32), *xs, *(ys or ())],
         {},
         vmap_method="broadcast_all",
-        kind=np.int32(list(_SUMS).index(kind)),
+        kind=np.int32(list(SUMS).index(kind)),
     )
     return table
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import chosen
+from chainrule.native import chosen, xla
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._trees import map_unmasked
@@ -66,20 +66,12 @@ def scale_by_gradient_magnitude(
         )
 
     def mean_magnitude(g):
-        # One that is not finite would stay in the EMA for ever.
-        return jnp.sum(jnp.abs(finite(up(g), None))) / max(g.size, 1)
-
-    def in_kernel(g):
-        from chainrule.native import xla
-
-        def mean(g):
-            return xla.statistics([g])[0, 0]
-
-        def mean_finite(g):
-            return mean(finite(g, None))
-
-        found = mean(g)
-        return jax.lax.cond(jnp.isfinite(found), lambda _: found, mean_finite, g)
+        # Of the finite entries: one that is not would stay in the EMA for ever.
+        if chosen(kernel, [g.dtype]):
+            total = xla.sums("magnitude", [g]).reshape(())
+        else:
+            total = jnp.sum(jnp.abs(finite(up(g), None)))
+        return total / max(g.size, 1)
 
     def update(updates, state, params=None, *, grad=None, **_):
         del params
@@ -92,7 +84,7 @@ def scale_by_gradient_magnitude(
 
         def magnitude(u, g, old):
             del u
-            mean = in_kernel(g) if chosen(kernel, [g.dtype]) else mean_magnitude(g)
+            mean = mean_magnitude(g)
             return jnp.where(state.count == 0, mean, ema(decay, old, mean)).astype(jnp.float32)
 
         magnitudes = map_unmasked(magnitude, updates, grad, state.magnitude)

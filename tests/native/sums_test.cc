@@ -1,6 +1,8 @@
 // Sums over tensors, on any number of threads and any instruction set.
 #include <cstring>
 #include <iterator>
+#include <limits>
+#include <vector>
 
 #include "check.hpp"
 
@@ -43,6 +45,18 @@ TEST(sums_follow_their_formulas_on_any_number_of_threads) {
         for (int k = 0; k < sum_count(kind); ++k) CHECK(near(alone[i].of[k], expected[k]));
       }
     }
+  }
+}
+
+TEST(the_magnitude_leaves_out_what_is_not_finite) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> values(70, -0.5f);
+  values[0] = nan, values[33] = -inf, values[69] = inf;
+  Memory x(values, Element::float32);
+  const KernelChoices& choices = kernel_choices();
+  for (int k = 0; k < choices.count; ++k) {
+    const auto magnitude = choices.kernels[k]->sums[static_cast<int>(SumKind::magnitude)];
+    CHECK(magnitude({x.buffer(), {}}, 0, 70).of[0] == 33.5);
   }
 }
 

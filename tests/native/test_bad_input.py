@@ -269,6 +269,21 @@ def test_stochastic_rounding_wants_a_key_for_each_tensor(keys):
     assert not codes[0].any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "ys", "message"),
+    [
+        ("median", None, "kind: must be one of moments, residual.*, got median"),
+        ("residual", None, "ys: must not be None for 'residual'"),
+        ("magnitude", [np.ones(3, np.float32)], "ys: must be None for 'magnitude'"),
+        ("alignment", [np.ones(2, np.float32)], r"ys\[0\]: expected 3 elements, got 2"),
+        ("alignment", [], "ys: expected 1 tensors"),
+    ],
+)
+def test_sums_want_a_kind_and_its_tensors(kind, ys, message):
+    with pytest.raises(ValueError, match=message):
+        _kernel.sums(kind, [np.ones(3, np.float32)], ys)
+
+
 def test_buffers_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match=r"params\[0\]: must be C-contiguous"):
         _kernel.Buffers([strided()], "params")

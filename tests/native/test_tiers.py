@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from chainrule import native
-from chainrule.native import _kernel
+from chainrule.native import _kernel, xla
 from reference import kernel as oracle
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -182,6 +182,27 @@ def test_statistics(dtype):
 def test_statistics_of_equal_values_have_no_variance():
     table = _kernel.statistics([np.full(100_001, -2.5, np.float32)])
     np.testing.assert_array_equal(table, [[2.5, 6.25, 0.0, 2.5]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "of_pairs"), [(k, pairs) for k, (_, pairs) in xla.SUMS.items()])
+def test_sums(kind, of_pairs, dtype):
+    x, y = draw(1, dtype), second_moments(dtype)
+    x[3][5] = 0
+    y[3][5] = 0
+    table = _kernel.sums(kind, x, y if of_pairs else None, c=0.5)
+    expected = [oracle.sums(kind, a, b, 0.5) for a, b in zip(wide(x), wide(y), strict=True)]
+    assert table.dtype == np.float32
+    np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-2 * (kind == "moments"))
+
+
+def test_the_magnitude_is_of_the_finite_entries():
+    g = [np.array([np.nan, np.inf, -np.inf, -2.0, 1.0], np.float32)]
+    assert _kernel.sums("magnitude", g).tolist() == [[3.0]]
+    c, p = [np.full(1, 5.0, np.float32)], [np.zeros(5, np.float32)]
+    _kernel.tier1(p, g, c, learning_rate=1.0, decay=0.0)
+    np.testing.assert_allclose(c[0], 3 / 5, rtol=1e-6)
+    np.testing.assert_allclose(p[0], [np.nan, -0.6, 0.6, 0.6, -0.6], rtol=1e-6)
 
 
 def test_nonfinite_gradients_spread_as_arithmetic_says():

@@ -160,6 +160,14 @@ def test_statistics_equal_the_numpy_door():
     np.testing.assert_array_equal(table, _kernel.statistics(host(g)).astype(np.float32))
 
 
+@pytest.mark.parametrize(("kind", "of_pairs"), [(k, pairs) for k, (_, pairs) in xla.SUMS.items()])
+def test_sums_equal_the_numpy_door(kind, of_pairs):
+    x, y = draw(1), [jnp.abs(g) for g in draw(2)]
+    pairs = (x, y) if of_pairs else (x,)
+    table = jax.jit(lambda *pairs: xla.sums(kind, *pairs, c=0.5))(*pairs)
+    np.testing.assert_array_equal(table, _kernel.sums(kind, *map(host, pairs), c=0.5))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", [3, 256, 5000])
 def test_codes_equal_the_numpy_door(block, bits):

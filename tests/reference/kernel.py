@@ -56,6 +56,21 @@ def statistics(g: Array) -> Array:
     return np.array([np.abs(g).mean(), (g**2).mean(), g.var(), np.abs(g).max()])
 
 
+def sums(kind: str, x: Array, y: Array | None = None, c: float = 1.0) -> list[float]:
+    """The terms of `include/chainrule/sums.hpp`, added up."""
+    other = np.zeros_like(x) if y is None else y
+    below = x**2 + c * other, np.maximum(x**2, c * other)
+    terms = {
+        "moments": [x, x**2],
+        "residual": [np.abs(x - other), (x - other) ** 2],
+        "alignment": [x * other, x**2, other**2],
+        "variance_share": [np.where(below[0] > 0, x**2 / np.where(below[0] > 0, below[0], 1), 0)],
+        "square_share": [np.where(below[1] > 0, x**2 / np.where(below[1] > 0, below[1], 1), 0)],
+        "magnitude": [np.abs(x[np.isfinite(x)])],
+    }
+    return [float(term.sum()) for term in terms[kind]]
+
+
 class Quantized(NamedTuple):
     packed: Array
     scales: Array

@@ -72,17 +72,14 @@ class Plan {
   explicit Plan(std::int64_t elements)
       : grain_(std::min(std::max(elements / 64, kLeastGrain), kMostGrain)) {}
 
-  // Cuts a tensor at multiples of `unit`. `passes` 2 lists its pieces twice, unless it is one piece.
+  // Cuts a tensor at multiples of `unit`. `passes` 2 lists its pieces twice, unless it is one piece: the
+  // second time from the end, whose memory was read last and may still be in the cache.
   void add(std::size_t tensor, std::int64_t size, std::int64_t unit = 1, int passes = 1) {
-    const std::int64_t step = unit >= grain_ ? unit : grain_ / unit * unit;
-    for (int pass = size > step ? passes : 1; pass > 0; --pass) {
-      for (std::int64_t begin = 0; begin < size; begin += step) {
-        const std::int64_t end = size - begin < step ? size : begin + step;
-        if (open_ == 0) starts_.push_back(pieces_.size());
-        pieces_.push_back({tensor, begin, end, pass > 1});
-        open_ += end - begin;
-        if (open_ >= grain_ / 2) open_ = 0;
-      }
+    const std::int64_t step = unit >= grain_ ? unit : grain_ / unit * unit, pieces = (size + step - 1) / step;
+    const bool twice = passes == 2 && pieces > 1;
+    for (std::int64_t i = 0; twice && i < pieces; ++i) add_piece(tensor, i * step, size, step, true);
+    for (std::int64_t i = 0; i < pieces; ++i) {
+      add_piece(tensor, (twice ? pieces - 1 - i : i) * step, size, step, false);
     }
   }
 
@@ -98,6 +95,14 @@ class Plan {
   }
 
  private:
+  void add_piece(std::size_t tensor, std::int64_t begin, std::int64_t size, std::int64_t step, bool first_pass) {
+    const std::int64_t end = std::min(begin + step, size);
+    if (open_ == 0) starts_.push_back(pieces_.size());
+    pieces_.push_back({tensor, begin, end, first_pass});
+    open_ += end - begin;
+    if (open_ >= grain_ / 2) open_ = 0;
+  }
+
   std::vector<Piece> pieces_;
   std::vector<std::size_t> starts_;
   std::int64_t grain_, open_ = 0;

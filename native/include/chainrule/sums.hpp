@@ -1,6 +1,6 @@
 // Sums over a whole tensor, or two of one shape, that an update must know before it can begin; one pass each.
 //
-//   magnitude        sum |x|
+//   magnitude        sum |x| over the finite x
 //   moments          sum x,        sum x^2
 //   residual         sum |x - y|,  sum (x - y)^2
 //   alignment        sum x y,      sum x^2,       sum y^2
@@ -21,6 +21,8 @@ namespace chainrule {
 
 enum class SumKind : std::uint8_t { moments, residual, alignment, variance_share, square_share, magnitude };
 constexpr int kSumKinds = 6;
+constexpr const char* kSumNames[kSumKinds] = {"moments",        "residual",     "alignment",
+                                              "variance_share", "square_share", "magnitude"};
 
 constexpr int sum_count(SumKind kind) {
   return kind == SumKind::alignment ? 3 : kind == SumKind::moments || kind == SumKind::residual ? 2 : 1;
@@ -61,7 +63,8 @@ inline Sums partial_sums(const Summands& t, std::int64_t begin, std::int64_t end
         std::memcpy(&a, xs + v * kWidth, sizeof a);
         std::memcpy(&b, ys + v * kWidth, sizeof b);
         if constexpr (kKind == SumKind::magnitude) {
-          sums[0][v] += (Floats)((Words)a & 0x7fffffff);
+          const Words size = (Words)a & 0x7fffffff;
+          sums[0][v] += (Floats)(size & (size < 0x7f800000));
         } else if constexpr (kKind == SumKind::moments) {
           sums[0][v] += a;
           sums[1][v] += a * a;

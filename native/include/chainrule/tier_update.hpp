@@ -3,7 +3,7 @@
 //   tier 2   mu = b1 mu + (1 - b1) g,  mu_long = b1_long mu_long + (1 - b1_long) g,
 //            nu = b2 nu + (1 - b2) g^2,  m = blend mu + (1 - blend) mu_long,
 //            d = (m / c1) / (sqrt(nu / c2) + eps)
-//   tier 1   d = c sign(g),  c = decay c + (1 - decay) mean|g|  (c is found by the caller)
+//   tier 1   d = c sign(g),  c = decay c + (1 - decay) mean|g|  (c is found by the caller; of the finite g)
 //   tier 0   d = sign(g)
 //   step     u = -rate wd p - rate d,  then p += u or u is handed out
 //
