@@ -74,7 +74,7 @@ def gradient_gate(
       every tensor is of tier 0), as `chainrule.chain` supplies them, and `value`, the loss, if there is one.
 
     Raises:
-      ValueError: an argument outside its range; at `update`, no `grad`.
+      ValueError: an argument outside its range; at `update`, no `grad`, or a tensor in a tier without a rate.
 
     >>> tx = gradient_gate(warmup_steps=0, update_interval=1)
     >>> g = jnp.array([0.0] * 99 + [1.0])
@@ -125,8 +125,10 @@ def gradient_gate(
         mean_abs, _, variance, _ = xla.statistics(gradients).T
         return jnp.mean(mean_abs), jnp.mean(variance / (mean_abs**2 + _EPS))
 
-    def measure(magnitude, ratio, state, value):
-        """The raw gate and the new signal, from what `statistics` found."""
+    def measure(gradients, state, value):
+        """The raw gate and the new signal."""
+        native = chosen(kernel, [g.dtype for g in gradients])
+        magnitude, ratio = (in_kernel if native else statistics)(gradients)
         signal = jnp.where(jnp.isnan(state.signal), magnitude, 0.9 * state.signal + 0.1 * magnitude)
         change = jnp.abs(magnitude - signal) / (signal + _EPS)
         raw = jnp.minimum(fall(change, 0.5, 1.0), fall(ratio, 4.0, 8.0))
@@ -134,10 +136,20 @@ def gradient_gate(
             jumped = value - state.loss > 0.25 * (jnp.abs(state.loss) + _EPS)  # false for NaN
             raw = jnp.where(jumped, jnp.minimum(raw, min_scale), raw)
         finite = jnp.isfinite(raw) & jnp.isfinite(signal)
-        return jnp.where(finite, raw, 1.0), jnp.where(finite, signal, state.signal)
+        found = jnp.where(finite, raw, 1.0), jnp.where(finite, signal, state.signal)
+        return tuple(x.astype(jnp.float32) for x in found)
 
     def update(
-        updates, state, params=None, *, grad=None, tiers=None, synced_tiers=None, value=None, **_
+        updates,
+        state,
+        params=None,
+        *,
+        grad=None,
+        tiers=None,
+        synced_tiers=None,
+        full_sync=False,
+        value=None,
+        **_,
     ):
         del params
         grad = require(
@@ -149,31 +161,38 @@ def gradient_gate(
         leaves, treedef = jax.tree.flatten(updates)
         own = (0,) * len(leaves) if tiers is None else tiers
         synced = own if synced_tiers is None else synced_tiers
+        highest = max((*own, *synced), default=0)
+        if highest >= len(scales):
+            raise ValueError(
+                f"gradient_gate: `tier_scale` must have a rate for each tier, got {len(scales)} for "
+                f"tiers up to {highest}"
+            )
         count = increment(state.count)
         gated = [g for g, tier in zip(jax.tree.leaves(grad), own, strict=True) if tier <= tier_max]
 
         raw, signal = state.raw, state.signal
         scale = jnp.ones((), jnp.float32)
         if gated:
-            every = jnp.asarray(update_interval, jnp.int32)
-            measured = (count % every == 0) | jnp.isnan(state.signal)
+            steps, every = (jnp.asarray(x, jnp.float32) for x in (count, update_interval))
+            measures = (jax.lax.rem(steps, every) == 0) | jnp.isnan(state.signal)
             if chosen(kernel, [g.dtype for g in gated]):
-                zeros = (jnp.zeros((), jnp.float32),) * 2
-                magnitude, ratio = jax.lax.cond(measured, in_kernel, lambda _: zeros, gated)
-            else:
-                magnitude, ratio = statistics(gated)
-            new_raw, new_signal = measure(magnitude, ratio, state, value)
-            raw = jnp.where(measured, new_raw, raw).astype(jnp.float32)
-            signal = jnp.where(measured, new_signal, signal).astype(jnp.float32)
-            ramp = jnp.clip((count - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
-            ramp = jnp.where(jnp.asarray(warmup_steps) == 0, 1.0, ramp)
+                raw, signal = jax.lax.cond(
+                    measures, lambda g: measure(g, state, value), lambda _: (raw, signal), gated
+                )
+            else:  # XLA finds the statistics in the pass that makes the update
+                new_raw, new_signal = measure(gated, state, value)
+                raw = jnp.where(measures, new_raw, raw)
+                signal = jnp.where(measures, new_signal, signal)
+            ramp = jnp.clip((steps - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
             scale = (1 - ramp * (1 - raw)).astype(jnp.float32)
 
         def factor(tier):
-            rate = jnp.asarray(scales, jnp.float32)[tier]
-            return jnp.maximum(jnp.where(tier <= tier_max, scale, 1.0) * rate, min_lr_scale)
+            return jnp.maximum((scale if tier <= tier_max else 1.0) * scales[tier], min_lr_scale)
 
-        factors = {tier: factor(jnp.asarray(now)) for tier, now in zip(own, synced, strict=True)}
+        factors = {
+            tier: factor(tier) if now == tier else jnp.where(full_sync, factor(now), factor(tier))
+            for tier, now in zip(own, synced, strict=True)
+        }
         new = [(up(u) * factors[tier]).astype(u.dtype) for u, tier in zip(leaves, own, strict=True)]
         loss = state.loss if value is None else jnp.asarray(value, jnp.float32)
         return jax.tree.unflatten(treedef, new), GradientGateState(count, scale, raw, signal, loss)

@@ -69,20 +69,25 @@ class TieredState(NamedTuple):
         return {tier: tiers.count(tier) for tier in sorted(set(tiers))}
 
     def posted(self) -> dict[str, Any]:
-        """For later links: each tensor's tier, and the tier it counts as in this step (full sync)."""
+        """For later links: each tensor's tier, the one it counts as in a full sync, and whether this step is one."""
         return {
             "tiers": self.assignment.tiers,
-            "synced_tiers": _synced(self.assignment, self.count),
+            "synced_tiers": _synced(self.assignment),
+            "full_sync": _is_full_sync(self.assignment.policy, self.count),
         }
 
 
-def _synced(assignment: Assignment, count: jax.Array) -> tuple[Any, ...]:
+def _synced(assignment: Assignment) -> tuple[int, ...]:
     policy = assignment.policy
     if policy.full_sync_interval is None:
         return assignment.tiers
-    sync = count % policy.full_sync_interval == 0
-    as_tier = {t: jnp.where(sync, max(t, policy.full_sync_tier), t) for t in set(assignment.tiers)}
-    return tuple(as_tier[tier] for tier in assignment.tiers)
+    return tuple(max(tier, policy.full_sync_tier) for tier in assignment.tiers)
+
+
+def _is_full_sync(policy: TierPolicy, count: jax.Array) -> Any:
+    if policy.full_sync_interval is None:
+        return False
+    return jax.lax.rem(count, jnp.asarray(policy.full_sync_interval, count.dtype)) == 0
 
 
 def tiered_state(
@@ -157,7 +162,7 @@ def tiered_state(
                 f"have {len(leaves)}; pass the tree that `init` was given"
             )
         count = increment(state.count)
-        synced = _synced(assignment, count)
+        synced, full_sync = _synced(assignment), _is_full_sync(assignment.policy, count)
         param_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params)
         # Extra arguments in the shape of the gradients are handed out tensor by tensor.
         split = {
@@ -169,7 +174,8 @@ def tiered_state(
         for i, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
             tier = assignment.tiers[i]
             own = {**extra_args, **{k: v[i] for k, v in split.items()}}
-            own |= {"step": count, "tier": tier, "synced_tier": synced[i]}
+            counts_as = jnp.where(full_sync, synced[i], tier) if synced[i] != tier else tier
+            own |= {"step": count, "tier": tier, "synced_tier": counts_as}
             u, s = transforms[tier].update(leaf, state.inner[i], param, **own)
             new.append(u)
             inner.append(s)

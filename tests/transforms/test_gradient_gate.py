@@ -68,11 +68,25 @@ def test_tiers_have_rates_and_those_above_the_gate_are_open():
 
 def test_a_synced_step_takes_the_rate_of_the_higher_tier():
     tx = gradient_gate(0, warmup_steps=0, update_interval=1, tier_scale=(0.5, 1.0, 2.0))
-    updates, state = tx.update(
-        {"w": jnp.ones(1)}, tx.init(NOISY), grad={"w": NOISY}, tiers=(0,), synced_tiers=(1,)
-    )
-    assert state.gate_scale == pytest.approx(0.2)
-    assert updates["w"].item() == 1.0
+    for full_sync, expected in ((True, 1.0), (False, 0.1)):
+        updates, state = tx.update(
+            {"w": jnp.ones(1)},
+            tx.init(NOISY),
+            grad={"w": NOISY},
+            tiers=(0,),
+            synced_tiers=(1,),
+            full_sync=full_sync,
+        )
+        assert state.gate_scale == pytest.approx(0.2)
+        assert updates["w"].item() == pytest.approx(expected)
+
+
+def test_a_tier_needs_a_rate():
+    tx = gradient_gate(tier_scale=(1.0, 1.0))
+    with pytest.raises(
+        ValueError, match="`tier_scale` must have a rate for each tier, got 2 for tiers up to 2"
+    ):
+        tx.update({"w": jnp.ones(1)}, tx.init(NOISY), grad={"w": NOISY}, tiers=(2,))
 
 
 def test_a_gradient_that_is_not_finite_opens_it():

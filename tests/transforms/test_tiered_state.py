@@ -130,9 +130,10 @@ def test_later_links_are_told_the_tiers_and_a_full_sync():
     state, seen = assign(tx.init(PARAMS), (0, 1, 2), PARAMS), []
     for _ in range(2):
         _, state = tx.update(GRADS, state, PARAMS)
-        seen.append([int(tier) for tier in state.posted()["synced_tiers"]])
-    assert seen == [[0, 1, 2], [1, 1, 2]]
-    assert state.posted()["tiers"] == (0, 1, 2)
+        posted = state.posted()
+        seen.append(bool(posted.pop("full_sync")))
+        assert posted == {"tiers": (0, 1, 2), "synced_tiers": (1, 1, 2)}
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize(
