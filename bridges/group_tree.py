@@ -22,7 +22,7 @@ from chainrule.bridges.program import (
     settled,
 )
 from chainrule.bridges.scalars import apart, together
-from chainrule.bridges.tiers import tiers_of
+from chainrule.bridges.tiers import tiered_states, tiers_of
 from chainrule.bridges.xla_engine import make_xla_step, used_inputs, x64_if_wide
 from chainrule.transforms import assign
 from chainrule.transforms._checks import check_bounds
@@ -113,6 +113,11 @@ class GroupTree:
             else (self.head if slot.owner is None else self.params[slot.owner], slot.name)
             for i, slot in enumerate(self.slots)
         ]
+        self._keepers = list(dict.fromkeys(home[0] for home in self.homes if home))
+        index = {p: i for i, p in enumerate(self._keepers)}
+        self._places = [home and (index[home[0]], home[1]) for home in self.homes]
+        numbered = self.state(range(len(self.slots)))
+        self._tiered = next(iter(tiered_states(numbered)), None)  # positions in the place of leaves
         self._live_tensors: dict[str, Tensor] = {}
         self._filled: dict[str, Any] = {}
         self._place()
@@ -241,10 +246,20 @@ class GroupTree:
 
     def leaves(self, state: dict[Tensor, dict[str, Tensor]]) -> list[Tensor]:
         """The leaves of the chain's state, from the optimizer's."""
-        leaves = [state[home[0]][home[1]] if home else None for home in self.homes]
+        # A parameter's hash is a call: one for each, not for each leaf.
+        entries = [state[p] for p in self._keepers]
+        leaves = [entries[place[0]][place[1]] if place else None for place in self._places]
         for key, leaf in self.live.items():
             leaves[leaf] = self._live_tensors[key]
         return leaves  # pyright: ignore[reportReturnType]
+
+    def is_due(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether the policy of the chain's tiers may move parameters before the next update."""
+        if self._tiered is None:
+            return False
+        place: Any = self.homes[self._tiered.count]  # pyright: ignore
+        count = state[place[0]][place[1]]
+        return self._tiered.assignment.policy.due(int(count) + 1)
 
     def state(self, leaves: Sequence[Any]) -> Any:
         """The chain's state with these leaves, `apart`."""

@@ -39,11 +39,6 @@ def tiers_of(state: Any) -> tuple[int, ...] | None:
     return found[0].assignment.tiers if found else None
 
 
-def is_due(state: Any) -> bool:
-    """Whether the policy of a state may move parameters before the next update."""
-    return any(node.assignment.policy.due(int(node.count) + 1) for node in tiered_states(state))
-
-
 def retiered(states: Sequence[Any], grads: Sequence[Any], params: Sequence[Any]) -> list[Any]:
     """The states of several groups, which share one budget, after their moves.
 

@@ -14,7 +14,7 @@ from chainrule.bridges.explain import explain_group
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
 from chainrule.bridges.scalars import apart
-from chainrule.bridges.tiers import gates_logged, is_due, retiered, tiers_of
+from chainrule.bridges.tiers import gates_logged, retiered, tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
 
@@ -224,8 +224,9 @@ class TorchBridge(torch.optim.Optimizer):
     def _retier(self) -> None:
         """Moves parameters between tiers where a policy says so; see `chainrule.retier`."""
         trees = [(i, tree) for i, tree in enumerate(self._trees) if tree and tree.tiers is not None]
-        trees = [(i, tree) for i, tree in trees if any(p.grad is not None for p in tree.params)]
-        if not any(is_due(tree.state(tree.leaves(self.state))) for _, tree in trees):
+        due = {i for i, tree in trees if tree.is_due(self.state)}
+        trees = [(i, t) for i, t in trees if due and any(p.grad is not None for p in t.params)]
+        if due.isdisjoint(i for i, _ in trees):
             return
         states, grads, params = [], [], []
         for index, tree in trees:

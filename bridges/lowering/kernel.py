@@ -6,6 +6,7 @@ the same arithmetic through the kernel's other door, on torch memory: `kernel_ca
 """
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Value
-from chainrule.native import _kernel
+from chainrule.native import _kernel, xla
 
 Attributes = tuple[tuple[str, Any], ...]
 T = TypeVar("T")
@@ -40,7 +41,12 @@ def roles(target: str, attributes: Attributes, operands: Sequence[T]) -> dict[st
 
 def buffers(tensors: Sequence[Tensor]) -> list[tuple[int, int, str]]:
     """Contiguous tensors as the kernel takes them."""
-    return [(t.data_ptr(), t.numel(), _name(t.dtype)) for t in tensors]
+    # Maps, because what a call costs beside the kernel is mostly this.
+    names = map(_name, map(_dtype, tensors))
+    return list(zip(map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), names, strict=True))
+
+
+_dtype = operator.attrgetter("dtype")
 
 
 @functools.cache
@@ -83,11 +89,37 @@ def _statistics(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> l
         return [torch.from_numpy(table.astype(np.float32))]
 
 
+def _sums_of(attributes: Attributes) -> tuple[str, bool]:
+    """The kind of a call of `chainrule.native.xla.sums`, and whether it is of pairs."""
+    kind, (_, of_pairs) = list(xla.SUMS.items())[dict(attributes)["kind"]]
+    return kind, of_pairs
+
+
+def _sums(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
+    kind, of_pairs = _sums_of(attributes)
+    c, *tensors = (t.contiguous() for t in operands)  # held while the kernel reads them
+    xs = tensors[: len(tensors) // 2] if of_pairs else tensors
+    ys = buffers(tensors[len(xs) :]) if of_pairs else None
+    return [torch.from_numpy(_kernel.sums(kind, buffers(xs), ys, c=c.item()))]
+
+
 _CALLS = {
     "chainrule_tier2": _tier2,
     "chainrule_tier2_quantized": _tier2,
     "chainrule_statistics": _statistics,
+    "chainrule_sums": _sums,
 }
+
+
+def measured(
+    target: str, attributes: Attributes, operands: Sequence[T]
+) -> tuple[Sequence[T], Sequence[T]]:
+    """For a call that returns a table with a row for each tensor: its first operands, and the tensors; else none."""
+    if target == "chainrule_statistics":
+        return (), operands
+    if target == "chainrule_sums" and not _sums_of(attributes)[1]:
+        return operands[:1], operands[1:]
+    return (), ()
 
 
 def kernel_call(target: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
@@ -99,6 +131,8 @@ def _ffi_call(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     target = eqn.params["target_name"]
     if target not in _CALLS or b.device.type != "cpu":
         raise b.unsupported(eqn, f"of `{target}` on {b.device.type}")
+    if target == "chainrule_sums" and eqn.outvars[0].aval.ndim > 2:
+        raise b.unsupported(eqn, f"of `{target}` under `vmap`")
     # Python's numbers, which the code that is made of the graph can name.
     attributes = tuple(
         (name, value.item() if isinstance(value, np.generic) else value)

@@ -21,11 +21,18 @@ import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.kernel import TABLE, buffers, kernel_call, roles, run_tier2
+from chainrule.bridges.lowering.kernel import (
+    TABLE,
+    buffers,
+    kernel_call,
+    measured,
+    roles,
+    run_tier2,
+)
 from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.program import Lowered
 from chainrule.bridges.lowering.scalars import batched
-from chainrule.bridges.lowering.simplify import drop_dead
+from chainrule.bridges.lowering.simplify import drop_dead, unbind_vectors
 from chainrule.native import _kernel
 
 Step = Callable[[Sequence[Tensor]], None]
@@ -85,7 +92,7 @@ def kernel_step(
         )
         for kind in dict.fromkeys(m.kind for m in moves)
     ]
-    constants = np.array([f for f in scalars if not isinstance(f, fx.Node)], np.float64)
+    constants = np.array([*(f for f in scalars if not isinstance(f, fx.Node)), 1.0], np.float64)
     rest = _without(lowered, module, moves, targets, nodes)
     run = (_directly if _is_small(rest[0], device) else build)(*rest, device)
     found = torch.zeros(len(nodes))
@@ -101,32 +108,45 @@ def kernel_step(
 
 
 def _measure_together(graph: fx.Graph) -> None:
-    """One call for the statistics of all gradients."""
-    inputs = list(graph.find_nodes(op="placeholder"))
-    calls = [
-        node
-        for node in graph.find_nodes(op="call_function", target=kernel_call)
-        if node.args[0] == "chainrule_statistics" and set(node.all_input_nodes) <= set(inputs)
-    ]
-    if len(calls) < 2:
-        return
-    operands = [x for node in calls for x in node.args[2]]  # pyright: ignore
-    with graph.inserting_after(inputs[-1]):
-        whole = graph.call_function(kernel_call, ("chainrule_statistics", (), operands))
-    with graph.inserting_after(whole):
+    """One call for the statistics of all gradients, and one for each of their sums."""
+    inputs = set(graph.find_nodes(op="placeholder"))
+    alike: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=kernel_call):
+        target, attributes, operands = node.args
+        before, tensors = measured(target, attributes, operands)  # pyright: ignore
+        if tensors and inputs.issuperset(tensors):
+            alike.setdefault((target, attributes, *before), []).append(node)
+    for (target, attributes, *before), calls in alike.items():
+        if len(calls) > 1:
+            _as_one(graph, target, attributes, before, calls)
+    unbind_vectors(graph)
+
+
+def _as_one(
+    graph: fx.Graph, target: Any, attributes: Any, before: Any, calls: list[fx.Node]
+) -> None:
+    """One call in the place of several, and their rows of its table."""
+    rows = [measured(*node.args)[1] for node in calls]  # pyright: ignore
+    tensors = [x for row in rows for x in row]
+    with graph.inserting_before(calls[0]):
+        whole = graph.call_function(kernel_call, (target, attributes, [*before, *tensors]))
         table = graph.call_function(operator.getitem, (whole, 0))
-    aval = next(iter(calls[0].users)).meta["aval"]
-    table.meta["aval"] = aval.update(shape=(len(operands), *aval.shape[1:]))
-    row = 0
-    for node in calls:
-        rows = len(node.args[2])  # pyright: ignore
+        aval = next(iter(calls[0].users)).meta["aval"]
+        width = aval.shape[1]
+        table.meta["aval"] = aval.update(shape=(len(tensors), width))
+        flat = graph.call_function(torch.reshape, (table, (len(tensors) * width,)))
+        flat.meta["aval"] = aval.update(shape=(len(tensors) * width,))
+    start = 0
+    for node, row in zip(calls, rows, strict=True):
         for user in list(node.users):
             with graph.inserting_before(user):
-                own = graph.call_function(torch.narrow, (table, 0, row, rows))
+                own = graph.call_function(torch.narrow, (flat, 0, start, len(row) * width))
+                if any(after.target is not torch.reshape for after in user.users):
+                    own = graph.call_function(torch.reshape, (own, (len(row), width)))
             user.replace_all_uses_with(own)
             graph.erase_node(user)
         graph.erase_node(node)
-        row += rows
+        start += len(row) * width
 
 
 def _without(
@@ -170,12 +190,12 @@ def _is_small(lowered: Lowered, device: torch.device) -> bool:
 
 def _directly(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
     """A step that runs the graph as it is, its scalars batched."""
-    graph = batched(lowered.graph, fake_values(lowered, device))
+    graph, constants = batched(lowered.graph, fake_values(lowered, device))
     kept = [(i, t) for i, t in enumerate(targets) if lowered.passthrough.get(i) != t]
     borrowed = [i for i, _ in kept if i in lowered.passthrough]
 
     def step(inputs: Sequence[Tensor]) -> None:
-        results = list(graph(*inputs))
+        results = list(graph.forward(*inputs, *constants))
         for i in borrowed:
             results[i] = results[i].clone()
         copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
@@ -192,32 +212,33 @@ class _Call:
         self.tensors = {role: [m.tensors[role] for m in moves] for role in moves[0].tensors}
         self.written = [role for role in self.tensors if role != "gradients"]
         column = {f: k for k, f in enumerate(scalars)}
-        self.numbers = []
-        for products in zip(*(m.numbers for m in moves), strict=True):
-            width = max(map(len, products))
-            one = len(scalars)  # where `__call__` puts a 1
-            rows = [[column[f] for f in p] + [one] * (width - len(p)) for p in products]
-            self.numbers.append(np.array(rows, np.intp))
+        one = len(scalars)  # the position of a 1
+        width = max(len(product) for m in moves for product in m.numbers)
+        places = [
+            [[column[f] for f in p] + [one] * (width - len(p)) for p in m.numbers] for m in moves
+        ]
+        self.numbers = np.array(places, np.intp).swapaxes(0, 1)
 
     def __call__(self, inputs: Sequence[Tensor], values: np.ndarray) -> None:
-        values = np.append(values, 1.0)
-        scale, decay, *rest = (values[index].prod(axis=1) for index in self.numbers)
+        """The moves of `inputs`; `values` are those of the scalars, and a 1."""
+        scale, decay, *rest = values[self.numbers].prod(axis=2)
         given = {role: [inputs[i] for i in places] for role, places in self.tensors.items()}
-        tensors = {role: [t.contiguous() for t in ts] for role, ts in given.items()}
+        tensors = {role: list(map(Tensor.contiguous, ts)) for role, ts in given.items()}
         # p + s d + r p is p - rate (d + weight_decay p)
-        stays = scale == 0
-        weight_decay = np.where(stays, 0.0, decay / np.where(stays, 1.0, scale))
+        moves = scale != 0
+        weight_decay = np.divide(decay, scale, out=np.zeros_like(scale), where=moves)
         numbers = {"learning_rate": -scale, "weight_decay": weight_decay}
         if self.kind == _SIGN:
             _kernel.tier0(buffers(tensors["parameters"]), buffers(tensors["gradients"]), **numbers)
         else:
             numbers |= dict(zip(TABLE[2:], rest, strict=True))
             run_tier2(*self.kind, tensors, numbers)
-        for i in np.flatnonzero(stays & (decay != 0)):
-            tensors["parameters"][i].mul_(1 + decay[i])
+        if not moves.all():
+            for i in np.flatnonzero(~moves):
+                tensors["parameters"][i].mul_(1 + decay[i])
         for role in self.written:
-            for old, new in zip(given[role], tensors[role], strict=True):
-                if new is not old:
+            if any(map(operator.is_not, tensors[role], given[role])):
+                for old, new in zip(given[role], tensors[role], strict=True):
                     old.copy_(new)
 
 
@@ -259,7 +280,7 @@ def _moves(graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]) 
 def _tier2_move(call, k, parameter, renewing, results, position) -> _Move | None:
     """Tensor k of a tier-2 call whose new state is what the program returns for the old."""
     target, attributes, operands = call.args
-    if target == "chainrule_statistics":
+    if measured(target, attributes, operands)[1]:
         return None
     by_role = roles(target, attributes, operands)
     columns = _columns(operands[0])
