@@ -1,4 +1,4 @@
-"""The compiled kernel: COSMIC's tier update, the block-quantised state, and sums over whole tensors.
+"""The compiled kernel: COSMIC's tier update, the block-quantised state, sums over whole tensors, and programs of scalars.
 
 `_kernel` is its door for NumPy arrays and raw memory (None where it was left out), `chainrule.native.xla`
 its door for jitted programs. Everything they do also exists in XLA: without the kernel the chains run

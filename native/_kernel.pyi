@@ -138,3 +138,39 @@ def info() -> dict[str, object]:
 
 def xla_targets() -> dict[str, object]:
     """Name to capsule of each XLA FFI handler."""
+
+Place: TypeAlias = tuple[int, int, int, int]
+
+class ScalarProgram:
+    """Straight-line arithmetic on words of 32 bits: float32, int32, or truth values 0 and 1.
+
+    Args:
+        instructions: (operation, result, a, b, c): words[result] = operation(words[a], words[b], words[c]), with the
+            names of `scalar_ops`; an operation of fewer operands ignores the others.
+        loads: (word, tensor, offset, bytes): what `run` first reads; element `offset` of a tensor's memory, of 4
+            bytes, or 1 for a truth value.
+        stores: what it writes at the end, likewise.
+        words: uint32, with the values of numbers; they are kept between runs.
+        tensors: how many there are.
+
+    Raises:
+        ValueError: an unknown operation, or an index out of its range.
+    """
+
+    def __init__(
+        self,
+        instructions: Sequence[tuple[str, int, int, int, int]],
+        loads: Sequence[Place],
+        stores: Sequence[Place],
+        words: NDArray[np.uint32],
+        tensors: int,
+    ) -> None: ...
+    def run(self, pointers: Sequence[int]) -> None:
+        """Runs on the memory of the tensors, which the caller vouches for.
+
+        Raises:
+            ValueError: another number of pointers, or one that is null; nothing has been written.
+        """
+
+def scalar_ops() -> list[str]:
+    """The operations: torch's name and the type of the operands, f, i or b."""

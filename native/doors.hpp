@@ -8,6 +8,9 @@ namespace chainrule {
 // tier2, tier1, tier0, statistics, quantize, ... over NumPy arrays and raw memory.
 void add_numpy_door(pybind11::module_& module);
 
+// Programs of scalars.
+void add_scalar_door(pybind11::module_& module);
+
 // {name: capsule} of the XLA FFI handlers.
 pybind11::dict xla_targets();
 

@@ -8,8 +8,9 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_kernel, m) {
-  m.doc() = "Kernel of chainrule's tier update, block-quantised state and sums over tensors.";
+  m.doc() = "Kernel of chainrule's tier update, block-quantised state, sums over tensors and scalars.";
   chainrule::add_numpy_door(m);
+  chainrule::add_scalar_door(m);
   m.def("xla_targets", &chainrule::xla_targets);
   m.def("info", [] {
     const chainrule::KernelChoices& choices = chainrule::kernel_choices();

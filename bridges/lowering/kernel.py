@@ -39,11 +39,12 @@ def roles(target: str, attributes: Attributes, operands: Sequence[T]) -> dict[st
     return {name: operands[1 + k * n : 1 + (k + 1) * n] for k, name in enumerate(names)}
 
 
-def buffers(tensors: Sequence[Tensor]) -> list[tuple[int, int, str]]:
-    """Contiguous tensors as the kernel takes them."""
+def buffers(tensors: Sequence[Tensor], name: str) -> Any:
+    """Contiguous tensors as the kernel takes them; `name` is what its messages call them."""
     # Maps, because what a call costs beside the kernel is mostly this.
     names = map(_name, map(_dtype, tensors))
-    return list(zip(map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), names, strict=True))
+    memory = zip(map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), names, strict=True)
+    return _kernel.Buffers(list(memory), name)
 
 
 _dtype = operator.attrgetter("dtype")
@@ -66,7 +67,7 @@ def run_tier2(
     if target == "chainrule_tier2_quantized":
         options |= {"block": given["block"], "bits": given["bits"]}
         options["start"] = "gradient" if given["start_at_gradient"] else "zero"
-    options |= {name: buffers(role) for name, role in tensors.items()}
+    options |= {name: buffers(role, name) for name, role in tensors.items()}
     options.setdefault("parameters", None)
     getattr(_kernel, target.removeprefix("chainrule_"))(**options, **numbers)
 
@@ -84,7 +85,7 @@ def _tier2(target: str, attributes: Attributes, operands: Sequence[Tensor]) -> l
 def _statistics(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
     del attributes
     gradients = [t.contiguous() for t in operands]  # held while the kernel reads them
-    table = _kernel.statistics(buffers(gradients))
+    table = _kernel.statistics(buffers(gradients, "gradients"))
     with np.errstate(over="ignore"):  # infinite in float32, as in XLA
         return [torch.from_numpy(table.astype(np.float32))]
 
@@ -99,8 +100,8 @@ def _sums(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Te
     kind, of_pairs = _sums_of(attributes)
     c, *tensors = (t.contiguous() for t in operands)  # held while the kernel reads them
     xs = tensors[: len(tensors) // 2] if of_pairs else tensors
-    ys = buffers(tensors[len(xs) :]) if of_pairs else None
-    return [torch.from_numpy(_kernel.sums(kind, buffers(xs), ys, c=c.item()))]
+    ys = buffers(tensors[len(xs) :], "ys") if of_pairs else None
+    return [torch.from_numpy(_kernel.sums(kind, buffers(xs, "xs"), ys, c=c.item()))]
 
 
 _CALLS = {

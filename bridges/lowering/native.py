@@ -31,7 +31,7 @@ from chainrule.bridges.lowering.kernel import (
 )
 from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.program import Lowered
-from chainrule.bridges.lowering.scalars import batched
+from chainrule.bridges.lowering.scalars import scalar_step
 from chainrule.bridges.lowering.simplify import drop_dead, unbind_vectors
 from chainrule.native import _kernel
 
@@ -84,23 +84,24 @@ def kernel_step(
     if not moves:
         return build(lowered, targets, device)
 
-    scalars = list(dict.fromkeys(f for m in moves for p in m.numbers for f in p))
-    nodes = [f for f in scalars if isinstance(f, fx.Node)]
+    factors = list(dict.fromkeys(f for m in moves for p in m.numbers for f in p))
+    nodes = [f for f in factors if isinstance(f, fx.Node)]
+    numbers = [f for f in factors if not isinstance(f, fx.Node)]
     calls = [
-        _Call(
-            [m for m in moves if m.kind == kind], [*nodes, *(f for f in scalars if f not in nodes)]
-        )
+        _Call([m for m in moves if m.kind == kind], [*nodes, *numbers])
         for kind in dict.fromkeys(m.kind for m in moves)
     ]
-    constants = np.array([*(f for f in scalars if not isinstance(f, fx.Node)), 1.0], np.float64)
+    # The largest last: it leaves nothing of the others in the cache.
+    sizes = [aval.size for aval in lowered.in_avals]
+    calls.sort(key=lambda call: sum(sizes[i] for i in call.tensors["parameters"]))
     rest = _without(lowered, module, moves, targets, nodes)
-    run = (_directly if _is_small(rest[0], device) else build)(*rest, device)
-    found = torch.zeros(len(nodes))
+    run = (scalar_step if _is_small(rest[0], device) else build)(*rest, device)
+    values = np.array([*(0.0 for _ in nodes), *numbers, 1.0], np.float32)
+    found = torch.from_numpy(values)[: len(nodes)]
 
     @torch.no_grad()
     def step(inputs: Sequence[Tensor]) -> None:
         run([*inputs, found])
-        values = np.concatenate([found.numpy(), constants])
         for call in calls:
             call(inputs, values)
 
@@ -188,22 +189,6 @@ def _is_small(lowered: Lowered, device: torch.device) -> bool:
     return all(v.numel() <= _SMALL for v in made if isinstance(v, Tensor))
 
 
-def _directly(lowered: Lowered, targets: Sequence[int], device: torch.device) -> Step:
-    """A step that runs the graph as it is, its scalars batched."""
-    graph, constants = batched(lowered.graph, fake_values(lowered, device))
-    kept = [(i, t) for i, t in enumerate(targets) if lowered.passthrough.get(i) != t]
-    borrowed = [i for i, _ in kept if i in lowered.passthrough]
-
-    def step(inputs: Sequence[Tensor]) -> None:
-        results = list(graph.forward(*inputs, *constants))
-        for i in borrowed:
-            results[i] = results[i].clone()
-        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-        copy([inputs[t] for _, t in kept], [results[i] for i, _ in kept])
-
-    return step
-
-
 class _Call:
     """The moves of one kind, in one call."""
 
@@ -221,21 +206,21 @@ class _Call:
 
     def __call__(self, inputs: Sequence[Tensor], values: np.ndarray) -> None:
         """The moves of `inputs`; `values` are those of the scalars, and a 1."""
-        scale, decay, *rest = values[self.numbers].prod(axis=2)
+        scale, decay, *rest = values[self.numbers].prod(axis=2, dtype=np.float64)
         given = {role: [inputs[i] for i in places] for role, places in self.tensors.items()}
         tensors = {role: list(map(Tensor.contiguous, ts)) for role, ts in given.items()}
         # p + s d + r p is p - rate (d + weight_decay p)
         moves = scale != 0
         weight_decay = np.divide(decay, scale, out=np.zeros_like(scale), where=moves)
+        only_decayed = () if moves.all() else np.flatnonzero(~moves)
         numbers = {"learning_rate": -scale, "weight_decay": weight_decay}
         if self.kind == _SIGN:
-            _kernel.tier0(buffers(tensors["parameters"]), buffers(tensors["gradients"]), **numbers)
+            _kernel.tier0(**{name: buffers(ts, name) for name, ts in tensors.items()}, **numbers)
         else:
             numbers |= dict(zip(TABLE[2:], rest, strict=True))
             run_tier2(*self.kind, tensors, numbers)
-        if not moves.all():
-            for i in np.flatnonzero(~moves):
-                tensors["parameters"][i].mul_(1 + decay[i])
+        for i in only_decayed:
+            tensors["parameters"][i].mul_(1 + decay[i])
         for role in self.written:
             if any(map(operator.is_not, tensors[role], given[role])):
                 for old, new in zip(given[role], tensors[role], strict=True):

@@ -1,4 +1,4 @@
-"""Arithmetic on scalars that runs on vectors gives the same bits."""
+"""Scalars outside torch: the same values as in torch, in as few calls."""
 
 import operator
 from collections.abc import Callable
@@ -6,89 +6,231 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from chainrule.bridges.lowering import lower
-from chainrule.bridges.lowering.pieces import fake_values
-from chainrule.bridges.lowering.scalars import batched
+from chainrule.bridges.lowering.scalars import scalar_step
+from chainrule.native import _kernel
 
 COUNT = 9
+CPU = torch.device("cpu")
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e-40, 2.5, -7.0, np.inf, -np.inf, np.nan]
+INTEGERS = [0, 1, -1, 2, 7, -200, 2**31 - 1, -(2**31)]
 
 
-def alike(xs: Any, y: Any) -> Any:
-    return [jnp.where(x > y, x * y, x + 1) for x in xs]
-
-
-def in_another_order(xs: Any, y: Any) -> Any:
-    doubled = [2 * x for x in xs]
-    return [y - x for x in doubled[::-1]], [jnp.exp(x) for x in doubled[3:8]]
-
-
-def of_several_vectors(xs: Any, y: Any) -> Any:
-    sums, products = [x + y for x in xs], [x * y for x in xs]
-    mixed = [*sums[:2], y, *products[4:], xs[0]]
-    return [jnp.sqrt(x) for x in mixed], jnp.stack([*products, y, sums[3]])
-
-
-def again_and_again(xs: Any, y: Any) -> Any:
-    return [jnp.log(x) * jnp.log(y) for x in (xs[0], y, xs[0], xs[1], y)]
-
-
-def beside_numbers(xs: Any, y: Any) -> Any:
-    parts = [x / (k + 3) for k, x in enumerate(xs)]
-    return [x * (-0.0 if k % 2 else 0.0) for k, x in enumerate(parts)], parts, [y + 0.5 for _ in xs]
+def arithmetic(xs: Any, y: Any) -> Any:
+    return [jnp.where(x > y, x * y + 1, y / x - 0.1) for x in xs]
 
 
 def counts(xs: Any, y: Any) -> Any:
-    steps = [x.astype(jnp.int32) for x in xs]
-    return [jnp.where(n < 2, n + 1, n) for n in steps], [n + k for k, n in enumerate(steps)], y
+    steps = [x.astype(jnp.int32) for x in xs]  # in torch: it saturates
+    held = [jnp.where(n < 4, n + 1, n) for n in steps]
+    return held, [(n == 3) & (x > y) for n, x in zip(held, xs, strict=True)], [n * y for n in held]
 
 
-def out_of_a_vector(xs: Any, y: Any) -> Any:
-    vector = jnp.cumsum(jnp.stack(xs)) * y
-    return [jnp.exp(vector[k]) for k in range(COUNT)], vector[4]
+def a_vector_and_its_entries(xs: Any, y: Any) -> Any:
+    sums = jnp.cumsum(jnp.stack([2 * x for x in xs]))
+    return [jnp.sqrt(sums[k]) for k in range(COUNT)], sums * y
 
 
-def scaled(xs: Any, y: Any) -> Any:
-    return jnp.arange(2.0)[1:] * y, [x * 3 for x in xs]  # a constant of the graph
+def between_two_sums(xs: Any, y: Any) -> Any:
+    first = jnp.sum(jnp.arange(4.0) * (y + 1))
+    second = jnp.max(jnp.arange(3.0) * (first - 2) ** 2)
+    return [x + second for x in xs], first
+
+
+def a_condition(xs: Any, y: Any) -> Any:
+    found = jax.lax.cond(y > 0.5, lambda x: jnp.cumsum(x)[-1:], lambda x: x[:1], jnp.stack(xs))
+    return [x / found[0] for x in xs], jax.lax.cond(xs[0] > y, lambda: xs[1], lambda: y)
+
+
+def stacks(xs: Any, y: Any) -> Any:
+    return jnp.stack([-x for x in xs]), jnp.stack([y, xs[0]]), jnp.full((), 3.0), 2 * y
+
+
+def numbers(xs: Any, y: Any) -> Any:
+    return [x * (-0.0 if k % 2 else 0.0) for k, x in enumerate(xs)], jnp.minimum(y, 1e-45), y == 7
+
+
+FUNCTIONS = [
+    *(arithmetic, counts, a_vector_and_its_entries, between_two_sums, a_condition, stacks),
+    numbers,
+]
+
+
+def made(function: Callable[..., Any]) -> tuple[Any, Callable[..., Any], list[Tensor]]:
+    """The lowered function, its scalar step, and memory for its results, which are its last inputs."""
+    shapes = jax.eval_shape(function, [SCALAR] * COUNT, SCALAR)
+    lowered = lower(lambda xs, y, _: function(xs, y), [SCALAR] * COUNT, SCALAR, shapes)
+    targets = [COUNT + 1 + i for i in range(len(lowered.out_avals))]
+    memory = [
+        torch.zeros(aval.shape, dtype=getattr(torch, str(aval.dtype))) for aval in lowered.out_avals
+    ]
+    return lowered, scalar_step(lowered, targets, CPU), memory
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_it_is_torch(function: Callable[..., Any]) -> None:
+    lowered, step, memory = made(function)
+    for y in (0.7, 0.2):  # the second step sees nothing of the first
+        inputs = [*(torch.tensor(0.3 + float(i)) for i in range(COUNT)), torch.tensor(y)]
+        expected = lowered(*inputs, *memory)
+        step([*inputs, *memory])
+        for got, want in zip(memory, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-7, atol=0)
+            if want.is_floating_point():
+                assert torch.equal(got.signbit(), want.signbit())
+
+
+def test_scalars_change_places_without_a_loss() -> None:
+    lowered = lower(lambda a, b, c: (b, a + b, a), SCALAR, SCALAR, SCALAR)
+    values = [torch.tensor(x) for x in (1.0, 2.0, 4.0)]
+    scalar_step(lowered, (0, 1, 2), CPU)(values)
+    assert [x.item() for x in values] == [2.0, 3.0, 1.0]
+
+
+def test_a_vector_that_stays_may_be_asked_for_beside_its_entries() -> None:
+    vector = jax.ShapeDtypeStruct((COUNT,), jnp.float32)
+    lowered = lower(
+        lambda v, w, *_: (w, v, *(2 * v[k] for k in range(COUNT))),
+        vector,
+        vector,
+        *[SCALAR] * COUNT,
+    )
+    v, w = torch.arange(float(COUNT)), torch.ones(COUNT)
+    entries = [torch.zeros(()) for _ in range(COUNT)]
+    scalar_step(lowered, range(COUNT + 2), CPU)([v, w, *entries])
+    assert v.eq(1).all() and w.equal(torch.arange(float(COUNT)))
+    assert [x.item() for x in entries] == [2.0 * k for k in range(COUNT)]
+
+
+def test_torch_is_called_for_nothing_else() -> None:
+    _, step, memory = made(arithmetic)
+    inputs = [*(torch.tensor(0.3 + float(i)) for i in range(COUNT)), torch.tensor(0.7)]
+    with torch.profiler.profile() as profile:
+        step([*inputs, *memory])
+    called = {event.key for event in profile.key_averages()}
+    assert not {name for name in called if name.startswith("aten::")}
 
 
 @pytest.mark.parametrize(
-    "function",
+    "wrong", [torch.zeros((), dtype=torch.float64), torch.zeros(0), torch.zeros(2)], ids=str
+)
+def test_a_scalar_of_another_kind_is_an_error_before_anything_is_written(wrong: Tensor) -> None:
+    _, step, memory = made(arithmetic)
+    inputs = [torch.ones(()) for _ in range(COUNT + 1)]
+    inputs[3] = wrong
+    with pytest.raises(TypeError, match=r"a scalar of the state must be of torch.float32 and 1 el"):
+        step([*inputs, *memory])
+    assert all(x.eq(0).all() for x in memory)
+
+
+# ---- the operations ------------------------------------------------------------------------
+
+
+def remainder(x: Tensor, y: Tensor) -> Tensor:
+    """Of NumPy: torch's is NaN where the quotient is above the largest float32."""
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.fmod(x.numpy(), y.numpy()))
+
+
+TORCH: dict[str, Callable[..., Any]] = {
+    "fmod": remainder,
+    "pow": torch.pow,
+    "where": torch.where,
+    "minimum": torch.minimum,
+    "maximum": torch.maximum,
+    "bitwise_and": operator.and_,
+    "bitwise_or": operator.or_,
+    "bitwise_xor": operator.xor,
+}
+VALUES = {"f": (np.float32, SPECIAL), "i": (np.int32, INTEGERS), "b": (np.bool_, [False, True])}
+ONE = (
+    *(
+        "neg",
+        "abs",
+        "reciprocal",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "floor",
+    ),
+    *("isfinite", "bitwise_not"),
+)
+
+
+def apply(name: str, words: np.ndarray) -> np.ndarray:
+    """Of three rows of words, column by column."""
+    memory = np.zeros(4, np.uint32)
+    result = np.zeros(words.shape[1], np.uint32)
+    program = _kernel.ScalarProgram([(name, 3, 0, 1, 2)], [], [], memory, 0)
+    for k, column in enumerate(words.T):
+        memory[:3] = column
+        program.run([])
+        result[k] = memory[3]
+    return result
+
+
+@pytest.mark.parametrize("name", _kernel.scalar_ops())
+def test_an_operation_is_torch_s(name: str) -> None:
+    operation, type_, *to = name.split(".")
+    dtype, values = VALUES[type_]
+    grid = np.array([[x, y] for x in values for y in values], dtype).T
+    words = np.zeros((3, grid.shape[1]), np.uint32)
+    x, y = (torch.from_numpy(np.ascontiguousarray(row)) for row in grid)
+    if operation == "where":
+        condition = torch.arange(grid.shape[1]) % 3 == 0
+        words[0] = condition.numpy()
+        words[1:] = as_words(grid)
+        expected = torch.where(condition, x, y)
+    else:
+        words[:2] = as_words(grid)
+        if operation == "to":
+            expected = x.to({"f": torch.float32, "i": torch.int32, "b": torch.bool}[to[0]])
+        else:
+            function = TORCH.get(operation) or getattr(torch, operation)
+            expected = function(x) if operation in ONE else function(x, y)
+    found = apply(name, words)
+    if expected.dtype == torch.float32:
+        got = torch.from_numpy(found.view(np.float32))
+        torch.testing.assert_close(got, expected, rtol=3e-7, atol=2e-45, equal_nan=True)
+    else:
+        np.testing.assert_array_equal(found, as_words(expected.numpy()))
+
+
+def as_words(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.uint32) if values.dtype == np.bool_ else values.view(np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
     [
-        *(alike, in_another_order, of_several_vectors, again_and_again, beside_numbers, counts),
-        *(out_of_a_vector, scaled),
+        ({"instructions": [("median.f", 0, 0, 0, 0)]}, "no scalar operation median.f"),
+        ({"instructions": [("add.f", 0, 3, 0, 0)]}, r"a word must be in \[0, 3\), got 3"),
+        ({"loads": [(0, 1, 0, 4)]}, r"loads: a tensor must be in \[0, 1\), got 1"),
+        ({"stores": [(-1, 0, 0, 4)]}, r"stores: a word must be in \[0, 3\), got -1"),
+        ({"stores": [(0, 0, 0, 8)]}, "1 or 4 bytes, got 0 and 8"),
+        ({"loads": [(0, 0, -1, 4)]}, "an offset of at least 0"),
+        ({"words": np.zeros((1, 3), np.uint32)}, "words: expected a uint32 vector"),
     ],
 )
-def test_the_bits_are_the_same(function: Callable[..., Any]) -> None:
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    lowered = lower(function, [scalar] * COUNT, scalar)
-    module, constants = batched(lowered.graph, fake_values(lowered, torch.device("cpu")))
-    module.graph.lint()
-    inputs = [*(torch.tensor(0.3 + float(i)) for i in range(COUNT)), torch.tensor(0.7)]
-    for got, want in zip(module(*inputs, *constants), lowered(*inputs), strict=True):
-        assert got.dtype == want.dtype and got.equal(want)
-        if want.is_floating_point():
-            assert torch.equal(got.signbit(), want.signbit())
+def test_a_wrong_program_is_refused(change: dict[str, Any], message: str) -> None:
+    given = {"instructions": [], "loads": [], "stores": [], "words": np.zeros(3, np.uint32)}
+    with pytest.raises(ValueError, match=message):
+        _kernel.ScalarProgram(**{**given, **change}, tensors=1)
 
 
-def test_one_call_is_made_for_all() -> None:
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    lowered = lower(alike, [scalar] * COUNT, scalar)
-    module, _ = batched(lowered.graph, fake_values(lowered, torch.device("cpu")))
-    targets = [n.target for n in module.graph.nodes if n.op == "call_function"]
-    calls = [target for target in targets if target is not operator.getitem]
-    assert sorted(call.__name__ for call in calls) == sorted(
-        ["stack", "gt", "mul", "add", "where", "unbind"]
-    )
-
-
-def test_a_result_is_not_the_memory_of_an_input() -> None:
-    vector = jax.ShapeDtypeStruct((COUNT,), jnp.float32)
-    lowered = lower(lambda v: [v[k] for k in range(COUNT)], vector)
-    module, constants = batched(lowered.graph, fake_values(lowered, torch.device("cpu")))
-    given = torch.arange(float(COUNT))
-    results = module(given, *constants)
-    given.zero_()
-    assert [x.item() for x in results] == list(range(COUNT))
+def test_a_program_wants_all_its_memory() -> None:
+    program = _kernel.ScalarProgram([], [(0, 0, 0, 4)], [], np.zeros(1, np.uint32), 1)
+    with pytest.raises(ValueError, match="pointers: expected 1, got 2"):
+        program.run([8, 8])
+    with pytest.raises(ValueError, match=r"pointers\[0\]: is null"):
+        program.run([0])
