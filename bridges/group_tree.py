@@ -178,7 +178,11 @@ class GroupTree:
         extras = Extras(scalar, scalar)
 
         def trace_lowered(state: BridgeState):
-            lowered = lower(update, params, params, state, extras, device=self.device)
+            lowered = lower(
+                *(update, params, params, state, extras),
+                device=self.device,
+                compiled=self.options.compile,
+            )
             return lowered, jax.tree.unflatten(lowered.out_tree, lowered.out_avals)
 
         def trace_xla(state: BridgeState):

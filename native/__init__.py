@@ -1,4 +1,4 @@
-"""The compiled kernel: COSMIC's tier update, the block-quantised state, sums over whole tensors, and programs of scalars.
+"""The compiled kernel: COSMIC's tier update, block-quantised state, sums over tensors, and programs of scalars.
 
 `_kernel` is its door for NumPy arrays and raw memory (None where it was left out), `chainrule.native.xla`
 its door for jitted programs. Everything they do also exists in XLA: without the kernel the chains run
@@ -10,6 +10,7 @@ import contextvars
 import warnings
 from collections.abc import Iterable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 
 try:
     from chainrule.native import _kernel
@@ -18,7 +19,16 @@ except ImportError:  # installed with CHAINRULE_NATIVE=OFF
 
 _warned = False
 _FLOATS = ("float32", "bfloat16", "float16")
-_bridge: contextvars.ContextVar[bool | None] = contextvars.ContextVar("bridge", default=None)
+
+
+class _Bridge(NamedTuple):
+    """Where a bridge will run the chain that it traces."""
+
+    on_cpu: bool
+    compiled: bool
+
+
+_bridge: contextvars.ContextVar[_Bridge | None] = contextvars.ContextVar("bridge", default=None)
 
 
 def available() -> bool:
@@ -49,9 +59,14 @@ def info() -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def bridging(on_cpu: bool) -> Iterator[None]:
-    """While a bridge traces a chain for another framework: on the CPU ``kernel="auto"`` is the kernel."""
-    token = _bridge.set(on_cpu)
+def bridging(on_cpu: bool, compiled: bool = False) -> Iterator[None]:
+    """While a bridge traces a chain for another framework: on the CPU ``kernel="auto"`` is the kernel.
+
+    Args:
+        on_cpu: whether the chain will run on the CPU.
+        compiled: whether by a compiler that fuses operations, instead of one by one.
+    """
+    token = _bridge.set(_Bridge(on_cpu, compiled))
     try:
         yield
     finally:
@@ -69,12 +84,20 @@ def chosen(kernel: str, dtypes: Iterable[object] = ()) -> bool:
     >>> chosen("native"), chosen("auto"), chosen("xla")
     (True, False, False)
     """
-    on_cpu = _bridge.get()
-    if kernel == "xla" or on_cpu is False or (kernel == "auto" and on_cpu is None):
+    bridge = _bridge.get()
+    if kernel == "xla" or (kernel == "auto" and bridge is None):
         return False
-    if on_cpu and not all(str(dtype) in _FLOATS for dtype in dtypes):
+    if bridge is not None and not (bridge.on_cpu and _takes(dtypes)):
         return False
     return available()
+
+
+def chosen_for_sums(dtypes: Iterable[object]) -> bool:
+    """Whether a chain that is traced now takes its sums in the kernel wherever it runs: in a bridge that runs it
+    on the CPU op by op, so that each operation before a sum would be a pass over the memory.
+    """
+    bridge = _bridge.get()
+    return bridge is not None and not bridge.compiled and chosen("auto", dtypes)
 
 
 def for_cpu(dtypes: Iterable[object]) -> bool:
@@ -86,4 +109,8 @@ def for_cpu(dtypes: Iterable[object]) -> bool:
     Args:
         dtypes: what it would be given.
     """
-    return _bridge.get() is None and all(str(dtype) in _FLOATS for dtype in dtypes) and available()
+    return _bridge.get() is None and _takes(dtypes) and available()
+
+
+def _takes(dtypes: Iterable[object]) -> bool:
+    return all(str(dtype) in _FLOATS for dtype in dtypes)

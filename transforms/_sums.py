@@ -1,7 +1,8 @@
 """Sums over each of many tensors, or pairs of tensors, that an update must know before it can begin.
 
 On the CPU the compiled kernel takes them in one pass over all tensors, where XLA makes a pass, and a call, for each
-sum of each tensor. Elsewhere, in a bridge, without the kernel and in dtypes that it has not, XLA reduces.
+sum of each tensor; so it does in a bridge that runs op by op. Elsewhere, without the kernel and in dtypes that it
+has not, XLA reduces, or the bridge's compiler.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chainrule.native import for_cpu, xla
+from chainrule.native import chosen_for_sums, for_cpu, xla
 from chainrule.transforms._numerics import inner, own_scalar, square_norm, up
 
 Tensors = Sequence[jax.Array]
@@ -66,8 +67,10 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Any = 1.0) -> tup
     if not xs:
         return tuple(jnp.zeros((0,), jnp.float32) for _ in _TERMS[kind])
     alike = all(map(operator.eq, map(jnp.shape, xs), map(jnp.shape, ys)))
-    in_kernel = alike and for_cpu(jnp.result_type(t) for t in (*xs, *ys))
-    return (_on_cpu_in_kernel if in_kernel else _in_xla)(kind, xs, ys, c)
+    dtypes = [jnp.result_type(t) for t in (*xs, *ys)]
+    if alike and chosen_for_sums(dtypes):
+        return _in_kernel(kind, xs, ys, c)
+    return (_on_cpu_in_kernel if alike and for_cpu(dtypes) else _in_xla)(kind, xs, ys, c)
 
 
 def means(kind: str, xs: Tensors, ys: Tensors | None = None, c: Any = 1.0) -> tuple[jax.Array, ...]:
@@ -85,12 +88,14 @@ def _in_xla(kind: str, xs: Tensors, ys: Tensors, c: jax.Array) -> tuple[jax.Arra
     return tuple(jnp.stack([term(x, y, c) for x, y in pairs]) for term in _TERMS[kind])
 
 
+def _in_kernel(kind: str, xs: Tensors, ys: Tensors, c: jax.Array) -> tuple[jax.Array, ...]:
+    table = xla.sums(kind, xs, None if kind == "moments" else ys, c)
+    return tuple(table[:, k] for k in range(table.shape[1]))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _on_cpu_in_kernel(kind: str, *operands: Any) -> tuple[jax.Array, ...]:
-    def in_kernel(xs, ys, c):
-        return tuple(xla.sums(kind, xs, None if kind == "moments" else ys, c).T)
-
-    in_xla = functools.partial(_in_xla, kind)
+    in_kernel, in_xla = (functools.partial(form, kind) for form in (_in_kernel, _in_xla))
     return jax.lax.platform_dependent(*operands, cpu=in_kernel, default=in_xla)
 
 

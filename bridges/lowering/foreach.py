@@ -2,23 +2,36 @@
 
 Memory passes are what an eager step costs, so a result takes over the memory of an operand that
 nobody reads again, an input that a piece renews is renewed in place, and multiply-add patterns
-are one operation (`fuse`).
+are one operation (`fuse`). On a CPU, elementwise pieces run part by part, so that what they make
+on the way stays in the cache.
 """
 
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering.fuse import fuse
-from chainrule.bridges.lowering.pieces import Piece, Program, by_kind, cut, fake_values
+from chainrule.bridges.lowering.pieces import (
+    POINTWISE,
+    Piece,
+    Program,
+    by_kind,
+    cut,
+    fake_values,
+    is_array,
+)
 from chainrule.bridges.lowering.program import Lowered
+from chainrule.bridges.lowering.recompute import recompute
 
 Step = Callable[[Sequence[Tensor]], None]
+_Call = Callable[[list[Any], Sequence[int]], Any]
+"""Makes the column of a node from the columns before it, for some of the pieces."""
 
 # pyright: reportPrivateImportUsage=false
 _BINARY: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -54,6 +67,8 @@ _BATCHED = {**_BINARY, **_UNARY, **_FUSED}
 _TAKES_SHARED = {torch.mul, torch.div, torch.add}
 """Their second operand may be one 0-d tensor for all tensors of the list."""
 _KEYWORDS = {torch.add: {"alpha"}, torch.addcmul: {"value"}, torch.addcdiv: {"value"}}
+_PART = 1 << 18
+"""Elements that run together on a CPU: the tensors of an expression then fit into a few megabytes."""
 _NUMBER = {torch.mul: 1, torch.div: 1, torch.lerp: 2}
 """Position of the operand that may be a number for all tensors, or one for each."""
 
@@ -73,6 +88,8 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
     host = reads_are_free(device)
     graph, values = lowered.graph.graph, fake_values(lowered, device)
     fuse(graph, values, host=host)
+    if host:
+        recompute(graph, values, targets)
     program = cut(graph, targets, values)
     batches = [_Batch(kind, program, host) for stage in program.stages for kind in by_kind(stage)]
     renewed = {pair for batch in batches for pair in batch.renewed}
@@ -106,6 +123,14 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def _is_elementwise(piece: Piece, values: dict[fx.Node, Any]) -> bool:
+    """Whether parts of a piece's tensors can be computed one after the other."""
+    return piece.flat and all(
+        n.target in POINTWISE or not any(is_array(values[x]) for x in (n, *n.all_input_nodes))
+        for n in piece.nodes
+    )
+
+
 class _Batch:
     """The pieces of one kind, run together: each of its steps is one call for all of them."""
 
@@ -129,13 +154,82 @@ class _Batch:
             self._batch(n) if n in self.batched else self._one_by_one(n) for n in first.nodes
         ]
         self.outputs = [self.number[n] for n in first.outputs]
+        self.dead = self._dead(first)
+        self.parts = list(self._parts()) if host and _is_elementwise(first, program.values) else []
 
     def __call__(self, env: dict[fx.Node, Any]) -> None:
-        lists: list[Any] = [[env[n] for n in c] for c in self.columns[: len(self.pieces[0].inputs)]]
-        for step in self.steps:
-            lists.append(step(lists))
-        for k in self.outputs:
-            env.update(zip(self.columns[k], lists[k], strict=True))
+        given = [[env[n] for n in column] for column in self.columns[: len(self.pieces[0].inputs)]]
+        if len(self.parts) > 1 and all(x.is_contiguous() for column in given for x in column):
+            results = self._by_parts(given, env)
+        else:
+            results = self._run(given, range(len(self.pieces)))
+        for k, result in zip(self.outputs, results, strict=True):
+            env.update(zip(self.columns[k], result, strict=True))
+
+    def _run(self, given: list[list[Any]], pieces: Sequence[int]) -> list[list[Any]]:
+        """The outputs of some pieces; whatever nobody reads again is freed on the way."""
+        lists: list[Any] = [*given]
+        for step, dead in zip(self.steps, self.dead, strict=True):
+            lists.append(step(lists, pieces))
+            for k in dead:
+                lists[k] = None
+        return [lists[k] for k in self.outputs]
+
+    def _dead(self, piece: Piece) -> list[list[int]]:
+        """For each node of a piece the columns that it is the last to read."""
+        last = {s: n for n in piece.nodes for s in n.all_input_nodes}
+        dead: dict[fx.Node, list[int]] = {node: [] for node in piece.nodes}
+        for node in set(piece.nodes) & last.keys() - set(piece.outputs):
+            dead[last[node]].append(self.number[node])
+        return list(dead.values())
+
+    def _parts(self) -> Iterator[tuple[list[int], int | None]]:
+        """Pieces that run together, whole; or one, and the number of its part."""
+        together: list[int] = []
+        room = _PART
+        for i, piece in enumerate(self.pieces):
+            size = max((self.values[n].numel() for n in (*piece.nodes, *piece.inputs)), default=0)
+            if size > _PART:
+                yield from (([i], number) for number in range(-(-size // _PART)))
+                continue
+            if size > room:
+                yield together, None
+                together, room = [], _PART
+            together.append(i)
+            room -= size
+        if together:
+            yield together, None
+
+    def _by_parts(self, given: list[list[Any]], env: dict[fx.Node, Any]) -> list[list[Any]]:
+        """The outputs of all pieces, found part by part."""
+        olds: dict[fx.Node, fx.Node] = dict(self.renewed)
+        outputs: list[list[Any]] = [
+            [env[olds[n]] if n in olds else None for n in self.columns[k]] for k in self.outputs
+        ]
+        rows: Iterator[Sequence[Any]] = iter(())
+        for pieces, number in self.parts:
+            inputs = [[column[i] for i in pieces] for column in given]
+            if number == 0:
+                rows = zip(
+                    *(x.view(-1).split(_PART) if x.ndim else repeat(x) for (x,) in inputs),
+                    strict=False,
+                )
+            if number is not None:
+                inputs = [[x] for x in next(rows)]
+            found = self._run(inputs, pieces)
+            for k, output, results in zip(self.outputs, outputs, found, strict=True):
+                for i, result in zip(pieces, results, strict=True):
+                    node = self.columns[k][i]
+                    if node in olds:
+                        continue
+                    if number is None or result.ndim == 0:
+                        output[i] = result
+                        continue
+                    if number == 0:
+                        output[i] = result.new_empty(self.values[node].shape)
+                    start = number * _PART
+                    output[i].view(-1)[start : start + result.numel()] = result
+        return outputs
 
     def _is_batched(self, node: fx.Node) -> bool:
         """Whether one foreach call does for all pieces what `node` does for the first."""
@@ -213,7 +307,7 @@ class _Batch:
                     heirs[found[0]] = found[1]
         return heirs, kept
 
-    def _batch(self, node: fx.Node) -> Callable[[list[Any]], Any]:
+    def _batch(self, node: fx.Node) -> _Call:
         index = self.heirs.get(node)
         in_place = index is not None
         call, args = _BATCHED[node.target][in_place], [*node.args]
@@ -222,7 +316,7 @@ class _Batch:
         given = [self._operand(arg) for arg in args]
         named = {name: self._operand(arg) for name, arg in node.kwargs.items()}
 
-        def step(lists: list[Any]) -> Any:
+        def step(lists: list[Any], _: Sequence[int]) -> Any:
             operands = [operand(lists) for operand in given]
             keywords = {name: operand(lists) for name, operand in named.items()}
             if isinstance(keywords.get("value"), list):
@@ -243,22 +337,24 @@ class _Batch:
             return lambda lists: lists[k][0].item() if self.host else lists[k][0]
         return lambda lists: [x.item() for x in lists[k]]
 
-    def _one_by_one(self, node: fx.Node) -> Callable[[list[Any]], Any]:
+    def _one_by_one(self, node: fx.Node) -> _Call:
         column = self.columns[self.number[node]]
         numbers = [{n: k for k, n in enumerate((*p.inputs, *p.nodes))} for p in self.pieces]
 
-        def given(value: Any, i: int, lists: list[Any]) -> Any:
+        def given(value: Any, i: int, at: int, lists: list[Any]) -> Any:
             if isinstance(value, fx.Node):
-                return lists[numbers[i][value]][i]
+                return lists[numbers[i][value]][at]
             if isinstance(value, (tuple, list)):
-                return type(value)(given(v, i, lists) for v in value)
+                return type(value)(given(v, i, at, lists) for v in value)
             return value
 
-        def step(lists: list[Any]) -> Any:
+        def step(lists: list[Any], pieces: Sequence[int]) -> Any:
             results = []
-            for i, n in enumerate(column):
-                kwargs = {name: given(a, i, lists) for name, a in n.kwargs.items()}
-                results.append(n.target(*(given(a, i, lists) for a in n.args), **kwargs))  # pyright: ignore
+            for at, i in enumerate(pieces):
+                n = column[i]
+                kwargs = {name: given(a, i, at, lists) for name, a in n.kwargs.items()}
+                args = [given(a, i, at, lists) for a in n.args]
+                results.append(n.target(*args, **kwargs))  # pyright: ignore
             return results
 
         return step

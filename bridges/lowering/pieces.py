@@ -33,7 +33,7 @@ POINTWISE = {
     *(torch.le, torch.log, torch.log1p, torch.lt, torch.maximum, torch.minimum, torch.mul),
     *(torch.ne, torch.neg, torch.pow, torch.reciprocal, torch.round, torch.rsqrt, torch.rsub),
     *(torch.sgn, torch.sigmoid, torch.sign, torch.sin, torch.sqrt, torch.square, torch.sub),
-    *(torch.tanh, torch.where, torch.Tensor.to, torch.lerp, torch.addcmul),
+    *(torch.tanh, torch.where, torch.Tensor.to, torch.lerp, torch.addcmul, torch.addcdiv),
 }
 """Functions that work element by element, so that their operands may be given flat."""
 

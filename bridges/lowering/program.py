@@ -57,7 +57,10 @@ class Lowered:
 
 
 def lower(
-    fn: Callable[..., Any], *example_args: Any, device: torch.device | str = "cpu"
+    fn: Callable[..., Any],
+    *example_args: Any,
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
 ) -> Lowered:
     """Trace ``fn`` with JAX and translate its jaxpr to a ``torch.fx`` graph.
 
@@ -66,6 +69,7 @@ def lower(
       *example_args: pytrees of ``jax.ShapeDtypeStruct`` or arrays. 64-bit leaves turn on
         ``jax.enable_x64`` for the trace.
       device: where the constants the program makes live; the inputs must be there too.
+      compiled: whether the program will be compiled, which decides what chains leave to the native kernel.
 
     Returns:
       The program. Dtypes are held as ``convert`` says: uint32 and typed PRNG keys as int64.
@@ -85,7 +89,7 @@ def lower(
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
     device = torch.device(device)
     wide = wide or bool(jax.config.read("jax_enable_x64"))
-    with collector_paused(), jax.enable_x64(wide), bridging(device.type == "cpu"):
+    with collector_paused(), jax.enable_x64(wide), bridging(device.type == "cpu", compiled):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
         shared = Shared(TABLE, frozenset(ELEMENTWISE), device, {}, {}, {})

@@ -12,7 +12,7 @@ import torch
 
 import chainrule
 from chainrule import TorchBridge
-from chainrule.bridges.lowering import to_jax, to_torch
+from chainrule.bridges.lowering import foreach, to_jax, to_torch
 from chainrule.bridges.program import NeedsLossFunction, StateChanges
 from optax_cases import ALL, NAMED, OptaxCase
 from registry import CASES, CHAINS, Case
@@ -127,6 +127,13 @@ RUN = [c for c in ALL if not c.loss and not c.batch and c.name not in GROWING]
 RUN_NAMED = [c for c in RUN if c in NAMED]
 
 
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps take even these small tensors part by part."""
+    monkeypatch.setattr(foreach, "_PART", 5)
+
+
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
 def test_optax_float32(case: OptaxCase) -> None:
     check_optax(case, mixed=False)
@@ -176,6 +183,7 @@ def test_a_chain_of_per_example_gradients_is_refused(case: OptaxCase) -> None:
         TorchBridge(case.make(), params)
 
 
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ours(case: Case) -> None:
     check_ours(case)

@@ -24,6 +24,7 @@ from torch.optim import lr_scheduler, swa_utils
 import chainrule
 from chainrule import TorchBridge, chains
 from chainrule.bridges.lowering import foreach, to_jax
+from chainrule.transforms import _sums
 
 FEATURES, CLASSES = 6, 3
 
@@ -440,6 +441,7 @@ def test_channels_last_parameters_stay_so() -> None:
 def test_a_step_waits_for_no_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU there is nothing to wait for; this is the program that an accelerator runs.
     monkeypatch.setattr(foreach, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(_sums, "chosen_for_sums", lambda dtypes: False)
     net = model()
     bridge = TorchBridge(make(), net.parameters())
     train(net, bridge, range(1))

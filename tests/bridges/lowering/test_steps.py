@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import lower, to_torch
-from chainrule.bridges.lowering.foreach import foreach_step
+from chainrule.bridges.lowering import foreach, lower, to_torch
 from chainrule.bridges.lowering.pieces import by_kind, cut, fake_values
 from chainrule.bridges.lowering.recompute import recompute
 
@@ -25,7 +24,7 @@ CASES = {
 }
 
 
-def program(make):
+def program(make, **options):
     """A step lowered, where its outputs go, and its first inputs."""
     tx = optax.with_extra_args_support(make())
     rng = jax.random.split(jax.random.key(0), len(SHAPES))
@@ -38,7 +37,8 @@ def program(make):
 
     n, m = len(SHAPES), len(jax.tree.leaves(state))
     inputs = [to_torch(x) for x in jax.tree.leaves((params, params, state))]
-    return lower(step, params, params, state), [*range(n), *range(2 * n, 2 * n + m)], inputs
+    targets = [*range(n), *range(2 * n, 2 * n + m)]
+    return lower(step, params, params, state, **options), targets, inputs
 
 
 def assert_same_steps(build, make):
@@ -53,9 +53,37 @@ def assert_same_steps(build, make):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("part", [1 << 18, 5, 1])
 @pytest.mark.parametrize("name", CASES)
-def test_batched_over_leaves(name):
-    assert_same_steps(foreach_step, CASES[name])
+def test_batched_over_leaves(name, part, monkeypatch):
+    monkeypatch.setattr(foreach, "_PART", part)
+    assert_same_steps(foreach.foreach_step, CASES[name])
+
+
+def test_parts_make_what_another_piece_reads(monkeypatch):
+    monkeypatch.setattr(foreach, "_PART", 4)
+    aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+
+    def sorted_beside(a, b, c):
+        return jnp.sort(a * b - 1, axis=0), a * b - 1, 2 * c
+
+    lowered = lower(sorted_beside, aval, aval, aval)
+    inputs = [torch.randn(3, 4) for _ in range(3)]
+    expected = [x.clone() for x in lowered(*inputs)]
+    foreach.foreach_step(lowered, (0, 1, 2), torch.device("cpu"))(inputs)
+    for got, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_parts_are_of_contiguous_tensors_alone(monkeypatch):
+    monkeypatch.setattr(foreach, "_PART", 4)
+    aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    lowered = lower(lambda a, b: (a + 2 * b, a - b), aval, aval)
+    inputs = [torch.randn(4, 3).t(), torch.randn(3, 4)]
+    expected = [x.clone() for x in lowered(*inputs)]
+    foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))(inputs)
+    for got, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.slow
@@ -115,7 +143,7 @@ def test_adamw_makes_the_passes_of_torch(make):
 @pytest.mark.parametrize("name", ["casmo", "magma"])
 def test_no_tensor_is_carried_between_stages(name):
     makes = {**CASES, "magma": lambda: chains.magma(optax.adamw(1e-2))}
-    lowered, targets, _ = program(makes[name])
+    lowered, targets, _ = program(makes[name], compiled=True)
     graph, values = lowered.graph.graph, fake_values(lowered, torch.device("cpu"))
     recompute(graph, values, targets)
     shape = SHAPES["kernel"]
@@ -140,5 +168,5 @@ def test_what_is_renewed_may_be_an_input_elsewhere():
     aval = jax.ShapeDtypeStruct((3,), jnp.float32)
     lowered = lower(lambda a, b: (b, a + b), aval, aval)
     a, b = torch.ones(3), torch.full((3,), 2.0)
-    foreach_step(lowered, (0, 1), torch.device("cpu"))([a, b])
+    foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))([a, b])
     assert a.tolist() == [2.0] * 3 and b.tolist() == [3.0] * 3
