@@ -58,9 +58,14 @@ class _Fuser:
         return self.host and is_single
 
     def normalise(self, node: fx.Node) -> None:
-        """Products with the tensor first, squares as products."""
+        """Products with the tensor first, squares as products, zeros for what is not finite as one operation."""
         if node.target is torch.square and self.is_tensor(node.args[0]):
             node.target, node.args = torch.mul, (node.args[0], node.args[0])
+        elif node.target is torch.where and self.is_tensor(node):
+            condition, x, otherwise = node.args
+            finite = condition.op == "call_function" and condition.target is torch.isfinite  # pyright: ignore
+            if finite and condition.args[0] is x and repr(otherwise) == "0.0":  # pyright: ignore
+                self.become(node, torch.nan_to_num, (x, 0.0, 0.0, 0.0))
         elif node.target in (torch.mul, torch.add) and not node.kwargs and len(node.args) == 2:
             x, y = node.args
             if self.is_tensor(y) and self.is_tensor(node) and not self.is_tensor(x):

@@ -34,6 +34,7 @@ POINTWISE = {
     *(torch.ne, torch.neg, torch.pow, torch.reciprocal, torch.round, torch.rsqrt, torch.rsub),
     *(torch.sgn, torch.sigmoid, torch.sign, torch.sin, torch.sqrt, torch.square, torch.sub),
     *(torch.tanh, torch.where, torch.Tensor.to, torch.lerp, torch.addcmul, torch.addcdiv),
+    torch.nan_to_num,
 }
 """Functions that work element by element, so that their operands may be given flat."""
 

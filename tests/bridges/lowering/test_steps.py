@@ -75,6 +75,18 @@ def test_parts_make_what_another_piece_reads(monkeypatch):
         torch.testing.assert_close(got, want)
 
 
+def test_zeros_for_what_is_not_finite_are_one_pass():
+    aval = jax.ShapeDtypeStruct((5,), jnp.float32)
+    lowered = lower(lambda g, _: (g, jnp.where(jnp.isfinite(g), g, 0.0)), aval, aval)
+    step = foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))
+    inputs = [torch.tensor([torch.nan, -torch.inf, torch.inf, -3.0, 1e38]), torch.ones(5)]
+    with torch.profiler.profile() as profile:
+        step(inputs)
+    assert inputs[1].tolist() == [0.0, 0.0, 0.0, -3.0, torch.tensor(1e38).item()]
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::nan_to_num" in called and not called & {"aten::where", "aten::isfinite"}
+
+
 def test_parts_are_of_contiguous_tensors_alone(monkeypatch):
     monkeypatch.setattr(foreach, "_PART", 4)
     aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
