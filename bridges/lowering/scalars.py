@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.pieces import POINTWISE, fake_values
+from chainrule.bridges.lowering.pieces import POINTWISE
 from chainrule.bridges.lowering.program import Lowered
 from chainrule.native import _kernel
 
@@ -29,19 +29,19 @@ _GIVEN = -1  # the stage of inputs and constants
 
 
 def scalar_step(
-    lowered: Lowered, targets: Sequence[int], device: torch.device
+    lowered: Lowered, targets: Sequence[int], values: dict[fx.Node, Any]
 ) -> Callable[[Sequence[Tensor]], None]:
-    """A program as a function that writes its outputs into its inputs, its scalars outside torch.
+    """A program on the CPU as a function that writes its outputs into its inputs, its scalars outside torch.
 
     Args:
       lowered: the program.
       targets: for every output, the position of the input that it renews.
-      device: of the inputs, the CPU.
+      values: a tensor for every node, real or fake.
 
     Returns:
       A function of the flat inputs. It raises `TypeError` for a scalar of another dtype or size, before it writes.
     """
-    plan = _Plan(lowered, fake_values(lowered, device))
+    plan = _Plan(lowered, values)
     results: Any = lowered.graph.graph.output_node().args[0]
     stores: list[_Place] = []
     copies: list[tuple[fx.Node, int]] = []

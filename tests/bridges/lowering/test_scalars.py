@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.lowering import lower
+from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.scalars import scalar_step
 from chainrule.native import _kernel
 
@@ -70,7 +71,7 @@ def made(function: Callable[..., Any]) -> tuple[Any, Callable[..., Any], list[Te
     memory = [
         torch.zeros(aval.shape, dtype=getattr(torch, str(aval.dtype))) for aval in lowered.out_avals
     ]
-    return lowered, scalar_step(lowered, targets, CPU), memory
+    return lowered, scalar_step(lowered, targets, fake_values(lowered, CPU)), memory
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -89,7 +90,7 @@ def test_it_is_torch(function: Callable[..., Any]) -> None:
 def test_scalars_change_places_without_a_loss() -> None:
     lowered = lower(lambda a, b, c: (b, a + b, a), SCALAR, SCALAR, SCALAR)
     values = [torch.tensor(x) for x in (1.0, 2.0, 4.0)]
-    scalar_step(lowered, (0, 1, 2), CPU)(values)
+    scalar_step(lowered, (0, 1, 2), fake_values(lowered, CPU))(values)
     assert [x.item() for x in values] == [2.0, 3.0, 1.0]
 
 
@@ -103,7 +104,7 @@ def test_a_vector_that_stays_may_be_asked_for_beside_its_entries() -> None:
     )
     v, w = torch.arange(float(COUNT)), torch.ones(COUNT)
     entries = [torch.zeros(()) for _ in range(COUNT)]
-    scalar_step(lowered, range(COUNT + 2), CPU)([v, w, *entries])
+    scalar_step(lowered, range(COUNT + 2), fake_values(lowered, CPU))([v, w, *entries])
     assert v.eq(1).all() and w.equal(torch.arange(float(COUNT)))
     assert [x.item() for x in entries] == [2.0 * k for k in range(COUNT)]
 
