@@ -131,6 +131,23 @@ def _is_elementwise(piece: Piece, values: dict[fx.Node, Any]) -> bool:
     )
 
 
+def _parts(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]] | None:
+    """Parts of all tensors, scalars whole; None where the tensors do not lie alike in memory, without gaps."""
+    columns = [_flat(x) if x.ndim else x for x in tensors]
+    arrays = [x for x in tensors if x.ndim]
+    alike = len({x.stride() for x in arrays}) == 1 or all(x.is_contiguous() for x in arrays)
+    if not alike or any(x is None for x in columns):
+        return None
+    split = (x.split(_PART) if x.ndim else repeat(x) for x in columns if x is not None)
+    return zip(*split, strict=False)
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """A tensor as a vector in the order of its memory; None if it has gaps."""
+    ordered = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
+    return ordered.view(-1) if ordered.is_contiguous() else None
+
+
 class _Batch:
     """The pieces of one kind, run together: each of its steps is one call for all of them."""
 
@@ -155,16 +172,21 @@ class _Batch:
         ]
         self.outputs = [self.number[n] for n in first.outputs]
         self.dead = self._dead(first)
-        self.parts = list(self._parts()) if host and _is_elementwise(first, program.values) else []
+        self.groups = [(list(range(len(pieces))), False)]
+        if host and _is_elementwise(first, program.values):
+            self.groups = list(self._groups())
 
     def __call__(self, env: dict[fx.Node, Any]) -> None:
-        given = [[env[n] for n in column] for column in self.columns[: len(self.pieces[0].inputs)]]
-        if len(self.parts) > 1 and all(x.is_contiguous() for column in given for x in column):
-            results = self._by_parts(given, env)
-        else:
-            results = self._run(given, range(len(self.pieces)))
-        for k, result in zip(self.outputs, results, strict=True):
-            env.update(zip(self.columns[k], result, strict=True))
+        for pieces, in_parts in self.groups:
+            columns = self.columns[: len(self.pieces[0].inputs)]
+            given = [[env[column[i]] for i in pieces] for column in columns]
+            parts = _parts([x for (x,) in given]) if in_parts else None
+            if parts is None:
+                results = self._run(given, pieces)
+            else:
+                results = self._by_parts(pieces[0], parts, env)
+            for k, result in zip(self.outputs, results, strict=True):
+                env.update(zip((self.columns[k][i] for i in pieces), result, strict=True))
 
     def _run(self, given: list[list[Any]], pieces: Sequence[int]) -> list[list[Any]]:
         """The outputs of some pieces; whatever nobody reads again is freed on the way."""
@@ -183,53 +205,45 @@ class _Batch:
             dead[last[node]].append(self.number[node])
         return list(dead.values())
 
-    def _parts(self) -> Iterator[tuple[list[int], int | None]]:
-        """Pieces that run together, whole; or one, and the number of its part."""
+    def _groups(self) -> Iterator[tuple[list[int], bool]]:
+        """Pieces that run together; a large one alone, and in parts."""
         together: list[int] = []
         room = _PART
         for i, piece in enumerate(self.pieces):
             size = max((self.values[n].numel() for n in (*piece.nodes, *piece.inputs)), default=0)
             if size > _PART:
-                yield from (([i], number) for number in range(-(-size // _PART)))
+                yield [i], True
                 continue
             if size > room:
-                yield together, None
+                yield together, False
                 together, room = [], _PART
             together.append(i)
             room -= size
         if together:
-            yield together, None
+            yield together, False
 
-    def _by_parts(self, given: list[list[Any]], env: dict[fx.Node, Any]) -> list[list[Any]]:
-        """The outputs of all pieces, found part by part."""
+    def _by_parts(
+        self, i: int, parts: Iterator[Sequence[Tensor]], env: dict[fx.Node, Any]
+    ) -> list[list[Any]]:
+        """The outputs of a piece, found part by part."""
         olds: dict[fx.Node, fx.Node] = dict(self.renewed)
-        outputs: list[list[Any]] = [
-            [env[olds[n]] if n in olds else None for n in self.columns[k]] for k in self.outputs
-        ]
-        rows: Iterator[Sequence[Any]] = iter(())
-        for pieces, number in self.parts:
-            inputs = [[column[i] for i in pieces] for column in given]
-            if number == 0:
-                rows = zip(
-                    *(x.view(-1).split(_PART) if x.ndim else repeat(x) for (x,) in inputs),
-                    strict=False,
-                )
-            if number is not None:
-                inputs = [[x] for x in next(rows)]
-            found = self._run(inputs, pieces)
-            for k, output, results in zip(self.outputs, outputs, found, strict=True):
-                for i, result in zip(pieces, results, strict=True):
-                    node = self.columns[k][i]
-                    if node in olds:
-                        continue
-                    if number is None or result.ndim == 0:
-                        output[i] = result
-                        continue
-                    if number == 0:
-                        output[i] = result.new_empty(self.values[node].shape)
-                    start = number * _PART
-                    output[i].view(-1)[start : start + result.numel()] = result
-        return outputs
+        nodes = [self.columns[k][i] for k in self.outputs]
+        outputs: list[Any] = [env[olds[n]] if n in olds else None for n in nodes]
+        places: dict[int, Sequence[Tensor]] = {}
+        for number, part in enumerate(parts):
+            found = self._run([[x] for x in part], [i])
+            for j, (node, (result,)) in enumerate(zip(nodes, found, strict=True)):
+                if node in olds:
+                    continue
+                if result.ndim == 0:
+                    outputs[j] = result
+                    continue
+                if number == 0:  # in memory like the tensors that it is made of
+                    model = next(env[x] for x in self.pieces[i].inputs if env[x].ndim)
+                    outputs[j] = torch.empty_like(model, dtype=result.dtype)
+                    places[j] = _flat(outputs[j]).split(_PART)  # pyright: ignore
+                places[j][number].copy_(result)
+        return [[output] for output in outputs]
 
     def _is_batched(self, node: fx.Node) -> bool:
         """Whether one foreach call does for all pieces what `node` does for the first."""

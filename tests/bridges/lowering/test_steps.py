@@ -87,11 +87,26 @@ def test_zeros_for_what_is_not_finite_are_one_pass():
     assert "aten::nan_to_num" in called and not called & {"aten::where", "aten::isfinite"}
 
 
-def test_parts_are_of_contiguous_tensors_alone(monkeypatch):
-    monkeypatch.setattr(foreach, "_PART", 4)
+def as_given():
+    return torch.randn(3, 4)
+
+
+def transposed():
+    return torch.randn(4, 3).t()
+
+
+def with_gaps():
+    return torch.randn(3, 8)[:, ::2]
+
+
+@pytest.mark.parametrize("first", [as_given, transposed, with_gaps])
+@pytest.mark.parametrize("second", [as_given, transposed, with_gaps])
+def test_parts_of_tensors_of_any_strides(first, second, monkeypatch):
+    monkeypatch.setattr(foreach, "_PART", 5)
     aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
-    lowered = lower(lambda a, b: (a + 2 * b, a - b), aval, aval)
-    inputs = [torch.randn(4, 3).t(), torch.randn(3, 4)]
+    # a * b - 1 is carried to a piece that is not elementwise.
+    lowered = lower(lambda a, b: (a + 2 * b, jnp.sort(a * b - 1, axis=0)), aval, aval)
+    inputs = [first(), second()]
     expected = [x.clone() for x in lowered(*inputs)]
     foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))(inputs)
     for got, want in zip(inputs, expected, strict=True):
