@@ -92,7 +92,7 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
         recompute(graph, values, targets)
     program = cut(graph, targets, values)
     batches = [_Batch(kind, program, host) for stage in program.stages for kind in by_kind(stage)]
-    renewed = {pair for batch in batches for pair in batch.renewed}
+    renewed = {pair for batch in batches for pair in batch.olds.items()}
     constants = {
         node: getattr(lowered.graph, str(node.target)) for node in graph.find_nodes(op="get_attr")
     }
@@ -161,12 +161,13 @@ class _Batch:
         self.number = {column[0]: k for k, column in enumerate(self.columns)}
         self.batched = {node for node in first.nodes if self._is_batched(node)}
         self.heirs, kept = self._heirs(first)
-        self.renewed = [
-            (p.outputs[i], old)
+        self.olds: dict[fx.Node, fx.Node] = {
+            p.outputs[i]: old
             for p in pieces
             for (i, old), (_, model) in zip(p.renews, first.renews, strict=True)
             if model in kept
-        ]
+        }
+        """For each node that is computed in the memory of an input, the input."""
         self.steps = [
             self._batch(n) if n in self.batched else self._one_by_one(n) for n in first.nodes
         ]
@@ -226,14 +227,13 @@ class _Batch:
         self, i: int, parts: Iterator[Sequence[Tensor]], env: dict[fx.Node, Any]
     ) -> list[list[Any]]:
         """The outputs of a piece, found part by part."""
-        olds: dict[fx.Node, fx.Node] = dict(self.renewed)
         nodes = [self.columns[k][i] for k in self.outputs]
-        outputs: list[Any] = [env[olds[n]] if n in olds else None for n in nodes]
+        outputs: list[Any] = [env[self.olds[n]] if n in self.olds else None for n in nodes]
         places: dict[int, Sequence[Tensor]] = {}
         for number, part in enumerate(parts):
             found = self._run([[x] for x in part], [i])
             for j, (node, (result,)) in enumerate(zip(nodes, found, strict=True)):
-                if node in olds:
+                if node in self.olds:
                     continue
                 if result.ndim == 0:
                     outputs[j] = result
