@@ -224,9 +224,8 @@ class TorchBridge(torch.optim.Optimizer):
     def _retier(self) -> None:
         """Moves parameters between tiers where a policy says so; see `chainrule.retier`."""
         trees = [(i, tree) for i, tree in enumerate(self._trees) if tree and tree.tiers is not None]
-        due = {i for i, tree in trees if tree.is_due(self.state)}
-        trees = [(i, t) for i, t in trees if due and any(p.grad is not None for p in t.params)]
-        if due.isdisjoint(i for i, _ in trees):
+        trees = [(i, tree) for i, tree in trees if any(p.grad is not None for p in tree.params)]
+        if not any(tree.is_due(self.state) for _, tree in trees):
             return
         states, grads, params = [], [], []
         for index, tree in trees:

@@ -68,9 +68,10 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Any = 1.0) -> tup
         return tuple(jnp.zeros((0,), jnp.float32) for _ in _TERMS[kind])
     alike = all(map(operator.eq, map(jnp.shape, xs), map(jnp.shape, ys)))
     dtypes = [jnp.result_type(t) for t in (*xs, *ys)]
-    if alike and chosen_for_sums(dtypes):
-        return _in_kernel(kind, xs, ys, c)
-    return (_on_cpu_in_kernel if alike and for_cpu(dtypes) else _in_xla)(kind, xs, ys, c)
+    everywhere = alike and chosen_for_sums(dtypes)
+    if everywhere or (alike and for_cpu(dtypes)):
+        return _in_kernel(kind, everywhere, xs, ys, c)
+    return _in_xla(kind, xs, ys, c)
 
 
 def means(kind: str, xs: Tensors, ys: Tensors | None = None, c: Any = 1.0) -> tuple[jax.Array, ...]:
@@ -88,17 +89,21 @@ def _in_xla(kind: str, xs: Tensors, ys: Tensors, c: jax.Array) -> tuple[jax.Arra
     return tuple(jnp.stack([term(x, y, c) for x, y in pairs]) for term in _TERMS[kind])
 
 
-def _in_kernel(kind: str, xs: Tensors, ys: Tensors, c: jax.Array) -> tuple[jax.Array, ...]:
-    table = xla.sums(kind, xs, None if kind == "moments" else ys, c)
-    return tuple(table[:, k] for k in range(table.shape[1]))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _in_kernel(kind: str, everywhere: bool, *operands: Any) -> tuple[jax.Array, ...]:
+    """Sums in the kernel, on the CPU alone if not `everywhere`."""
 
+    def in_kernel(xs, ys, c):
+        table = xla.sums(kind, xs, None if kind == "moments" else ys, c)
+        return tuple(table[:, k] for k in range(table.shape[1]))
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _on_cpu_in_kernel(kind: str, *operands: Any) -> tuple[jax.Array, ...]:
-    in_kernel, in_xla = (functools.partial(form, kind) for form in (_in_kernel, _in_xla))
+    if everywhere:
+        return in_kernel(*operands)
+    in_xla = functools.partial(_in_xla, kind)
     return jax.lax.platform_dependent(*operands, cpu=in_kernel, default=in_xla)
 
 
-@_on_cpu_in_kernel.defjvp
-def _(kind, primals, tangents):
+@_in_kernel.defjvp
+def _(kind, everywhere, primals, tangents):
+    del everywhere
     return jax.jvp(functools.partial(_in_xla, kind), primals, tangents)

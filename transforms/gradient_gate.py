@@ -69,9 +69,9 @@ def gradient_gate(
         measure (CPU only); `"auto"`, the kernel in a bridge on the CPU, else XLA.
 
     Returns:
-      A `optax.GradientTransformationExtraArgs`. `update` takes `grad`, and the tiers that an
-      earlier `tiered_state` posts (without,
-      every tensor is of tier 0), as `chainrule.chain` supplies them, and `value`, the loss, if there is one.
+      A `optax.GradientTransformationExtraArgs`. `update` takes `grad`, and what an earlier
+      `tiered_state` posts (`tiers`, `synced_tiers` and `full_sync`; without, every tensor is of tier
+      0), as `chainrule.chain` supplies them, and `value`, the loss, if there is one.
 
     Raises:
       ValueError: an argument outside its range; at `update`, no `grad`, or a tensor in a tier without a rate.
@@ -173,8 +173,8 @@ def gradient_gate(
         raw, signal = state.raw, state.signal
         scale = jnp.ones((), jnp.float32)
         if gated:
-            steps, every = (jnp.asarray(x, jnp.float32) for x in (count, update_interval))
-            measures = (jax.lax.rem(steps, every) == 0) | jnp.isnan(state.signal)
+            every = jnp.asarray(update_interval, jnp.int32)
+            measures = (jax.lax.rem(count, every) == 0) | jnp.isnan(state.signal)
             if chosen(kernel, [g.dtype for g in gated]):
                 raw, signal = jax.lax.cond(
                     measures, lambda g: measure(g, state, value), lambda _: (raw, signal), gated
@@ -183,7 +183,7 @@ def gradient_gate(
                 new_raw, new_signal = measure(gated, state, value)
                 raw = jnp.where(measures, new_raw, raw)
                 signal = jnp.where(measures, new_signal, signal)
-            ramp = jnp.clip((steps - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
+            ramp = jnp.clip((count - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
             scale = (1 - ramp * (1 - raw)).astype(jnp.float32)
 
         def factor(tier):

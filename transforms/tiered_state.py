@@ -162,7 +162,11 @@ def tiered_state(
                 f"have {len(leaves)}; pass the tree that `init` was given"
             )
         count = increment(state.count)
-        synced, full_sync = _synced(assignment), _is_full_sync(assignment.policy, count)
+        full_sync = _is_full_sync(assignment.policy, count)
+        counts_as = {
+            tier: jnp.where(full_sync, synced, tier) if synced != tier else tier
+            for tier, synced in zip(assignment.tiers, _synced(assignment), strict=True)
+        }
         param_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params)
         # Extra arguments in the shape of the gradients are handed out tensor by tensor.
         split = {
@@ -174,8 +178,7 @@ def tiered_state(
         for i, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
             tier = assignment.tiers[i]
             own = {**extra_args, **{k: v[i] for k, v in split.items()}}
-            counts_as = jnp.where(full_sync, synced[i], tier) if synced[i] != tier else tier
-            own |= {"step": count, "tier": tier, "synced_tier": counts_as}
+            own |= {"step": count, "tier": tier, "synced_tier": counts_as[tier]}
             u, s = transforms[tier].update(leaf, state.inner[i], param, **own)
             new.append(u)
             inner.append(s)

@@ -132,11 +132,14 @@ def _is_elementwise(piece: Piece, values: dict[fx.Node, Any]) -> bool:
 
 
 def _parts(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]] | None:
-    """Parts of all tensors, scalars whole; None where the tensors do not lie alike in memory, without gaps."""
+    """Parts of all tensors, scalars whole; None where tensors are of several sizes, which torch broadcasts, or do not
+    lie alike in memory, without gaps.
+    """
     columns = [_flat(x) if x.ndim else x for x in tensors]
     arrays = [x for x in tensors if x.ndim]
     alike = len({x.stride() for x in arrays}) == 1 or all(x.is_contiguous() for x in arrays)
-    if not alike or any(x is None for x in columns):
+    one_size = len({x.numel() for x in arrays}) == 1
+    if not (alike and one_size) or any(x is None for x in columns):
         return None
     split = (x.split(_PART) if x.ndim else repeat(x) for x in columns if x is not None)
     return zip(*split, strict=False)

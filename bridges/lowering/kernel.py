@@ -99,9 +99,17 @@ def _sums_of(attributes: Attributes) -> tuple[str, bool]:
 def _sums(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
     kind, of_pairs = _sums_of(attributes)
     c, *tensors = (t.contiguous() for t in operands)  # held while the kernel reads them
-    xs = tensors[: len(tensors) // 2] if of_pairs else tensors
-    ys = buffers(tensors[len(xs) :], "ys") if of_pairs else None
-    return [torch.from_numpy(_kernel.sums(kind, buffers(xs, "xs"), ys, c=c.item()))]
+    tables = []
+    for i in range(c.numel()):  # one, but under `vmap`, which gives all operands its axes
+        own = (
+            [t.reshape(c.numel(), t.numel() // c.numel())[i] for t in tensors]
+            if c.ndim
+            else tensors
+        )
+        xs = own[: len(own) // 2] if of_pairs else own
+        ys = buffers(own[len(xs) :], "ys") if of_pairs else None
+        tables.append(_kernel.sums(kind, buffers(xs, "xs"), ys, c=c.reshape(-1)[i].item()))
+    return [torch.from_numpy(np.stack(tables)).reshape(*c.shape, *tables[0].shape)]
 
 
 _CALLS = {
@@ -132,8 +140,6 @@ def _ffi_call(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     target = eqn.params["target_name"]
     if target not in _CALLS or b.device.type != "cpu":
         raise b.unsupported(eqn, f"of `{target}` on {b.device.type}")
-    if target == "chainrule_sums" and eqn.outvars[0].aval.ndim > 2:
-        raise b.unsupported(eqn, f"of `{target}` under `vmap`")
     # Python's numbers, which the code that is made of the graph can name.
     attributes = tuple(
         (name, value.item() if isinstance(value, np.generic) else value)

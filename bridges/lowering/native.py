@@ -44,7 +44,8 @@ Product = tuple[Factor, ...]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SIGN = ("sign", ())
 _SMALL = 1024
-_COMPUTE_NOTHING = (torch.stack, torch.reshape, torch.narrow, ops.unbind, operator.getitem)
+_COMPUTE_NOTHING = (torch.stack, torch.reshape, torch.narrow)
+_HAND_OUT = (ops.unbind, kernel_call)
 
 
 class _Move(NamedTuple):
@@ -118,7 +119,8 @@ def _measure_together(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=kernel_call):
         target, attributes, operands = node.args
         before, tensors = measured(target, attributes, operands)  # pyright: ignore
-        if tensors and inputs.issuperset(tensors):
+        is_table = all(user.meta["aval"].ndim == 2 for user in node.users)  # but under `vmap`
+        if tensors and is_table and inputs.issuperset(tensors):
             alike.setdefault((target, attributes, *before), []).append(node)
     for (target, attributes, *before), calls in alike.items():
         if len(calls) > 1:
@@ -189,9 +191,11 @@ def _without(
 
 def _is_small(graph: fx.Graph, fakes: dict[fx.Node, Any]) -> bool:
     """Whether a program makes nothing but scalars and the like, of which each call costs more than the work."""
-    made = (n for n in graph.nodes if n.op == "call_function")
-    made = (fakes[n] for n in made if n.target not in _COMPUTE_NOTHING)
-    return all(v.numel() <= _SMALL for v in made if isinstance(v, Tensor))
+    made = [n for n in graph.nodes if n.op == "call_function"]
+    free = {n for n in made if n.target in _COMPUTE_NOTHING}
+    free |= {n for n in made if n.target is operator.getitem and n.args[0].target in _HAND_OUT}  # pyright: ignore
+    sizes = (fakes[n].numel() for n in made if n not in free and isinstance(fakes[n], Tensor))
+    return all(size <= _SMALL for size in sizes)
 
 
 class _Call:

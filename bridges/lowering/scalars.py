@@ -52,37 +52,40 @@ def scalar_step(
         stores += places
         copies += [] if places else [(results[i], target)]
     stages = plan.stages(stores, [result for result, _ in copies])
-    copied = [(plan.position[x], t, x.op == "placeholder") for x, t in copies]
+    copied = [(plan.position[x], t) for x, t in copies]
+    borrowed = [plan.position[x] for x, _ in copies if x.op == "placeholder"]
     scalars = [plan.position[x] for x in plan.given(stores)]
-    expected = [
-        (plan.values[plan.inputs[p]].dtype, plan.values[plan.inputs[p]].numel()) for p in scalars
-    ]
+    expected = [(values[plan.inputs[p]].dtype, values[plan.inputs[p]].shape, True) for p in scalars]
 
     @torch.no_grad()
     def step(inputs: Sequence[Tensor]) -> None:
         found = [inputs[p] for p in scalars]
-        if list(zip(map(_dtype, found), map(Tensor.numel, found), strict=True)) != expected:
+        if list(map(_described, found)) != expected:
             raise _changed(found, expected)
-        values = [*inputs, *plan.constants, *plan.later]
+        memory: list[Any] = [*inputs, *plan.constants, *plan.later]
+        # An output that is another input unchanged must be read before that input is renewed.
+        kept = {p: inputs[p].clone() for p in borrowed}
         for stage in stages:
-            stage.run(values)
+            stage.run(memory)
         if copied:
-            sources = [values[p].clone() if borrowed else values[p] for p, _, borrowed in copied]
             copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-            copy([inputs[t] for _, t, _ in copied], sources)
+            copy(
+                [inputs[t] for _, t in copied],
+                [kept[p] if p in kept else memory[p] for p, _ in copied],
+            )
 
     return step
 
 
-_dtype = operator.attrgetter("dtype")
+_described = operator.attrgetter("dtype", "shape", "is_cpu")
 
 
-def _changed(found: Sequence[Tensor], expected: Sequence[tuple[torch.dtype, int]]) -> TypeError:
-    pairs = (((t.dtype, t.numel()), wanted) for t, wanted in zip(found, expected, strict=True))
-    got, wanted = next(pair for pair in pairs if pair[0] != pair[1])
+def _changed(found: Sequence[Tensor], expected: Sequence[Any]) -> TypeError:
+    pairs = ((t, wanted) for t, wanted in zip(found, expected, strict=True))
+    got, (dtype, shape, _) = next((t, wanted) for t, wanted in pairs if _described(t) != wanted)
     return TypeError(
-        f"a scalar of the state must be of {wanted[0]} and {wanted[1]} element(s), as when the step was made, got "
-        f"{got[0]} and {got[1]}; fill it in place, or use load_state_dict"
+        f"a scalar of the state must be {dtype} of shape {tuple(shape)} on the CPU, as when the step was made, got "
+        f"{got.dtype} of shape {tuple(got.shape)} on {got.device}; fill it in place, or use load_state_dict"
     )
 
 
@@ -107,10 +110,14 @@ class _Stage(NamedTuple):
     """What `rest` takes after these: scalars, which are words of the program."""
     results: slice
 
-    def run(self, values: list[Any]) -> None:
-        tensors = [values[p].contiguous() for p in self.tensors]  # held while they are read
+    def run(self, memory: list[Any]) -> None:
+        given = [memory[p] for p in self.tensors]
+        tensors = list(map(Tensor.contiguous, given))
         self.program.run(list(map(Tensor.data_ptr, tensors)))
-        values[self.results] = self.rest(*[values[p] for p in self.reads], *self.words)
+        if any(map(operator.is_not, tensors, given)):
+            for old, new in zip(given, tensors, strict=True):
+                old.copy_(new)
+        memory[self.results] = self.rest(*[memory[p] for p in self.reads], *self.words)
 
 
 class _Plan:
@@ -171,13 +178,16 @@ class _Plan:
         moves = node.target in (torch.Tensor.to, torch.clone)
         if node.target not in POINTWISE or (node.kwargs and not moves):
             return None
-        args = args[:1] if moves else args
+        if moves or (node.target is ops.float_to_int and type_ == "i"):
+            args = args[:1]
         types: Any = [self._type(a) if isinstance(a, fx.Node) else _type_of(a) for a in args]
         if None in types:
             return None
         name: str = _NAMES.get(node.target) or node.target.__name__  # pyright: ignore
         if moves:
             name, wanted = f"to.{types[0]}.{type_}", types
+        elif node.target is ops.float_to_int:
+            name, wanted = "float_to_int.f", ["f"]
         elif node.target is torch.where:
             name, wanted = f"where.{type_}", ["b", type_, type_]
         else:

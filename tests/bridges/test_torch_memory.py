@@ -10,7 +10,8 @@ import torch
 
 from chainrule import TorchBridge, chains
 
-SHAPES = 5 * [(2048, 2048), (2048,)]
+# Of 36 MiB: memory of up to 32 MiB the C library may have kept from before, and a temporary there would not be seen.
+SHAPES = 3 * [(3072, 3072), (3072,)]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc"),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from chainrule import chains
+from chainrule.bridges.lowering import lower, to_torch
+from chainrule.bridges.lowering.kernel import kernel_call
 from chainrule.transforms import _sums
 from chainrule.transforms._sums import means, sums
 from harness import assert_close, random_tree, run
@@ -129,3 +131,24 @@ def test_a_chain_is_the_same_with_and_without_the_kernel(make, monkeypatch):
     monkeypatch.setattr(_sums, "for_cpu", lambda dtypes: False)
     without, _ = run(tx, params, grads)
     assert_close(with_kernel, without, rtol=2e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_in_a_bridge(kind, compiled):
+    xs, ys = tensors()
+    many = [jnp.stack([x, 2 * x]) for x in xs], [jnp.stack([y, 3 * y]) for y in ys]
+
+    def slope(xs, ys):
+        return jax.grad(lambda x: sum(v.sum() for v in taken(kind, [x], [ys[2]])))(xs[2])
+
+    def each(xs, ys):
+        return taken(kind, xs, ys)
+
+    for function, args in ((each, (xs, ys)), (jax.vmap(each), many), (slope, (xs, ys))):
+        lowered = lower(function, *args, compiled=compiled)
+        calls = [n for n in lowered.graph.graph.nodes if n.target is kernel_call]
+        assert len(calls) == (not compiled and function is not slope)
+        results = lowered(*map(to_torch, jax.tree.leaves(args)))
+        for got, want in zip(results, jax.tree.leaves(function(*args)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-4)

@@ -2,7 +2,8 @@
 // rates) before the kernel runs. Each operation would be a call of the framework, and there are hundreds.
 //
 // A scalar is a word: a float32 (.f), an int32 (.i) or a truth value (.b), 0 or 1. Integers wrap around.
-// Operations have the names and the meaning of torch's.
+// Operations have the names and the meaning of torch's, float_to_int and int_rem those of XLA: toward zero and
+// saturating, and the dividend for a divisor of zero.
 #pragma once
 
 #include <cmath>
@@ -28,6 +29,16 @@ inline Word word(float value) {
 }
 inline std::int32_t i(Word word) { return static_cast<std::int32_t>(word); }
 inline Word truth(bool value) { return value ? 1 : 0; }
+inline Word remainder(Word a, Word b) {
+  const std::int32_t by = i(b);
+  return by == 0 ? a : by == -1 ? 0 : static_cast<Word>(i(a) % by);
+}
+inline Word integer(float value) {
+  if (value != value) return 0;
+  if (value >= 2147483648.0f) return INT32_MAX;
+  if (value < -2147483648.0f) return static_cast<Word>(INT32_MIN);
+  return static_cast<Word>(static_cast<std::int32_t>(value));
+}
 
 }  // namespace scalars
 
@@ -55,10 +66,11 @@ inline const std::vector<ScalarOp>& scalar_ops() {
       {"expm1.f", [](Word a, Word, Word) { return word(std::expm1(f(a))); }},
       {"log.f", [](Word a, Word, Word) { return word(std::log(f(a))); }},
       {"log1p.f", [](Word a, Word, Word) { return word(std::log1p(f(a))); }},
+      {"float_to_int.f", [](Word a, Word, Word) { return integer(f(a)); }},
       {"floor.f", [](Word a, Word, Word) { return word(std::floor(f(a))); }},
       // NaN in either is the result.
-      {"minimum.f", [](Word a, Word b, Word) { return f(a) != f(a) || f(a) < f(b) ? a : b; }},
-      {"maximum.f", [](Word a, Word b, Word) { return f(a) != f(a) || f(a) > f(b) ? a : b; }},
+      {"minimum.f", [](Word a, Word b, Word) { return f(b) != f(b) || f(b) < f(a) ? b : a; }},
+      {"maximum.f", [](Word a, Word b, Word) { return f(b) != f(b) || f(b) > f(a) ? b : a; }},
       {"lt.f", [](Word a, Word b, Word) { return truth(f(a) < f(b)); }},
       {"le.f", [](Word a, Word b, Word) { return truth(f(a) <= f(b)); }},
       {"gt.f", [](Word a, Word b, Word) { return truth(f(a) > f(b)); }},
@@ -71,6 +83,8 @@ inline const std::vector<ScalarOp>& scalar_ops() {
       {"add.i", [](Word a, Word b, Word) { return a + b; }},
       {"sub.i", [](Word a, Word b, Word) { return a - b; }},
       {"mul.i", [](Word a, Word b, Word) { return a * b; }},
+      {"fmod.i", [](Word a, Word b, Word) { return remainder(a, b); }},
+      {"int_rem.i", [](Word a, Word b, Word) { return remainder(a, b); }},
       {"neg.i", [](Word a, Word, Word) { return 0 - a; }},
       {"minimum.i", [](Word a, Word b, Word) { return i(a) < i(b) ? a : b; }},
       {"maximum.i", [](Word a, Word b, Word) { return i(a) > i(b) ? a : b; }},

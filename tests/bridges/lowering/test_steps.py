@@ -75,6 +75,17 @@ def test_parts_make_what_another_piece_reads(monkeypatch):
         torch.testing.assert_close(got, want)
 
 
+def test_a_tensor_of_one_element_is_broadcast_to_all_parts(monkeypatch):
+    monkeypatch.setattr(foreach, "_PART", 5)
+    aval, one = jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    lowered = lower(lambda f, x, g: (f * 2, x - g * f, g + 1), one, aval, aval)
+    inputs = [torch.full((1, 1), 3.0), torch.randn(3, 4), torch.randn(3, 4)]
+    expected = [x.clone() for x in lowered(*inputs)]
+    foreach.foreach_step(lowered, (0, 1, 2), torch.device("cpu"))(inputs)
+    for got, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_zeros_for_what_is_not_finite_are_one_pass():
     aval = jax.ShapeDtypeStruct((5,), jnp.float32)
     lowered = lower(lambda g, _: (g, jnp.where(jnp.isfinite(g), g, 0.0)), aval, aval)
