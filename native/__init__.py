@@ -1,8 +1,8 @@
 """The compiled kernel: COSMIC's tier update, block-quantised state, sums over tensors, and programs of scalars.
 
 `_kernel` is its door for NumPy arrays and raw memory (None where it was left out), `chainrule.native.xla`
-its door for jitted programs. Everything they do also exists in XLA: without the kernel the chains run
-there, and one warning says so.
+its door for jitted programs. Everything they do also exists in XLA, or in torch for a
+bridge: without the kernel the chains run there, and one warning says so.
 """
 
 import contextlib

@@ -39,7 +39,8 @@ def scalar_step(
       values: a tensor for every node, real or fake.
 
     Returns:
-      A function of the flat inputs. It raises `TypeError` for a scalar of another dtype or size, before it writes.
+      A function of the flat inputs. It raises `TypeError` for a scalar of another dtype, shape or device, before it
+      writes.
     """
     plan = _Plan(lowered, values)
     results: Any = lowered.graph.graph.output_node().args[0]
