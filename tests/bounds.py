@@ -1,0 +1,114 @@
+"""How far two computations of the same number may be apart: every tolerance of the tests, each from an error bound.
+
+u = eps / 2 is the unit roundoff: 2**-24 in float32, 2**-8 in bfloat16, 2**-11 in float16, 2**-53 in float64. The
+bounds hold for every order of summation, with and without fused multiply-add, for every width of vectors and number
+of threads, so what passes here passes on another processor. To compare, take the row that says what was computed:
+
+| row                     | relative to                | reason                                                       |
+|-------------------------|----------------------------|--------------------------------------------------------------|
+| `gamma(n, dtype)`       | the entry                  | n roundings in a row, none of them of a difference of near   |
+|                         |                            | numbers: n u / (1 - n u) (Higham 2002, Lemma 3.1)            |
+| `ELEMENTWISE`           | the entry                  | `gamma(16)`: a formula of a few products, quotients, roots   |
+| `FUNCTION`              | the entry                  | `ELEMENTWISE` and one exp, log, tanh, ...: `UNITS`           |
+| `summed(n)`             | the sum of the terms' sizes| n - 1 additions in any order, and 16 roundings for a term    |
+| `product(x, y)`         | (per entry, absolute)      | `summed` of the inner dimension, times |x| |y|               |
+| `factorised(a)`         | (absolute)                 | 30 n eps norm(a): what LAPACK's own tests admit              |
+| `stepped(steps)`        | the largest entry so far   | 12 roundings a step from the gradient to the update          |
+| `halved(dtype, steps)`  | the largest entry so far   | a state and an update kept in `dtype`, rounded at every step |
+| `live(decay)`           | 1 - decay                  | a decay that is itself a float32 number                      |
+| `difference(step)`      | the derivative's scale     | central differences in float64: truncation and cancellation  |
+| `sampled(n, deviation)` | (absolute)                 | the mean of n independent draws: six standard errors         |
+| `RECORDED`, `RECORDED_*`| movement, see `replay.py`  | what every restatement of the recordings met                 |
+| `UNITS[primitive]`      | the entry, in eps          | documented errors of torch's and XLA's functions             |
+
+A tolerance that is no row here needs its own reason in a comment beside it. Both sides of a comparison in float32
+round, so n counts the roundings of both.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+
+def unit(dtype: Any = "float32") -> float:
+    """The unit roundoff: half the distance from 1 to the next number."""
+    return float(ml_dtypes.finfo(np.dtype(dtype)).eps) / 2
+
+
+def gamma(n: float, dtype: Any = "float32") -> float:
+    """Relative error of n roundings in a row, without cancellation.
+
+    >>> gamma(16) < 1e-6 < gamma(17)
+    True
+    """
+    nu = n * unit(dtype)
+    return nu / (1 - nu)
+
+
+ELEMENTWISE = gamma(16)
+
+
+def summed(n: int, dtype: Any = "float32") -> float:
+    """Error of a sum of n terms of at most 16 roundings each, relative to the sum of their sizes."""
+    return gamma(n + 16, dtype)
+
+
+def product(x: Any, y: Any, dtype: Any = "float32") -> np.ndarray:
+    """Largest difference, entry by entry, of two computations of the matrix product x y."""
+    x, y = (np.abs(np.asarray(a, np.float64)) for a in (x, y))
+    return 2 * gamma(x.shape[-1], dtype) * (x @ y)
+
+
+def factorised(a: Any, condition: float = 1.0, dtype: Any = "float32") -> float:
+    """Largest difference in an entry of singular values, eigenvalues or a product of the factors of `a`.
+
+    LAPACK's tests admit residuals of 30 n eps norm(a). What is less well determined than these (a vector, a
+    solution) moves by `condition` times as much: norm(a) over the gap to the next singular value, cond(a).
+    """
+    a = np.asarray(a, np.float64)
+    return 30 * max(a.shape[-2:]) * 2 * unit(dtype) * float(np.linalg.norm(a, 2)) * condition
+
+
+def stepped(steps: int) -> float:
+    """Error of float32 updates after some steps, relative to the largest.
+
+    A step rounds at most 12 times on the way from a gradient to an update: three times for each of two moving
+    averages (whose error adds up over the steps), and for corrections, root, quotient, decay and rate.
+    """
+    return gamma(12 * steps)
+
+
+def halved(dtype: Any, steps: int = 1) -> float:
+    """Error of updates whose gradient, state, parameter and update are rounded to `dtype`, relative to the largest.
+
+    Four roundings a step, of which the state's add up.
+    """
+    return gamma(4 * steps, dtype)
+
+
+def live(decay: float) -> float:
+    """Relative error of 1 - decay, or of 1 - decay**t, for a decay rounded to float32."""
+    return unit() * decay / (1 - decay)
+
+
+def difference(step: float) -> float:
+    """Error of a central difference in float64 of a function of curvature and size about 1."""
+    return step**2 + unit("float64") / step
+
+
+def sampled(n: int, deviation: float) -> float:
+    """How far the mean of n independent draws of that standard deviation may be from its expectation."""
+    return 6 * deviation / n**0.5
+
+
+RECORDED = 2.5e-5
+RECORDED_BF16 = 0.08  # Newton-Schulz in bfloat16: of the movement over a run
+RECORDED_BF16_MATRIX = 0.2  # ... of the largest entry of one matrix
+RECORDED_BF16_RANK_ONE = (
+    0.7  # ... whose other singular values are rounding errors that each step multiplies
+)
+
+# Of eps. XLA's exhaustive tests of its functions admit 20 eps, SLEEF and MKL, which torch calls, state 1 to 4.
+UNITS = 24
+FUNCTION = gamma(2 * UNITS + 16)
