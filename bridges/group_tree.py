@@ -66,6 +66,7 @@ class GroupTree:
       device: the device of all of them.
       slots: the home of every leaf of the state.
       homes: for every leaf of the state the parameter and name it is kept under; None: a live hyperparameter.
+      named: whether the tree is a dict by label, else it is a list.
       live: group key -> position of the hyperparameter's leaf in the state.
       reads_value: whether the chain reads the loss if it is given one.
       tiers: the tier of every parameter, or None if the chain has no tiers.
@@ -82,6 +83,7 @@ class GroupTree:
     ):
         """Traces the chain; `labels` are the keys of the chain's tree if `named`."""
         self.options = options
+        self.named = named
         self.tiers = tiers
         self.chain = as_transformation(options.chain)
         places: Any = (

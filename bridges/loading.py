@@ -65,7 +65,8 @@ def from_state_dict(
         p, name = home
         if slot.owner is None:  # it was kept with the first parameter, maybe another one than here
             p = next((q for q, entry in entries.items() if name in entry), p)
-        if name not in entries[p]:
+        # torch.distributed.checkpoint writes an empty dict for what a flattened checkpoint has not.
+        if isinstance(entries[p].get(name, {}), dict):
             raise ValueError(
                 f"{where}: parameter {label[p]} has no state entry `{name}`; is it of another chain?"
             )

@@ -13,6 +13,7 @@ from chainrule.bridges.checks import check_gradients, check_params
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
+from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
 from chainrule.bridges.scalars import apart
 from chainrule.bridges.tiers import gates_logged, retiered, tiers_of
 from chainrule.transforms import metrics
@@ -170,7 +171,7 @@ class TorchBridge(torch.optim.Optimizer):
     ) -> GroupTree:
         label = dict(zip(group["params"], self._labels(group), strict=True))
         labels = [label[p] for p in members]
-        return GroupTree(self._options, members, labels, "param_names" in group, tiers)
+        return GroupTree(self._options, members, labels, is_by_name(group), tiers)
 
     def _tree(self, index: int) -> GroupTree | None:
         """The tree of a group; made again after unpickling."""
@@ -327,12 +328,16 @@ class TorchBridge(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies a state dict of the same chain and shapes into this optimizer; going on equals not having stopped.
 
+        Parameters are matched by name if both sides have names, else by position, and the chain goes on in the tree in
+        which the state was made: a bridge without names takes those of the state; one with names, given a state
+        without, keeps them beside `tree: "positions"` in its groups, and its chain knows the parameters by position.
+
         Args:
           state_dict: what `state_dict` returned.
 
         Raises:
-          ValueError: the state dict is another chain's or has other shapes; the message names the entry, and the
-            optimizer is unchanged.
+          ValueError: the state dict is another chain's, of other names or in other shapes; the message names the entry,
+            and the optimizer is unchanged.
         """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -349,8 +354,9 @@ class TorchBridge(torch.optim.Optimizer):
                 self._replace(index, tree, leaves)
             carry_out(plan)
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            fixed = {key: group[key] for key in ("params", "param_names") if key in group}
-            self.param_groups[index] = {**group, **saved, **fixed}
+            known = as_saved(group, saved)
+            fixed = {key: known[key] for key in ("params", "param_names") if key in known}
+            self.param_groups[index] = {**known, **saved, **fixed}
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -358,26 +364,28 @@ class TorchBridge(torch.optim.Optimizer):
         self, index: int, saved: dict[str, Any], saved_state: dict[Any, Any]
     ) -> tuple[GroupTree | None, list[Tensor], Plan]:
         """The tree that the saved state of a group asks for, the leaves of its state, and what to copy into them."""
+        where = f"TorchBridge: param group {index} of the loaded state dict"
         group, tree = self.param_groups[index], self._tree(index)
-        if len(saved["params"]) != len(group["params"]):
-            raise ValueError(
-                "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
-            )
+        ids = saved_ids(group, saved, where)
+        group = as_saved(group, saved)
         entries = {
-            p: dict(saved_state.get(k) or {})
-            for k, p in zip(saved["params"], group["params"], strict=True)
+            p: dict(saved_state.get(k) or {}) for k, p in zip(ids, group["params"], strict=True)
         }
         found = [entry.pop(_TIERS) for entry in entries.values() if _TIERS in entry]
         tiers = tuple(torch.as_tensor(found[0]).tolist()) if found else None
         inside = set(self._members[index])
         members = [p for p, entry in entries.items() if entry or p in inside]
         leaves = tree.leaves(self.state) if tree else []
-        if members and (tree is None or len(members) > len(inside) or tiers != tree.tiers):
+        fits = (
+            tree is not None
+            and len(members) == len(inside)
+            and (tree.tiers, tree.named) == (tiers, is_by_name(group))
+        )
+        if members and not fits:
             tree = self._make_tree(group, members, tiers)
             leaves, _ = tree.initial_state()
         if tree is None:
             return None, [], []
-        where = f"TorchBridge: param group {index} of the loaded state dict"
         return tree, leaves, from_state_dict(tree, leaves, saved, entries, where)
 
     def __getstate__(self) -> dict[str, Any]:
