@@ -29,6 +29,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from scipy import special
 
 
 def unit(dtype: Any = "float32") -> float:
@@ -70,6 +71,12 @@ def factorised(a: Any, condition: float = 1.0, dtype: Any = "float32") -> float:
     return 30 * max(a.shape[-2:]) * 2 * unit(dtype) * float(np.linalg.norm(a, 2)) * condition
 
 
+def solved(a: Any, b: Any, dtype: Any = "float32") -> float:
+    """Largest difference in an entry of the solution of a x = b or x a = b, for triangular `a`."""
+    inverse = np.linalg.norm(np.linalg.inv(np.asarray(a, np.float64)), 2)
+    return factorised(b, float(np.linalg.cond(a) * inverse), dtype)
+
+
 def stepped(steps: int) -> float:
     """Error of float32 updates after some steps, relative to the largest.
 
@@ -109,6 +116,62 @@ RECORDED_BF16_RANK_ONE = (
     0.7  # ... whose other singular values are rounding errors that each step multiplies
 )
 
-# Of eps. XLA's exhaustive tests of its functions admit 20 eps, SLEEF and MKL, which torch calls, state 1 to 4.
-UNITS = 24
-FUNCTION = gamma(2 * UNITS + 16)
+# Denormal results may be flushed to zero.
+FLUSHED = float(np.finfo(np.float32).tiny)
+
+# Of eps. XLA's exhaustive tests of its functions admit 20, SLEEF and MKL, which torch calls, state 1 to 4. What is not
+# named here is exactly rounded (add, mul, div, sqrt, conversions), so that a case of a few rounds a few times. The
+# tests of half precision compute in float32 on both sides and round a few times.
+UNITS = dict.fromkeys(
+    [
+        *(
+            "acos",
+            "acosh",
+            "asin",
+            "asinh",
+            "atan",
+            "atan2",
+            "atanh",
+            "cbrt",
+            "cos",
+            "erf",
+            "erfc",
+            "exp",
+            "exp2",
+        ),
+        *("expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin", "tan", "tanh"),
+    ],
+    24,
+)
+EXACT_UNITS = 4
+FUNCTION = gamma(2 * 24)
+
+
+def of_functions(primitives: set[str], want: Any) -> np.ndarray:
+    """Largest difference in each entry of what a few of these primitives computed, given one side's result."""
+    want = np.asarray(want)
+    size = np.abs(want.astype(np.complex128 if np.iscomplexobj(want) else np.float64))
+    half = unit(want.dtype) > unit()
+    units = (
+        EXACT_UNITS
+        if half
+        else max((UNITS.get(name, EXACT_UNITS) for name in primitives), default=EXACT_UNITS)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        allowed = 2 * unit(want.dtype) * units * size
+        if half:
+            return allowed
+        if primitives & {"sinh", "cosh"}:  # exp(x - log 2): the rounding of x
+            allowed = allowed + unit() * size * np.arcsinh(size)
+        if (
+            "erf_inv" in primitives
+        ):  # of w = -log(1 - x^2), of which the square is rounded; x = erf(want)
+            rest = special.erfc(size) * (1 + special.erf(size))
+            w = np.maximum(-np.log(rest), unit())
+            allowed = allowed + 2 * unit() * size * (UNITS["log"] + (1 - rest) / rest / w)
+    return allowed
+
+
+def near_zeros(want: Any) -> np.ndarray:
+    """lgamma and digamma are sums of terms of up to 10 that cancel near their zeros."""
+    return 2 * unit() * 24 * (10 + np.abs(np.asarray(want, np.float64)))
