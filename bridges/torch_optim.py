@@ -19,6 +19,7 @@ from chainrule.bridges.tiers import gates_logged, retiered, tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
 
+_NO_DYNAMO = "the step of a TorchBridge is a traced program already; TorchBridge(..., compile=True) compiles it"
 _TIERS = "tiers"  # the entry of a tiered state's assignment
 
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
@@ -246,6 +247,13 @@ class TorchBridge(torch.optim.Optimizer):
             self._replace(index, new, [*new.torch_leaves(state), *own])
 
     # ---- the step --------------------------------------------------------------------------
+
+    def _patch_step_function(self) -> None:
+        """Wraps `step` in torch's hooks, and in what keeps Dynamo out of it, once a class."""
+        super()._patch_step_function()
+        cls = type(self)
+        if not hasattr(cls.step, "_torchdynamo_disable"):
+            cls.step = torch.compiler.disable(cls.step, reason=_NO_DYNAMO)  # pyright: ignore
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
 from torch._inductor import config, cpu_vec_isa
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -217,10 +218,16 @@ def _compile(
             shape = ((1 << 20) + 7 if large else 97,)
         return torch.empty(shape, dtype=fake.dtype, device=fake.device)
 
-    inputs = [example(n) for n in piece.inputs]
+    # Tracing and Inductor keep state of the process: torch's own lock, so that its threads wait too.
+    with compile_lock, torch.no_grad():
+        return _through_inductor(piece, body, [example(n) for n in piece.inputs])
+
+
+def _through_inductor(
+    piece: Piece, body: Callable[..., Any], inputs: list[Tensor]
+) -> Callable[[list[Any]], Sequence[Tensor]]:
     mode = "symbolic" if piece.flat else "fake"
-    with torch.no_grad():
-        module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
+    module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
     graph = module.graph
     placeholders = list(graph.find_nodes(op="placeholder"))
     output = graph.output_node()
@@ -236,7 +243,7 @@ def _compile(
     module.recompile()
     # The bridge checks what it hands over; asserting it again costs a tenth of a small step.
     options = {"size_asserts": False, "cpp.vec_isa_ok": _instructions_are_known()}
-    with config.patch(options), torch.no_grad():
+    with config.patch(options):
         return compile_fx_inner(module, [p.meta["val"] for p in placeholders])  # pyright: ignore
 
 
