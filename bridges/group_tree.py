@@ -1,5 +1,6 @@
 """One parameter group as a chain sees it: a tree of parameters, one state, one program."""
 
+import copy
 import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -108,6 +109,15 @@ class GroupTree:
         self.slots = slots(state.chain, tree)
         if state.rounding is not None:
             self.slots.append(Slot(None, "rounding"))
+        self._bind(self.params, self.head)
+        numbered = self.state(range(len(self.slots)))
+        self._tiered = next(iter(tiered_states(numbered)), None)  # positions in the place of leaves
+        self._live_tensors: dict[str, Tensor] = {}
+        self._filled: dict[str, Any] = {}
+        self._place()
+
+    def _bind(self, params: Sequence[Tensor], head: Tensor) -> None:
+        self.params, self.head = list(params), head
         settable = set(self.live.values())
         self.homes = [
             None
@@ -118,11 +128,15 @@ class GroupTree:
         self._keepers = list(dict.fromkeys(home[0] for home in self.homes if home))
         index = {p: i for i, p in enumerate(self._keepers)}
         self._places = [home and (index[home[0]], home[1]) for home in self.homes]
-        numbered = self.state(range(len(self.slots)))
-        self._tiered = next(iter(tiered_states(numbered)), None)  # positions in the place of leaves
-        self._live_tensors: dict[str, Tensor] = {}
-        self._filled: dict[str, Any] = {}
-        self._place()
+
+    def bound_to(
+        self, params: Sequence[Tensor], head: Tensor, labels: Sequence[str]
+    ) -> "GroupTree":
+        """This tree for other tensors of the same shapes and dtypes, in its order, without another trace."""
+        new = copy.copy(self)
+        new.labels = list(labels)
+        new._bind(params, head)
+        return new
 
     # ---- tracing ---------------------------------------------------------------------------
 

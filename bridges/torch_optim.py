@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,15 @@ from torch import Tensor
 
 from chainrule.bridges.checks import check_gradients, check_params
 from chainrule.bridges.explain import explain_group
+from chainrule.bridges.following import (
+    Known,
+    check_groups,
+    origins,
+    places,
+    same,
+    taken_over,
+    unchanged,
+)
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
 from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
@@ -39,6 +48,9 @@ class TorchBridge(torch.optim.Optimizer):
     `optax.inject_hyperparams` too), `learning_rate` under torch's name `lr`, and `betas` beside `b1` and `b2` where the
     chain has both. They may be set at any time, by hand or by a scheduler, and take effect at the next step without a
     retrace. A chain whose learning rate is fixed or a schedule gets `lr` as a factor on its updates, 1 at first.
+    What others do to the groups by hand is followed at the next call: tensors that took the place of others (by name,
+    else by position) go on with their state, those taken out of a list or popped with their group lose it, new ones
+    join. What cannot be told apart is refused.
 
     *Missing gradients.* A parameter whose gradient is None in a step keeps its value and its state. Whatever belongs to
     the group goes on: its step count, and in a chain that couples parameters (a global norm) the missing gradient
@@ -98,6 +110,7 @@ class TorchBridge(torch.optim.Optimizer):
         self._options = Options(chain, compile, engine, rounding)
         self._trees: list[GroupTree | None] = []
         self._members: list[list[Tensor]] = []
+        self._known: list[Known] = []
         super().__init__(params, dict(group_defaults))
 
     # ---- groups ----------------------------------------------------------------------------
@@ -111,6 +124,7 @@ class TorchBridge(torch.optim.Optimizer):
         Raises:
           ValueError: see the class; the optimizer is unchanged.
         """
+        self._follow()
         params = param_group.get("params") if isinstance(param_group, dict) else None
         if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
             param_group["params"] = params = list(params)
@@ -121,17 +135,25 @@ class TorchBridge(torch.optim.Optimizer):
         group = self.param_groups[-1]
         added = False
         try:
-            self._adopt(group, given)
+            tree, leaves, members = self._adopt(len(self._trees), group, given)
             added = True
         finally:
             if not added:
                 self.param_groups.pop()
+        if tree:
+            self._store(tree, leaves)
+        self._trees.append(tree)
+        self._members.append(members)
+        self._known.append(Known.of(group))
 
-    def _adopt(self, group: dict[str, Any], given: set[str]) -> None:
-        owner = f"TorchBridge: param group {len(self._trees)}"
+    def _adopt(
+        self, index: int, group: dict[str, Any], given: set[str]
+    ) -> tuple[GroupTree | None, list[Tensor], list[Tensor]]:
+        """The tree of a new group, the leaves of its state, and its members; fills in the group's hyperparameters."""
+        owner = f"TorchBridge: param group {index}"
         params, labels = group["params"], self._labels(group)
         check_params(params, labels)
-        members = [p for p in params if p.requires_grad] or params
+        members = [p for p in params if p.requires_grad] or list(params)
         tree = self._make_tree(group, members) if members else None
         leaves: list[Tensor] = []
         values: dict[str, Any] = self.defaults
@@ -159,9 +181,7 @@ class TorchBridge(torch.optim.Optimizer):
             self.defaults.setdefault(key, value)
         if tree:
             tree.sync(group, owner)
-            self._store(tree, leaves)
-        self._trees.append(tree)
-        self._members.append(list(members))
+        return tree, leaves, members
 
     def _labels(self, group: dict[str, Any]) -> list[str]:
         names = group.get("param_names")
@@ -180,20 +200,23 @@ class TorchBridge(torch.optim.Optimizer):
         if self._trees[index] is None and members:
             tiers = self.state[members[0]].get(_TIERS)
             tiers = None if tiers is None else tuple(tiers.tolist())
-            self._trees[index] = self._make_tree(self.param_groups[index], members, tiers)
+            self._trees[index] = self._make_tree(self._known[index].restored(), members, tiers)
         return self._trees[index]
 
     def _replace(self, index: int, tree: GroupTree, leaves: Sequence[Tensor]) -> None:
         """Makes `tree` the tree of a group, and `leaves` its state."""
         if old := self._trees[index]:
-            for home in old.homes:
-                if home:
-                    self.state[home[0]].pop(home[1], None)
-            self.state[old.head].pop(_TIERS, None)
+            self._clear(old)
         self._store(tree, leaves)
         inside = set(tree.params)
         self._trees[index] = tree
         self._members[index] = [p for p in self.param_groups[index]["params"] if p in inside]
+
+    def _clear(self, tree: GroupTree) -> None:
+        for home in tree.homes:
+            if home:
+                self.state[home[0]].pop(home[1], None)
+        self.state[tree.head].pop(_TIERS, None)
 
     def _store(self, tree: GroupTree, leaves: Sequence[Tensor]) -> None:
         for home, leaf in zip(tree.homes, leaves, strict=True):
@@ -202,26 +225,108 @@ class TorchBridge(torch.optim.Optimizer):
         if tree.tiers is not None:  # static in JAX; what a saved state needs to be loaded
             self.state[tree.head][_TIERS] = torch.tensor(tree.tiers)
 
-    def _grow(self, index: int, members: Iterable[Tensor]) -> None:
-        """Takes parameters into the tree of a group; what the others remember stays."""
-        old, group = self._tree(index), self.param_groups[index]
-        inside = set(members)
-        new = self._make_tree(group, [p for p in group["params"] if p in inside])
+    def _with_state(
+        self,
+        old: GroupTree | None,
+        group: dict[str, Any],
+        members: Sequence[Tensor],
+        origin: Mapping[Tensor, Tensor],
+        where: str,
+    ) -> tuple[GroupTree, list[Tensor]]:
+        """A tree of `members` and the leaves of its state: those that `old` has for their origins, others fresh."""
+        new = self._make_tree(group, members)
+        if old and old.tiers is not None and new.tiers is not None:
+            tier_of = dict(zip(old.params, old.tiers, strict=True))
+            pairs = zip(new.params, new.tiers, strict=True)
+            tiers = tuple(tier_of.get(origin.get(p, p), tier) for p, tier in pairs)
+            if tiers != new.tiers:
+                new = self._make_tree(group, members, tiers)
         leaves, values = new.initial_state()
-        known = dict(zip(old.homes, old.leaves(self.state), strict=True)) if old else {}
-        for i, (home, slot) in enumerate(zip(new.homes, new.slots, strict=True)):
-            before = known.get((old.head, slot.name) if old and slot.owner is None else home)
-            if home is None or before is None:
-                continue
-            if before.shape != leaves[i].shape:
-                raise ValueError(
-                    f"TorchBridge: param group {index}: state entry `{slot.name}` spans all parameters of the group, "
-                    "so none can join later; give those that are frozen at first a group of their own"
-                )
-            leaves[i] = before
+        if old:
+            before = old.leaves(self._entries(old, origin))
+            leaves = taken_over(old, before, new, leaves, origin, where)
         for key, value in values.items():
             group.setdefault(key, value)
-        self._replace(index, new, leaves)
+        return new, leaves
+
+    def _entries(
+        self, tree: GroupTree, origin: Mapping[Tensor, Tensor]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """The state by the parameters of a tree, of which others may have moved some to those that took their place."""
+        heir = {q: p for p, q in origin.items()}
+        return {q: self.state.get(q) or self.state.get(heir.get(q, q), {}) for q in tree.params}
+
+    # ---- groups that others changed --------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Takes over what was done to the groups by hand since the last call; see `bridges.following`."""
+        if unchanged(self.param_groups, self._known):
+            return
+        groups = list(self.param_groups)
+        check_groups(groups)
+        before = places(groups, self._known)
+        origin: dict[Tensor, Tensor] = {}
+        found: list[Any] = [None] * len(groups)
+        # Nothing is written until all groups are found to be right.
+        for i, (group, place) in enumerate(zip(groups, before, strict=True)):
+            if place is not None:
+                where = f"TorchBridge: param group {i}, which was changed by hand"
+                own = origins(group, self._known[place], where)
+                found[i] = self._followed(group, place, own, where)
+                origin |= own
+        added = [i for i, place in enumerate(before) if place is None]
+        self.param_groups[:] = [groups[i] for i in range(len(groups)) if i not in added]
+        try:
+            for i in added:
+                given = set(groups[i])
+                super().add_param_group(groups[i])
+                found[i] = self._adopt(i, groups[i], given)
+        finally:
+            self.param_groups[:] = groups
+        kept = {id(tree) for tree, _, _ in found}
+        for tree in self._trees:
+            if tree and id(tree) not in kept:
+                self._clear(tree)
+        self._move_entries(origin)
+        for tree, leaves, _ in found:
+            if tree:
+                self._store(tree, leaves)
+        self._trees = [tree for tree, _, _ in found]
+        self._members = [members for _, _, members in found]
+        self._known = [Known.of(group) for group in groups]
+
+    def _followed(
+        self, group: dict[str, Any], place: int, origin: Mapping[Tensor, Tensor], where: str
+    ) -> tuple[GroupTree | None, list[Tensor], list[Tensor]]:
+        """The tree of a group that was at `place`, the leaves of its state, and its members."""
+        seen, old = self._known[place], self._tree(place)
+        for key, value in seen.group.items():  # where the dict is another one
+            if key != "param_names":
+                group.setdefault(key, value)
+        labels = self._labels(group)
+        check_params(group["params"], labels)
+        inside = set(self._members[place])
+        members = [p for p in group["params"] if origin.get(p) in inside]
+        if old is None or not members:
+            return None, [], []
+        order = {q: p for p, q in origin.items()}
+        params = [order[q] for q in old.params if q in order]
+        label = dict(zip(group["params"], labels, strict=True))
+        own = [label[p] for p in params]
+        in_order = own == old.labels if old.named else same(params, members)
+        if in_order and [p.dtype for p in params] == old.dtypes and old.named == is_by_name(group):
+            tree = old.bound_to(params, members[0], own)
+            return tree, old.leaves(self._entries(old, origin)), members
+        return *self._with_state(old, group, members, origin, where), members
+
+    def _move_entries(self, origin: Mapping[Tensor, Tensor]) -> None:
+        """What is kept beside the chain's state goes on with the parameter, or goes with it."""
+        for p, q in origin.items():
+            if p is not q and (rest := self.state.pop(q, None)):
+                self.state[p] = {**rest, **self.state[p]}
+        inside = {id(p) for group in self.param_groups for p in group["params"]}
+        for key in [k for k in self.state if isinstance(k, Tensor) and id(k) not in inside]:
+            del self.state[key]
 
     def _retier(self) -> None:
         """Moves parameters between tiers where a policy says so; see `chainrule.retier`."""
@@ -274,6 +379,7 @@ class TorchBridge(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         self._retier()
         ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
@@ -289,15 +395,18 @@ class TorchBridge(torch.optim.Optimizer):
         """The program of a group and its inputs; None if no parameter has a gradient."""
         group, tree = self.param_groups[index], self._tree(index)
         if tree is None or len(tree.params) < len(group["params"]):
-            members = set(self._members[index])
-            joining = [p for p in group["params"] if p not in members and p.grad is not None]
+            inside = set(self._members[index])
+            joining = [p for p in group["params"] if p not in inside and p.grad is not None]
             if joining:
                 labels = [f"of shape {tuple(p.shape)}" for p in joining]
                 check_gradients(
                     joining, [p.grad for p in joining], [p.dtype for p in joining], labels
                 )
-                self._grow(index, [*members, *joining])
-                tree = self._tree(index)
+                inside.update(joining)
+                members = [p for p in group["params"] if p in inside]
+                where = f"TorchBridge: param group {index}"
+                tree, leaves = self._with_state(tree, group, members, {}, where)
+                self._replace(index, tree, leaves)
             if tree is None:
                 return None
         grads: list[Any] = [p.grad for p in tree.params]
@@ -328,6 +437,7 @@ class TorchBridge(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`: tensors and numbers only, for any way of saving."""
+        self._follow()
         for tree, group in zip(self._trees, self.param_groups, strict=True):
             if tree:
                 tree.sync_betas(group)
@@ -347,6 +457,7 @@ class TorchBridge(torch.optim.Optimizer):
           ValueError: the state dict is another chain's, of other names or in other shapes; the message names the entry,
             and the optimizer is unchanged.
         """
+        self._follow()
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -365,6 +476,7 @@ class TorchBridge(torch.optim.Optimizer):
             known = as_saved(group, saved)
             fixed = {key: known[key] for key in ("params", "param_names") if key in known}
             self.param_groups[index] = {**known, **saved, **fixed}
+        self._known = [Known.of(group) for group in self.param_groups]
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -407,12 +519,14 @@ class TorchBridge(torch.optim.Optimizer):
         return self._without_programs()
 
     def _without_programs(self) -> dict[str, Any]:
-        kept = {"defaults", "state", "param_groups", "_options", "_members"}
+        self._follow()
+        kept = {"defaults", "state", "param_groups", "_options", "_members", "_known"}
         return {name: value for name, value in self.__dict__.items() if name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._trees = [None] * len(self.param_groups)
+        self.__dict__.setdefault("_known", [Known.of(group) for group in self.param_groups])
+        self._trees = [None] * len(self._members)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TorchBridge":
         new = type(self).__new__(type(self))
@@ -440,6 +554,7 @@ class TorchBridge(torch.optim.Optimizer):
         Raises:
           ValueError: structure or shapes differ; the message names the entry, and the optimizer is unchanged.
         """
+        self._follow()
         states = [state] if len(self.param_groups) == 1 else list(state)
         plan: Plan = []
         values: list[tuple[dict[str, Any], dict[str, float | int]]] = []
@@ -468,6 +583,7 @@ class TorchBridge(torch.optim.Optimizer):
           ValueError: the chain has no state with `mu` and `nu`, the shapes differ, or the parameters of a group differ
             in their number of steps; the optimizer is unchanged.
         """
+        self._follow()
         saved_groups = state_dict["param_groups"]
         if [len(g["params"]) for g in saved_groups] != [
             len(g["params"]) for g in self.param_groups
@@ -503,6 +619,7 @@ class TorchBridge(torch.optim.Optimizer):
 
     def _synced(self) -> list[tuple[int, list[Tensor], GroupTree]]:
         """Index, state and tree of every group that has parameters, with the group's values filled in."""
+        self._follow()
         found = []
         for index, group in enumerate(self.param_groups):
             tree = self._tree(index)
