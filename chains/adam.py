@@ -12,10 +12,10 @@ def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
     b2: float = 0.999,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.0,
     eps_root: float = 0.0,
-    *,
     caution: str | None = None,
     debias: bool = True,
     eps_scope: str = "corrected",
@@ -39,7 +39,7 @@ def adam(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator outside the root, at least 0.
-      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update` needs no parameters.
+      weight_decay: decoupled weight decay, at least 0. With 0 `update` needs no parameters; `None`: no link.
       eps_root: added inside the root, at least 0.
       caution: normalizer of `cautious` (`"clamped_mean"` is C-AdamW), or `None` for no caution.
       debias: divide the moments by 1 - b^t.
@@ -87,10 +87,10 @@ def nadam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
     b2: float = 0.999,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.0,
     eps_root: float = 0.0,
-    *,
     nesterov: bool | str = True,
     caution: str | None = None,
     debias: bool = True,
@@ -115,7 +115,7 @@ def nadam(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator outside the root, at least 0.
-      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update` needs no parameters.
+      weight_decay: decoupled weight decay, at least 0. With 0 `update` needs no parameters; `None`: no link.
       eps_root: added inside the root, at least 0.
       nesterov: `True`, the bias corrections of Dozat and optax; `"keras"`, those of KerasOptimizers (`scale_by_adam`).
       caution: normalizer of `cautious` (`"mean"` is KerasOptimizers'), or `None` for no caution.

@@ -33,6 +33,7 @@ def casmo(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
     b2: float = 0.999,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.0,
     tau_init_steps: int | None = None,
@@ -40,7 +41,6 @@ def casmo(
     c_min: float = 0.1,
     granularity: str = "group",
     agar_clamp_factor: float | None = None,
-    *,
     center: str = "mean",
     debias: bool = True,
     agar_eps: float | None = None,
@@ -70,8 +70,7 @@ def casmo(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator of the direction, at least 0.
-      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update`
-        needs no parameters.
+      weight_decay: decoupled weight decay, at least 0. With 0 `update` needs no parameters; `None`: no link.
       tau_init_steps: samples of AGAR that the calibration takes; `None`: max(500, 50 / (1 - b1)).
       tau_clip_range: bounds of tau; the repository has (0.01, 0.5). `None`: none.
       c_min: least confidence, in [0, 1].
@@ -110,7 +109,7 @@ def casmo(
         scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
         agar_confidence(
             tau_init_steps,
-            c_min,
+            c_min=c_min,
             b1=b1,
             b2=b2,
             granularity=granularity,
@@ -132,12 +131,12 @@ def casmo_snr(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
     b2: float = 0.999,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.0,
     c_min: float = 0.1,
     robustness: float = 0.5,
     rel_floor: float = 0.1,
-    *,
     deviation: str = "unbiased",
     mu_dtype: Any = None,
     nu_dtype: Any = None,
@@ -159,8 +158,7 @@ def casmo_snr(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the variance, in [0, 1).
       eps: added to the denominator of the direction and to abar, at least 0.
-      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update`
-        needs no parameters.
+      weight_decay: decoupled weight decay, at least 0. With 0 `update` needs no parameters; `None`: no link.
       c_min: trust of a tensor of pure noise before the exponent, in [0, 1].
       robustness: exponent of trust, at least 0; 0 trusts every tensor fully.
       rel_floor: least focus, in [0, 1]; 1 is no focus.
@@ -188,7 +186,15 @@ def casmo_snr(
     """
     return chain(
         scale_by_belief(b1, b2, eps, deviation=deviation, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        snr_confidence(robustness, c_min, rel_floor, eps, b1=b1, b2=b2, deviation=deviation),
+        snr_confidence(
+            robustness=robustness,
+            c_min=c_min,
+            rel_floor=rel_floor,
+            eps=eps,
+            b1=b1,
+            b2=b2,
+            deviation=deviation,
+        ),
         decoupled_weight_decay(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

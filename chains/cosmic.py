@@ -32,7 +32,12 @@ PRESETS = {
         "gate_min_scale": 0.05,
         "gate_warmup_steps": 100,
         "gate_update_interval": 5,
-        "policy": TierPolicy({2: 0.2, 1: 0.3}, {2: 0.5, 1: 0.3}, 50, reassignment_interval=50),
+        "policy": TierPolicy(
+            {2: 0.2, 1: 0.3},
+            warmup_fractions={2: 0.5, 1: 0.3},
+            warmup_steps=50,
+            reassignment_interval=50,
+        ),
     },
     "memory": {
         "gate_tier_max": 1,
@@ -63,10 +68,10 @@ def cosmic(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: float = 0.9,
     b2: float | None = 0.999,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.0,
     b1_long: float = 0.99,
-    *,
     tiered: bool = True,
     policy: TierPolicy | None = None,
     gate_tier_max: int = 0,
@@ -109,7 +114,7 @@ def cosmic(
       b1: decay of the short EMA, in [0, 1).
       b2: decay of the second moment, in [0, 1); `None`: no denominator.
       eps: added to the denominator, at least 0.
-      weight_decay: at least 0; `None` leaves the link out and `update` needs no parameters.
+      weight_decay: at least 0. With 0 `update` needs no parameters; `None`: no link.
       b1_long: decay of the long EMA and of tier 1's magnitude, in [0, 1).
       tiered: `False`: every tensor has both EMAs and nu, and its tier sets their blend, (0, 1/2,
         1).
@@ -168,9 +173,9 @@ def cosmic(
     }
     held = {"fields": ("mu", "mu_long"), "smaller": smaller, "rounding": rounding}
     blended = scale_by_dual_ema(
-        b1, b1_long, b2, eps, blend=(0.0, 0.5, 1.0), blend_by=blend_by, **full
+        b1, b1_long=b1_long, b2=b2, eps=eps, blend=(0.0, 0.5, 1.0), blend_by=blend_by, **full
     )
-    short = scale_by_dual_ema(b1, b1_long, b2, eps, keep_long=keep_long, **full)
+    short = scale_by_dual_ema(b1, b1_long=b1_long, b2=b2, eps=eps, keep_long=keep_long, **full)
     blended = chain(quantized_state(blended, bits, block, **held), decoupled_weight_decay(inside))
     short = chain(quantized_state(short, bits, block, **held), decoupled_weight_decay(inside))
     magnitude = chain(
@@ -184,9 +189,9 @@ def cosmic(
         tiered_state(tiers[tiered], policy),
         gradient_gate(
             gate_tier_max,
-            gate_min_scale,
-            gate_warmup_steps,
-            gate_update_interval,
+            min_scale=gate_min_scale,
+            warmup_steps=gate_warmup_steps,
+            update_interval=gate_update_interval,
             tier_scale=tier_scale,
             min_lr_scale=min_lr_scale,
             kernel=kernel,

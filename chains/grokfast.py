@@ -10,9 +10,9 @@ from chainrule.transforms import chain, grokfast_ema, live
 @live(static=("inner", "state_dtype"))
 def grokfast(
     inner: optax.GradientTransformation,
+    *,
     alpha: float = 0.98,
     lamb: float = 2.0,
-    *,
     start: str = "first",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -47,4 +47,4 @@ def grokfast(
     References:
       Lee et al., https://arxiv.org/abs/2405.20233
     """
-    return chain(grokfast_ema(alpha, lamb, start=start, state_dtype=state_dtype), inner)
+    return chain(grokfast_ema(alpha, lamb=lamb, start=start, state_dtype=state_dtype), inner)

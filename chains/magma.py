@@ -10,11 +10,11 @@ from chainrule.transforms import chain, decay_and_rate, live, momentum_alignment
 @live(static=("inner", "exclude", "seed", "state_dtype", "decay_mask"))
 def magma(
     inner: optax.GradientTransformation,
+    *,
     mask_prob: float = 0.5,
     tau: float = 2.0,
     alignment_ema: float = 0.9,
     momentum_beta: float = 0.9,
-    *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     weight_decay: float | None = None,
     moment: str = "mu",
@@ -74,14 +74,14 @@ def magma(
         inner,
         momentum_alignment_mask(
             mask_prob,
-            tau,
-            alignment_ema,
-            momentum_beta,
+            tau=tau,
+            alignment_ema=alignment_ema,
+            momentum_beta=momentum_beta,
             moment=moment,
             init_alignment=init_alignment,
             exclude=exclude,
             seed=seed,
             state_dtype=state_dtype,
         ),
-        decay_and_rate(learning_rate, weight_decay, decay_mask),
+        decay_and_rate(learning_rate, weight_decay=weight_decay, mask=decay_mask),
     )

@@ -31,9 +31,9 @@ from chainrule.transforms import (
 )
 def muon(
     learning_rate: optax.ScalarOrSchedule = 0.02,
+    *,
     beta: float = 0.95,
     weight_decay: float | None = 0.0,
-    *,
     nesterov: str | None = "lerp",
     debias: bool = False,
     coefficients: Any = "keller_jordan",
@@ -140,7 +140,7 @@ def muon(
                     newton_schulz(
                         coefficients,
                         ns_steps,
-                        ns_eps,
+                        eps=ns_eps,
                         eps_scope=eps_scope,
                         scale=scale,
                         scale_factor=scale_factor,

@@ -8,7 +8,7 @@ from chainrule.transforms import orthograd as orthogonal_gradient
 
 @live(static=("inner",))
 def orthograd(
-    inner: optax.GradientTransformation, eps: float = 1e-30, rtol: float = 1e-6
+    inner: optax.GradientTransformation, *, eps: float = 1e-30, rtol: float = 1e-6
 ) -> optax.GradientTransformationExtraArgs:
     r"""OrthoGrad in front of an optimizer.
 

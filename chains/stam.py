@@ -20,12 +20,12 @@ def stam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1_base: float = 0.9,
     b2: float = 0.999,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.01,
     adapt_strength: float = 0.2,
     tau_decay: float = 0.99,
     fallback_threshold: float = 100.0,
-    *,
     debias: bool = True,
     debias_eps: float = 0.0,
     nonfinite: str = "skip",
@@ -50,8 +50,7 @@ def stam(
       b1_base: largest decay of the first moment, in [0.5, 1).
       b2: decay of the second moment and of the residual's, in [0, 1).
       eps: added to the denominator, at least 0.
-      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update`
-        needs no parameters.
+      weight_decay: decoupled weight decay, at least 0. With 0 `update` needs no parameters; `None`: no link.
       adapt_strength: how far b1 may fall below `b1_base`, relatively, in [0, 0.5].
       tau_decay: decay of the mean absolute residual, in [0, 1).
       fallback_threshold: b1 is `b1_base` where the variance of the residual reaches this many times
@@ -85,7 +84,7 @@ def stam(
     return chain(
         adaptive_beta1(
             b1_base,
-            adapt_strength,
+            adapt_strength=adapt_strength,
             b2=b2,
             tau_decay=tau_decay,
             fallback_threshold=fallback_threshold,
@@ -104,12 +103,12 @@ def stam(
 def stam_lite(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1_base: float = 0.9,
+    *,
     eps: float = 1e-8,
     weight_decay: float | None = 0.01,
     adapt_strength: float = 0.2,
     moment_decay: float = 0.99,
     b1_update_interval: int = 5,
-    *,
     debias_eps: float = 0.0,
     nonfinite: str = "skip",
     max_abs: float | None = 281474976710656.0,
@@ -132,8 +131,7 @@ def stam_lite(
       learning_rate: a number, scalar array or schedule, at least 0.
       b1_base: largest decay of the first moment, in [0.5, 1).
       eps: added to the denominators, at least 0.
-      weight_decay: decoupled weight decay, at least 0; `None` leaves the link out and `update`
-        needs no parameters.
+      weight_decay: decoupled weight decay, at least 0. With 0 `update` needs no parameters; `None`: no link.
       adapt_strength: how far b1 may fall below `b1_base`, relatively, in [0, 0.5].
       moment_decay: decay of the mean and mean square of each tensor's gradient, in [0, 1).
       b1_update_interval: b1 is renewed at updates 1, 1 + k, 1 + 2k, ...; an integer, at least 1.
@@ -166,7 +164,7 @@ def stam_lite(
     return chain(
         adaptive_beta1(
             b1_base,
-            adapt_strength,
+            adapt_strength=adapt_strength,
             signal="moments",
             moment_decay=moment_decay,
             eps=eps,

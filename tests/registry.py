@@ -712,7 +712,7 @@ CHAINS: tuple[Case, ...] = (
         links=lambda: (
             transforms.scale_by_adam(),
             transforms.momentum_alignment_mask(exclude=_is_scale),
-            transforms.decay_and_rate(0.1, 0.5),
+            transforms.decay_and_rate(0.1, weight_decay=0.5),
         ),
         reference=lambda **settings: magma_reference.magma(adam_reference.adam(), **settings),
         needs_params=True,

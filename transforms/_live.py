@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._numerics import increment
+from chainrule.transforms._words import bind
 
 
 class LiveState(NamedTuple):
@@ -25,6 +27,12 @@ class LiveState(NamedTuple):
     """Each numeric argument of the chain by name, float32 (a schedule: its value at the last update)."""
     inner_state: optax.OptState
     """The state of the links."""
+    given: dict[str, jax.Array]
+    """float32: the arrays that the chain was last built with, each as `"given_" + name`; else empty."""
+
+
+_GIVEN = "given_"  # not the bare name, which `optax.tree.get` would find twice
+_DECAYS = {"weight_decay", "adam_weight_decay"}
 
 
 def _is_number(value: Any) -> bool:
@@ -41,12 +49,17 @@ def live(
     parameters' dtype.
 
     A number or array becomes an entry of `LiveState.hyperparams`; a callable is a schedule, called
-    with the number of updates made before this one. A `jax.Array` belongs to the caller, which may
-    give another one for the next update (`optax.inject_hyperparams` and live chains around this one
-    do): it overrides the entry, as a schedule does. Everything else (`None`, strings, booleans, and
-    what `static` names) is structure, fixed at construction. The chain is built once at
-    construction, so that its atoms check their bounds there, and again while tracing, with the
-    arrays of the state for arguments. The final updates are cast to the dtype of the gradients.
+    with the number of updates made before this one, and overrides the entry. A `jax.Array` is an
+    entry too, which its caller may also change by building the chain anew with another array
+    (`optax.inject_hyperparams` does at every update): whoever changed it last counts, the caller or
+    `set_hyperparams`. Everything else (`None`, strings, booleans, and what `static` names) is
+    structure, fixed at construction. The chain is built once at construction, so that its atoms
+    check their bounds there, and again while tracing, with the arrays of the state for arguments.
+    The final updates are cast to the dtype of the gradients.
+
+    A weight decay that is given as the number 0 asks for no parameters: an update without them
+    leaves the decay out. If it is set to another number later, such an update is an error; under
+    `jit`, where a number cannot be looked at, it goes on without the decay.
 
     Args:
       static: names of arguments that are structure although they are numbers or callables (a number
@@ -66,20 +79,20 @@ def live(
     """
 
     def decorate(factory):
-        signature = inspect.signature(factory)
+        signature, owner = inspect.signature(factory), factory.__name__
         unknown = set(static) - set(signature.parameters)
-        assert not unknown, f"{factory.__name__} has no arguments {unknown}"
+        assert not unknown, f"{owner} has no arguments {unknown}"
 
         @functools.wraps(factory)
         def make(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
+            bound = bind(owner, signature, args, kwargs)
             bound.apply_defaults()
             numeric, schedules, structure = {}, {}, {}
             for name, value in bound.arguments.items():
                 if name in static:
                     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.number):
                         raise TypeError(
-                            f"{factory.__name__}: `{name}` is structure and cannot be an array; with "
+                            f"{owner}: `{name}` is structure and cannot be an array; with "
                             f"`optax.inject_hyperparams` give static_args={static}"
                         )
                     structure[name] = value
@@ -89,41 +102,80 @@ def live(
                     numeric[name] = value
                 else:
                     structure[name] = value
-            check_bounds(factory.__name__, **bound.arguments)
+            check_bounds(owner, **bound.arguments)
             # Built here once for the errors; a schedule is not evaluated until there is a count.
             factory(**structure, **numeric, **{name: jnp.float32(0.5) for name in schedules})
 
             def init(params):
-                check_params(factory.__name__, params)
+                check_params(owner, params)
                 count = jnp.zeros((), jnp.int32)
-                values = {name: jnp.asarray(value, jnp.float32) for name, value in numeric.items()}
+                # Copies: a state may be donated, and an array is its caller's.
+                values = {name: jnp.array(value, jnp.float32) for name, value in numeric.items()}
+                given = {
+                    _GIVEN + name: jnp.array(value, jnp.float32)
+                    for name, value in numeric.items()
+                    if isinstance(value, jax.Array)
+                }
                 values |= {
                     name: jnp.asarray(schedule(count), jnp.float32)
                     for name, schedule in schedules.items()
                 }
                 # The numbers as they were given, not as arrays: a default may derive a shape from one.
                 links = factory(**structure, **(values | numeric))
-                return LiveState(count, values, links.init(params))
+                return LiveState(count, values, links.init(params), given)
 
             def update(updates, state, params=None, **extra_args):
-                _check_structure(factory.__name__, updates, params)
-                values = dict(state.hyperparams)
-                for name, value in numeric.items():
-                    if isinstance(value, jax.Array):
-                        values[name] = jnp.asarray(value, jnp.float32)
+                _check_structure(owner, updates, params)
+                values, given = _latest(state, numeric)
                 for name, schedule in schedules.items():
                     values[name] = jnp.asarray(schedule(state.count), jnp.float32)
-                links = optax.with_extra_args_support(factory(**structure, **values))
+                taken = values if params is not None else _without_decay(owner, values, numeric)
+                links = optax.with_extra_args_support(factory(**structure, **taken))
                 new, inner_state = links.update(updates, state.inner_state, params, **extra_args)
                 new = jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates)
                 inner_state = jax.tree.map(_in_dtype_of, state.inner_state, inner_state)
-                return new, LiveState(increment(state.count), values, inner_state)
+                return new, LiveState(increment(state.count), values, inner_state, given)
 
             return optax.GradientTransformationExtraArgs(init, update)
 
         return make
 
     return decorate
+
+
+def _latest(state: LiveState, numeric: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The hyperparameters of this update, and the arrays to remember as given."""
+    values, given = dict(state.hyperparams), dict(state.given)
+    for name, value in numeric.items():
+        if not isinstance(value, jax.Array):
+            continue
+        value, key = jnp.asarray(value, jnp.float32), _GIVEN + name
+        if key in given:
+            # The entry counts where it was set and the caller still gives the array that it gave before. Where both
+            # agree the caller's is taken, so that gradients with respect to it are right.
+            was_set = (value == given[key]) & (values[name] != given[key])
+            values[name], given[key] = jnp.where(was_set, values[name], value), value
+        else:  # built with a number and then with an array: a live chain around this one does that
+            values[name] = value
+    return values, given
+
+
+def _without_decay(
+    owner: str, values: dict[str, Any], numeric: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`values` for an update without parameters: decays that were given as 0 are the number 0, of which links know that
+    it needs none."""
+    values = dict(values)
+    for name in _DECAYS & values.keys():
+        if isinstance(numeric.get(name), jax.Array) or numeric.get(name) != 0:
+            continue
+        if not isinstance(values[name], jax.core.Tracer) and jnp.any(values[name] != 0):
+            raise ValueError(
+                f"{owner}: `{name}` was set to {values[name]} and needs the parameters; call "
+                "`update(updates, state, params)`"
+            )
+        values[name] = 0.0
+    return values
 
 
 def _in_dtype_of(old: Any, new: Any) -> Any:
@@ -203,8 +255,8 @@ def hyperparams(state: optax.OptState) -> dict[str, jax.Array]:
 def set_hyperparams(state: optax.OptState, **values: Any) -> Any:
     """A copy of `state` with live hyperparameters set; the compiled step is reused as it is.
 
-    A hyperparameter that was given as a schedule or as a `jax.Array` is overwritten by it at the next
-    update.
+    A hyperparameter that was given as a schedule is overwritten by it at the next update; one that was given as a
+    `jax.Array`, when the chain is next built with another array.
 
     Args:
       state: the state of any gradient transformation.

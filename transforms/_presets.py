@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from chainrule.transforms._checks import check_choice
+from chainrule.transforms._words import bind
 
 
 def presets(
@@ -31,7 +32,7 @@ def presets(
 
         @functools.wraps(factory)
         def make(*args, **kwargs):
-            given = signature.bind_partial(*args, **kwargs).arguments
+            given = bind(factory.__name__, signature, args, kwargs).arguments
             name = given.get("preset")
             check_choice(factory.__name__, "preset", name, (None, *table))
             return factory(**{**table.get(name or "", {}), **given})

@@ -25,6 +25,7 @@ from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import bias_correction, ema, finite, increment, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import means
+from chainrule.transforms._words import checked_words
 
 _HUGE = 2.0**48  # entries from here on, in a tensor whose mean square overflows, are why it does
 
@@ -50,10 +51,11 @@ class AdaptiveBeta1State(NamedTuple):
     metric_fields = ("b1", "nonfinite")
 
 
+@checked_words
 def adaptive_beta1(
     b1_base: jax.typing.ArrayLike = 0.9,
-    adapt_strength: jax.typing.ArrayLike = 0.2,
     *,
+    adapt_strength: jax.typing.ArrayLike = 0.2,
     signal: str = "residual",
     b2: jax.typing.ArrayLike = 0.999,
     tau_decay: jax.typing.ArrayLike = 0.99,

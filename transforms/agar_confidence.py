@@ -38,6 +38,7 @@ from chainrule.transforms._numerics import bias_correction, ema, own_scalar, up
 from chainrule.transforms._per_parameter import PerParameter, stacked
 from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import map_unmasked, unmasked_leaves
+from chainrule.transforms._words import checked_words
 
 _REMEDY = (
     "use `chainrule.chain` in place of `optax.chain` with a link before it that keeps moments, "
@@ -65,10 +66,11 @@ class AgarConfidenceState(NamedTuple):
     metric_fields = ("agar", "confidence")
 
 
+@checked_words
 def agar_confidence(
     tau_init_steps: int | None = None,
-    c_min: jax.typing.ArrayLike = 0.1,
     *,
+    c_min: jax.typing.ArrayLike = 0.1,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     source: str = "upstream",

@@ -19,6 +19,7 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, require
 from chainrule.transforms._numerics import up
 from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._words import checked_words
 
 
 class CautiousState(NamedTuple):
@@ -30,6 +31,7 @@ class CautiousState(NamedTuple):
     metric_fields = ("kept_fraction",)
 
 
+@checked_words
 def cautious(
     normalizer: str | None = "clamped_mean",
     *,

@@ -11,11 +11,14 @@ from typing import Any
 import optax
 
 from chainrule.transforms._checks import check_bounds
+from chainrule.transforms._words import checked_words
 from chainrule.transforms.decoupled_weight_decay import decoupled_weight_decay
 
 
+@checked_words
 def decay_and_rate(
     learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
     weight_decay: float | None = None,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:

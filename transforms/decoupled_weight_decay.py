@@ -6,6 +6,7 @@ Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019. Depa
 `None` is no link at all, and updates keep their dtype when the parameters have a wider one.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ import jax
 import optax
 
 from chainrule.transforms._checks import check_bounds
+from chainrule.transforms._words import checked_words
 
 
+@checked_words
 def decoupled_weight_decay(
     weight_decay: jax.typing.ArrayLike | None,
     mask: Any | Callable[[optax.Params], Any] | None = None,
@@ -22,7 +25,7 @@ def decoupled_weight_decay(
     """Adds `weight_decay` times the parameters to the updates; multiply by the learning rate after it.
 
     Args:
-      weight_decay: at least 0. `None`: no decay, and `update` needs no parameters.
+      weight_decay: at least 0. The number 0: `update` does not need the parameters. `None`: no link, and neither.
       mask: a tree of booleans like the parameters, or a function from the parameters to one: which
         leaves decay.
 
@@ -44,9 +47,12 @@ def decoupled_weight_decay(
     check_bounds("decoupled_weight_decay", weight_decay=weight_decay)
     if weight_decay is None:
         return optax.identity()
+    is_zero = isinstance(weight_decay, numbers.Real) and weight_decay == 0
     decay = optax.add_decayed_weights(weight_decay, mask)  # pyright: ignore[reportArgumentType]
 
     def update(updates, state, params=None):
+        if params is None and is_zero:
+            return updates, state
         if params is None:
             raise ValueError(
                 "decoupled_weight_decay: needs the parameters; call `update(updates, state, params)`, "

@@ -20,6 +20,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
 from chainrule.transforms._numerics import bias_correction, ema, increment, up
+from chainrule.transforms._words import checked_words
 
 
 class EmaMomentumState(NamedTuple):
@@ -31,6 +32,7 @@ class EmaMomentumState(NamedTuple):
     """The average of the gradients, like the parameters, in `mu_dtype`."""
 
 
+@checked_words
 def ema_momentum(
     decay: jax.typing.ArrayLike = 0.95,
     nesterov: str | None = "lerp",

@@ -22,6 +22,7 @@ import optax
 from chainrule.native import chosen
 from chainrule.transforms._checks import check_bounds, check_choice, require
 from chainrule.transforms._numerics import abs_sq, increment, up
+from chainrule.transforms._words import checked_words
 
 _EPS = 1e-12
 
@@ -43,12 +44,13 @@ class GradientGateState(NamedTuple):
     metric_fields = ("gate_scale",)
 
 
+@checked_words
 def gradient_gate(
     tier_max: int = 0,
+    *,
     min_scale: jax.typing.ArrayLike = 0.2,
     warmup_steps: jax.typing.ArrayLike = 200,
     update_interval: jax.typing.ArrayLike = 10,
-    *,
     tier_scale: Sequence[float] = (1.0, 1.0, 1.0),
     min_lr_scale: jax.typing.ArrayLike = 0.1,
     kernel: str = "xla",

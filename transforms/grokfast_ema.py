@@ -14,6 +14,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
 from chainrule.transforms._numerics import ema, increment, up
+from chainrule.transforms._words import checked_words
 
 
 class GrokfastEmaState(NamedTuple):
@@ -25,10 +26,11 @@ class GrokfastEmaState(NamedTuple):
     """The average of the gradients, like the parameters, in `state_dtype`."""
 
 
+@checked_words
 def grokfast_ema(
     alpha: jax.typing.ArrayLike = 0.98,
-    lamb: jax.typing.ArrayLike = 2.0,
     *,
+    lamb: jax.typing.ArrayLike = 2.0,
     start: str = "first",
     state_dtype: Any = None,
 ) -> optax.GradientTransformation:

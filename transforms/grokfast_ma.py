@@ -14,6 +14,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._numerics import increment, up
+from chainrule.transforms._words import checked_words
 
 
 class GrokfastMaState(NamedTuple):
@@ -25,10 +26,11 @@ class GrokfastMaState(NamedTuple):
     """Ring buffer of the last gradients: (window_size, *shape) for each parameter, in `state_dtype`."""
 
 
+@checked_words
 def grokfast_ma(
     window_size: int = 100,
-    lamb: jax.typing.ArrayLike = 5.0,
     *,
+    lamb: jax.typing.ArrayLike = 5.0,
     warmup: bool = True,
     state_dtype: Any = None,
 ) -> optax.GradientTransformation:

@@ -20,6 +20,7 @@ from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import is_masked, map_unmasked, select, unmasked_leaves
+from chainrule.transforms._words import checked_words
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
 _PRNG = "threefry2x32"
@@ -45,12 +46,13 @@ class MomentumAlignmentMaskState(NamedTuple):
     metric_fields = ("alignment", "cosine", "mask_rate")
 
 
+@checked_words
 def momentum_alignment_mask(
     mask_prob: jax.typing.ArrayLike = 0.5,
+    *,
     tau: jax.typing.ArrayLike = 2.0,
     alignment_ema: jax.typing.ArrayLike = 0.9,
     momentum_beta: jax.typing.ArrayLike = 0.9,
-    *,
     moment: str = "mu",
     init_alignment: jax.typing.ArrayLike = 1.0,
     exclude: Any = None,

@@ -22,6 +22,7 @@ from chainrule.transforms._checks import check_bounds, check_choice, check_param
 from chainrule.transforms._gram_iteration import Triple, iterate
 from chainrule.transforms._numerics import abs_sq, up
 from chainrule.transforms._trees import path_name
+from chainrule.transforms._words import checked_words
 
 Axes = tuple[Sequence[int], Sequence[int]]
 
@@ -42,11 +43,12 @@ COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
 """Named coefficients (a, b, c), one triple a step; the last one is repeated."""
 
 
+@checked_words
 def newton_schulz(
     coefficients: str | Sequence[float] | Sequence[Sequence[float]] = "keller_jordan",
     steps: int = 5,
-    eps: jax.typing.ArrayLike = 1e-7,
     *,
+    eps: jax.typing.ArrayLike = 1e-7,
     eps_scope: str = "added",
     scale: str | None = "spectral",
     scale_factor: jax.typing.ArrayLike = 1.0,

@@ -14,8 +14,10 @@ import optax
 from chainrule.transforms._checks import check_bounds, require_params
 from chainrule.transforms._numerics import inner, norm, up
 from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._words import checked_words
 
 
+@checked_words
 def orthograd(
     eps: jax.typing.ArrayLike = 1e-30, *, rtol: jax.typing.ArrayLike = 1e-6
 ) -> optax.GradientTransformation:

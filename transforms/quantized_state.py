@@ -22,6 +22,7 @@ import optax
 from chainrule.transforms._chain import posted
 from chainrule.transforms._checks import check_choice
 from chainrule.transforms._numerics import up
+from chainrule.transforms._words import checked_words
 
 _LARGEST = {4: 7, 8: 127}
 
@@ -107,6 +108,7 @@ def decode(state: Any) -> Any:
     return jax.tree.map(lambda x: dequantize(x) if held(x) else x, state, is_leaf=held)
 
 
+@checked_words
 def quantized_state(
     inner: optax.GradientTransformation,
     bits: int | None = 4,

@@ -17,6 +17,7 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
+from chainrule.transforms._words import checked_words
 
 
 class ScaleByAdamState(NamedTuple):
@@ -30,6 +31,7 @@ class ScaleByAdamState(NamedTuple):
     """Second moment, like the parameters (real), in `nu_dtype`."""
 
 
+@checked_words
 def scale_by_adam(
     b1: jax.typing.ArrayLike | None = 0.9,
     b2: jax.typing.ArrayLike = 0.999,

@@ -19,6 +19,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._numerics import bias_correction, ema, increment, up
+from chainrule.transforms._words import checked_words
 
 DEVIATIONS = ("unbiased", "raw")
 
@@ -40,6 +41,7 @@ def corrections(b1: Any, b2: Any, count: jax.Array, deviation: str) -> tuple[jax
     return bias_correction(b1, count), bias_correction(b2, deviations)
 
 
+@checked_words
 def scale_by_belief(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,

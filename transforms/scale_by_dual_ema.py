@@ -20,6 +20,7 @@ import optax
 from chainrule.native import chosen, for_cpu
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
+from chainrule.transforms._words import checked_words
 from chainrule.transforms.quantized_state import Quantized
 
 
@@ -36,12 +37,13 @@ class ScaleByDualEmaState(NamedTuple):
     """Second moment; `None` with `b2=None`."""
 
 
+@checked_words
 def scale_by_dual_ema(
     b1: jax.typing.ArrayLike = 0.9,
+    *,
     b1_long: jax.typing.ArrayLike = 0.99,
     b2: jax.typing.ArrayLike | None = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
-    *,
     blend: float | Sequence[float] = 1.0,
     blend_by: str = "synced_tier",
     start: str = "zero",

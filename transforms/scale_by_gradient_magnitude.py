@@ -15,6 +15,7 @@ from chainrule.native import chosen, xla
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._words import checked_words
 
 
 class ScaleByGradientMagnitudeState(NamedTuple):
@@ -28,6 +29,7 @@ class ScaleByGradientMagnitudeState(NamedTuple):
     metric_fields = ("magnitude",)
 
 
+@checked_words
 def scale_by_gradient_magnitude(
     decay: jax.typing.ArrayLike = 0.99, *, kernel: str = "xla"
 ) -> optax.GradientTransformationExtraArgs:

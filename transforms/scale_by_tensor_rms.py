@@ -19,6 +19,7 @@ from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 from chainrule.transforms._per_parameter import PerParameter, stacked, unstacked
+from chainrule.transforms._words import checked_words
 
 
 class ScaleByTensorRmsState(NamedTuple):
@@ -30,6 +31,7 @@ class ScaleByTensorRmsState(NamedTuple):
     """EMA of the mean square of each tensor's gradient, in `stat_dtype`."""
 
 
+@checked_words
 def scale_by_tensor_rms(
     decay: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-8,

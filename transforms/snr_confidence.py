@@ -20,6 +20,7 @@ from chainrule.transforms._numerics import up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import means
 from chainrule.transforms._trees import unmasked_leaves
+from chainrule.transforms._words import checked_words
 from chainrule.transforms.scale_by_belief import DEVIATIONS, corrections
 
 _REMEDY = (
@@ -37,12 +38,13 @@ class SnrConfidenceState(NamedTuple):
     metric_fields = ("agar",)
 
 
+@checked_words
 def snr_confidence(
+    *,
     robustness: jax.typing.ArrayLike = 0.5,
     c_min: jax.typing.ArrayLike = 0.1,
     rel_floor: jax.typing.ArrayLike = 0.1,
     eps: jax.typing.ArrayLike = 1e-8,
-    *,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     deviation: str = "unbiased",

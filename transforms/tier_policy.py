@@ -124,6 +124,7 @@ class TierPolicy:
     """
 
     fractions: Mapping[int, float] | Sequence[tuple[int, float]] = ((2, 0.3), (1, 0.3))
+    _: dataclasses.KW_ONLY
     warmup_fractions: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     warmup_steps: int | None = None
     reassignment_interval: int = 200

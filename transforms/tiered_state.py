@@ -26,6 +26,7 @@ from chainrule.transforms._checks import check_params
 from chainrule.transforms._metrics import state_bytes
 from chainrule.transforms._numerics import increment
 from chainrule.transforms._trees import path_name
+from chainrule.transforms._words import checked_words
 from chainrule.transforms.quantized_state import decode
 from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signals
 
@@ -90,6 +91,7 @@ def _is_full_sync(policy: TierPolicy, count: jax.Array) -> Any:
     return jax.lax.rem(count, jnp.asarray(policy.full_sync_interval, count.dtype)) == 0
 
 
+@checked_words
 def tiered_state(
     tiers: Mapping[int, optax.GradientTransformation], policy: TierPolicy | None = None
 ) -> optax.GradientTransformationExtraArgs:

@@ -15,6 +15,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds
 from chainrule.transforms._numerics import finite, up
+from chainrule.transforms._words import checked_words
 
 
 class ZeroNonfiniteState(NamedTuple):
@@ -28,6 +29,7 @@ class ZeroNonfiniteState(NamedTuple):
     metric_fields = ("nonfinite", "nonfinite_total")
 
 
+@checked_words
 def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.GradientTransformation:
     r"""Replaces NaN and infinite entries of the updates by zero and clamps the finite ones to `max_abs`.
 

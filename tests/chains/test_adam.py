@@ -19,7 +19,7 @@ GRADS = [random_tree(SHAPES, seed) for seed in range(1, 8)]
     [
         (chains.adam(1e-2, weight_decay=None), optax.adam(1e-2)),
         (
-            chains.adam(1e-2, 0.8, 0.95, 1e-4, 0.1, 1e-3),
+            chains.adam(1e-2, 0.8, 0.95, eps=1e-4, weight_decay=0.1, eps_root=1e-3),
             optax.adamw(1e-2, 0.8, 0.95, 1e-4, 1e-3, weight_decay=0.1),
         ),
         (chains.nadam(1e-2, weight_decay=0.1), optax.nadamw(1e-2, weight_decay=0.1)),

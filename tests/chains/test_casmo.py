@@ -35,16 +35,33 @@ def jitted(tx):
 MASK = {"dense": {"bias": False, "kernel": True}, "scale": False}
 COMPOSED = {
     "casmo": (
-        chains.casmo(0.1, 0.8, 0.95, 1e-4, 0.2, 4, (0.2, 0.6), 0.05, agar_clamp_factor=2.0),
+        chains.casmo(
+            0.1,
+            0.8,
+            0.95,
+            eps=1e-4,
+            weight_decay=0.2,
+            tau_init_steps=4,
+            tau_clip_range=(0.2, 0.6),
+            c_min=0.05,
+            agar_clamp_factor=2.0,
+        ),
         lambda: (
             scale_by_adam(0.8, 0.95, 1e-4),
-            agar_confidence(4, 0.05, b1=0.8, b2=0.95, tau_clip_range=(0.2, 0.6), clamp_factor=2.0),
+            agar_confidence(
+                4, c_min=0.05, b1=0.8, b2=0.95, tau_clip_range=(0.2, 0.6), clamp_factor=2.0
+            ),
             decoupled_weight_decay(0.2),
         ),
     ),
     "casmo, the repository's": (
         chains.casmo(
-            *(0.1, 0.9, 0.99, 1e-8, None, 2, (0.01, 0.5), 0.1, "parameter", 10.0),
+            *(0.1, 0.9, 0.99),
+            weight_decay=None,
+            tau_init_steps=2,
+            tau_clip_range=(0.01, 0.5),
+            granularity="parameter",
+            agar_clamp_factor=10.0,
             center="median",
             debias=False,
             agar_eps=1e-8,
@@ -69,10 +86,23 @@ COMPOSED = {
         ),
     ),
     "casmo_snr": (
-        chains.casmo_snr(0.1, 0.8, 0.95, 1e-4, 0.2, 0.3, 1.5, 0.2, deviation="raw", mask=MASK),
+        chains.casmo_snr(
+            0.1,
+            0.8,
+            0.95,
+            eps=1e-4,
+            weight_decay=0.2,
+            c_min=0.3,
+            robustness=1.5,
+            rel_floor=0.2,
+            deviation="raw",
+            mask=MASK,
+        ),
         lambda: (
             scale_by_belief(0.8, 0.95, 1e-4, deviation="raw"),
-            snr_confidence(1.5, 0.3, 0.2, 1e-4, b1=0.8, b2=0.95, deviation="raw"),
+            snr_confidence(
+                robustness=1.5, c_min=0.3, rel_floor=0.2, eps=1e-4, b1=0.8, b2=0.95, deviation="raw"
+            ),
             decoupled_weight_decay(0.2, MASK),
         ),
     ),
@@ -175,8 +205,9 @@ def test_without_decay_parameters_are_not_needed(make, settings):
     tx = make(**settings, weight_decay=None)
     updates, _ = tx.update(GRADS[0], tx.init(PARAMS))
     assert_close(updates, tx.update(GRADS[0], tx.init(PARAMS), PARAMS)[0])
+    tx = make(**settings, weight_decay=0.1)
     with pytest.raises(ValueError, match=r"param"):
-        make(**settings).update(GRADS[0], make(**settings).init(PARAMS))
+        tx.update(GRADS[0], tx.init(PARAMS))
 
 
 def test_a_calibration_is_as_long_as_it_says():

@@ -17,7 +17,7 @@ def test_it_is_the_inner_optimizer_on_filtered_gradients():
     for g in GRADS:
         average = {k: 0.5 * average[k] + 0.5 * g[k] for k in g}
         filtered.append({k: g[k] + 2.0 * average[k] for k in g})
-    ours, _ = run(chains.grokfast(optax.adamw(1e-2), 0.5), PARAMS, GRADS)
+    ours, _ = run(chains.grokfast(optax.adamw(1e-2), alpha=0.5), PARAMS, GRADS)
     assert_close(ours, run(optax.adamw(1e-2), PARAMS, filtered)[0], rtol=1e-4)
 
 

@@ -28,7 +28,7 @@ GRADS = [random_tree(SHAPES, seed) for seed in range(1, 5)]
 )
 def test_any_inner_optimizer_is_scaled(inner, moment):
     alone, _ = run(inner, PARAMS, GRADS[:1])
-    scaled, state = run(chains.magma(inner, 1.0, moment=moment), PARAMS, GRADS[:1])
+    scaled, state = run(chains.magma(inner, mask_prob=1.0, moment=moment), PARAMS, GRADS[:1])
     alignment = chainrule.metrics(state)["alignment"]
     assert_close(scaled[0], jax.tree.map(lambda u, s: u * s, alone[0], alignment))
 
@@ -37,16 +37,16 @@ def test_any_inner_optimizer_is_scaled(inner, moment):
 def test_decay_is_masked_with_the_inner_optimizer_or_not_at_all(masked):
     """With nothing let through, what is left is the decay that the mask does not reach."""
     if masked:
-        tx = chains.magma(chains.adam(0.1, weight_decay=0.5), 0.0)
+        tx = chains.magma(chains.adam(0.1, weight_decay=0.5), mask_prob=0.0)
     else:
-        tx = chains.magma(scale_by_adam(), 0.0, learning_rate=0.1, weight_decay=0.5)
+        tx = chains.magma(scale_by_adam(), mask_prob=0.0, learning_rate=0.1, weight_decay=0.5)
     updates, _ = run(tx, PARAMS, GRADS[:1])
     assert_close(updates[0], jax.tree.map(lambda p: p * (0.0 if masked else -0.05), PARAMS))
 
 
 def test_only_included_parameters_are_decayed_by_the_decay_mask():
     settings = {"learning_rate": 0.1, "weight_decay": 0.5, "decay_mask": {"b": False, "w": True}}
-    updates, _ = run(chains.magma(scale_by_adam(), 0.0, **settings), PARAMS, GRADS[:1])
+    updates, _ = run(chains.magma(scale_by_adam(), mask_prob=0.0, **settings), PARAMS, GRADS[:1])
     assert not np.any(updates[0]["b"])
     assert np.all(updates[0]["w"])
 

@@ -67,7 +67,9 @@ def policy_of(spec):
     options.setdefault("warmup_steps", base.warmup_steps)
     options.setdefault("reassignment_interval", base.reassignment_interval)
     forced = spec.get("force_tier2_layers", ())
-    return TierPolicy(fractions, warm or None, forced=forced, **REFERENCE_POLICY, **options)
+    return TierPolicy(
+        fractions, warmup_fractions=warm or None, forced=forced, **REFERENCE_POLICY, **options
+    )
 
 
 def chain_of(spec, group=None, **options):

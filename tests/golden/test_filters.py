@@ -50,8 +50,8 @@ def keras_muon(lr, weight_decay=0.004):
     )
     matrices = chains.muon(
         lr,
-        0.95,
-        weight_decay,
+        beta=0.95,
+        weight_decay=weight_decay,
         nesterov="elementwise",
         ns_steps=6,
         ns_dtype="float32",
@@ -79,7 +79,9 @@ def keras_base(spec, rec):
 def keras_grokfast(spec, rec):
     hp = spec["hp"]
     inner = keras_base(spec, rec)
-    return chains.grokfast(inner, hp.get("alpha", 0.99), hp.get("lamb", 5.0), start="zero")
+    return chains.grokfast(
+        inner, alpha=hp.get("alpha", 0.99), lamb=hp.get("lamb", 5.0), start="zero"
+    )
 
 
 BUILDERS = {

@@ -24,7 +24,9 @@ def base(spec):
         b1, b2 = kw.pop("betas", (0.9, 0.999))
         decoupled = spec["base"] == "adamw"
         weight_decay = kw.pop("weight_decay", 0.01 if decoupled else None)
-        inner = chains.adam(lr, b1, b2, kw.pop("eps", 1e-8), weight_decay if decoupled else None)
+        inner = chains.adam(
+            lr, b1, b2, eps=kw.pop("eps", 1e-8), weight_decay=weight_decay if decoupled else None
+        )
         found = "mu"
         coupled = None if decoupled else weight_decay
     assert not kw, kw

@@ -29,8 +29,8 @@ def torch_muon(spec):
     rms = hp.pop("adjust_lr_fn", None) == "match_rms_adamw"
     tx = chains.muon(
         hp.pop("lr", 1e-3),
-        hp.pop("momentum", 0.95),
-        hp.pop("weight_decay", 0.1),
+        beta=hp.pop("momentum", 0.95),
+        weight_decay=hp.pop("weight_decay", 0.1),
         nesterov="lerp" if hp.pop("nesterov", True) else None,
         ns_steps=hp.pop("ns_steps", 5),
         ns_eps=hp.pop("eps", 1e-7),
@@ -50,8 +50,8 @@ def optax_muon(spec):
     nesterov, eps = hp.pop("nesterov", True), hp.pop("eps", 1e-8)
     tx = chains.muon(
         hp.pop("learning_rate"),
-        hp.pop("beta", 0.95),
-        hp.pop("weight_decay", 0.0),
+        beta=hp.pop("beta", 0.95),
+        weight_decay=hp.pop("weight_decay", 0.0),
         nesterov="lerp" if nesterov else None,
         debias=True,
         ns_steps=hp.pop("ns_steps", 5),
@@ -87,7 +87,7 @@ def keras_muon(version):
         ratio, excluded = hp.pop("adam_lr_ratio", 1.0), hp.pop("exclude_layers", None) or []
         caution = hp.pop("caution", not head)
 
-        def exclude(path, _):
+        def exclude(path, _):  # Keras' patterns, of which some may match nothing
             return any(re.search(pattern, path) for pattern in excluded)
 
         words = ("bias", "embedding") if hp.pop("exclude_embeddings", True) else ("bias",)
@@ -95,8 +95,8 @@ def keras_muon(version):
         late, late_adam = (1.0, 1.0) if head else (1 - lr * wd, 1 - lr * ratio * wd)
         tx = chains.muon(
             lr,
-            hp.pop("muon_beta", 0.95),
-            wd * (2 - lr * wd),
+            beta=hp.pop("muon_beta", 0.95),
+            weight_decay=wd * (2 - lr * wd),
             mask=lambda tree: jax.tree.map(lambda label: label == "muon", routing(tree)),
             nesterov=(None if not hp.pop("nesterov", True) else "elementwise" if head else "raw"),
             ns_steps=hp.pop("ns_steps", 6 if head else 5),

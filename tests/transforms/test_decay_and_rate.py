@@ -18,19 +18,19 @@ def once(tx):
 
 
 def test_both():
-    updates = once(decay_and_rate(0.5, 0.1))
+    updates = once(decay_and_rate(0.5, weight_decay=0.1))
     np.testing.assert_allclose(updates["w"], [-0.5 * 1.1, -0.5 * 0.8], rtol=1e-6)
     np.testing.assert_allclose(updates["b"], -0.5 * 0.9, rtol=1e-6)
 
 
 def test_the_mask_says_what_decays():
-    updates = once(decay_and_rate(0.5, 0.1, {"b": False, "w": True}))
+    updates = once(decay_and_rate(0.5, weight_decay=0.1, mask={"b": False, "w": True}))
     np.testing.assert_allclose(updates["b"], -0.25, rtol=1e-6)
     np.testing.assert_allclose(updates["w"], [-0.55, -0.4], rtol=1e-6)
 
 
 def test_it_is_the_end_of_adamw():
-    tx = optax.chain(optax.scale_by_adam(), decay_and_rate(0.1, 0.2))
+    tx = optax.chain(optax.scale_by_adam(), decay_and_rate(0.1, weight_decay=0.2))
     expected = once(optax.adamw(0.1, weight_decay=0.2))
     np.testing.assert_allclose(once(tx)["w"], expected["w"], rtol=1e-6)
 

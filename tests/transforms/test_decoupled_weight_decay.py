@@ -44,7 +44,7 @@ def test_updates_keep_their_dtype():
 
 
 def test_decay_and_rate_are_the_two_links():
-    tx = decay_and_rate(0.5, 0.1, KERNELS)
+    tx = decay_and_rate(0.5, weight_decay=0.1, mask=KERNELS)
     links = optax.chain(optax.add_decayed_weights(0.1, KERNELS), optax.scale_by_learning_rate(0.5))
     assert_close(
         tx.update(GRADS, tx.init(PARAMS), PARAMS)[0],

@@ -11,7 +11,7 @@ from reference.filters import grokfast_ma as reference
 @pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("window_size", [1, 3, 7])
 def test_the_window_slides(window_size, warmup):
-    tx = grokfast_ma(window_size, 2.0, warmup=warmup)
+    tx = grokfast_ma(window_size, lamb=2.0, warmup=warmup)
     oracle = reference(window_size, 2.0, warmup)
     gradients = np.random.default_rng(0).normal(size=(10, 4))
     state = tx.init(jnp.zeros(4))

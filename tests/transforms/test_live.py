@@ -129,6 +129,89 @@ def test_bad_settings_are_named(values, error, message):
         set_hyperparams(chains.adam().init(PARAMS), **values)
 
 
+def rate_of(tx, state):
+    """The learning rate of one update of `sgd(decay=0)`."""
+    updates, state = tx.update(GRADS[0], state, PARAMS)
+    return -(updates["scale"] / GRADS[0]["scale"]).item(), state
+
+
+def test_a_hyperparameter_given_as_an_array_is_set_like_a_number():
+    tx = sgd(jnp.float32(0.5), decay=0.0)
+    rate, state = rate_of(tx, tx.init(PARAMS))
+    assert rate == pytest.approx(0.5)
+    state = set_hyperparams(state, learning_rate=0.25)
+    for _ in range(2):  # it stays
+        rate, state = rate_of(tx, state)
+        assert rate == pytest.approx(0.25)
+        assert hyperparams(state)["learning_rate"] == 0.25
+    rate, state = rate_of(tx, set_hyperparams(state, learning_rate=0.5))
+    assert rate == pytest.approx(0.5)
+
+
+def test_of_an_array_and_a_set_value_the_later_one_counts():
+    def make(rate):
+        return optax.with_extra_args_support(sgd(jnp.float32(rate), decay=0.0))
+
+    state = set_hyperparams(make(0.5).init(PARAMS), learning_rate=0.25)
+    for given, expected in ((0.5, 0.25), (0.125, 0.125), (0.125, 0.125), (0.5, 0.5)):
+        rate, state = rate_of(make(given), state)
+        assert rate == pytest.approx(expected)
+
+
+def test_an_array_is_set_under_jit_without_another_compilation():
+    tx = sgd(jnp.float32(0.5), decay=0.0)
+    step, state = jax.jit(tx.update), tx.init(PARAMS)
+    for rate in (0.5, 0.25, 0.0):
+        updates, state = step(GRADS[0], set_hyperparams(state, learning_rate=rate), PARAMS)
+        np.testing.assert_allclose(updates["scale"], -rate * GRADS[0]["scale"], rtol=1e-6)
+    assert step._cache_size() == 1
+
+
+def test_a_state_with_arrays_may_be_donated():
+    rate = jnp.float32(0.5)
+    for tx in (sgd(rate), optax.inject_hyperparams(sgd, static_args=("power",))(0.5)):
+        step, state = jax.jit(tx.update, donate_argnums=1), tx.init(PARAMS)
+        for _ in range(2):
+            _, state = step(GRADS[0], state, PARAMS)
+    assert rate == 0.5  # it is the caller's, not part of the state
+
+
+def test_a_gradient_with_respect_to_an_array_passes():
+    """The update is -rate g with a fresh state, so its derivative is -g, of the array of init or a later one."""
+    state = sgd(jnp.float32(0.5), decay=0.0).init(PARAMS)
+
+    def later(rate):
+        return sgd(rate, decay=0.0).update(GRADS[0], state, PARAMS)[0]["scale"]
+
+    def from_the_start(rate):
+        tx = sgd(rate, decay=0.0)
+        return tx.update(GRADS[0], tx.init(PARAMS), PARAMS)[0]["scale"]
+
+    for f in (later, from_the_start):
+        for rate in (0.5, 0.25):
+            assert jax.grad(f)(jnp.float32(rate)) == pytest.approx(-GRADS[0]["scale"].item())
+
+
+def test_a_decay_of_zero_needs_no_parameters():
+    for make in (chains.adam, chains.nadam, chains.muon, chains.casmo, chains.stam, chains.cosmic):
+        tx = make(weight_decay=0.0)
+        updates, state = tx.update(GRADS[0], tx.init(PARAMS))
+        assert_identical(updates, tx.update(GRADS[0], tx.init(PARAMS), PARAMS)[0])
+        assert signature_of(state) == signature_of(tx.init(PARAMS))
+        with pytest.raises(ValueError, match=r"the parameters"):
+            make(weight_decay=0.1).update(GRADS[0], make(weight_decay=0.1).init(PARAMS))
+
+
+def test_a_decay_of_zero_that_is_set_needs_them():
+    tx = chains.adam(mask=lambda params: jax.tree.map(lambda p: p.ndim > 0, params))
+    state = set_hyperparams(tx.init(PARAMS), weight_decay=0.5)
+    with pytest.raises(ValueError, match=r"adam: `weight_decay` was set to 0.5 and needs the par"):
+        tx.update(GRADS[0], state)
+    tx.update(GRADS[0], state, PARAMS)
+    tx.update(GRADS[0], set_hyperparams(state, weight_decay=0.0))
+    jax.jit(tx.update)(GRADS[0], state)  # what the docstring of `live` says of jit
+
+
 def test_a_tracer_may_be_set():
     tx = chains.adam(weight_decay=None)
 

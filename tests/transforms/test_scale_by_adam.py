@@ -95,7 +95,7 @@ def test_no_first_moment_of_its_own():
 
 def test_a_momentum_leaf_replaces_the_first_moment():
     """With no adaptation STAM's moment is Adam's, whatever b1 `scale_by_adam` was given."""
-    chained = optax.chain(adaptive_beta1(0.9, 0.0), scale_by_adam(b1=0.5))
+    chained = optax.chain(adaptive_beta1(0.9, adapt_strength=0.0), scale_by_adam(b1=0.5))
     adam, _ = run(scale_by_adam(b1=0.9), GRADIENTS)
     ours, _ = run(chained, GRADIENTS)
     np.testing.assert_allclose(ours, adam, rtol=2e-5, atol=1e-6)

@@ -31,13 +31,15 @@ def formula(blend, start="zero", debias="both", with_nu=True):
 @pytest.mark.parametrize("start", ["zero", "gradient"])
 @pytest.mark.parametrize("debias", ["both", "second"])
 def test_follows_the_formula(blend, start, debias):
-    tx = scale_by_dual_ema(B1, B1_LONG, B2, EPS, blend=blend, start=start, debias=debias)
+    tx = scale_by_dual_ema(
+        B1, b1_long=B1_LONG, b2=B2, eps=EPS, blend=blend, start=start, debias=debias
+    )
     seen, _ = run(tx, jnp.zeros(6), GRADS)
     np.testing.assert_allclose(seen, formula(blend, start, debias), rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_second_moment_it_is_momentum():
-    tx = scale_by_dual_ema(B1, B1_LONG, None, blend=0.3)
+    tx = scale_by_dual_ema(B1, b1_long=B1_LONG, b2=None, blend=0.3)
     seen, state = run(tx, jnp.zeros(6), GRADS)
     assert state.nu is None
     np.testing.assert_allclose(seen, formula(0.3, with_nu=False), rtol=1e-5, atol=1e-6)
@@ -66,11 +68,11 @@ def test_what_the_blend_does_not_use_is_not_kept(settings, kept):
 
 
 def test_a_blend_for_each_tier_takes_the_tier_in_force():
-    tx = scale_by_dual_ema(B1, B1_LONG, blend=(0.0, 0.5, 1.0), blend_by="tier")
+    tx = scale_by_dual_ema(B1, b1_long=B1_LONG, blend=(0.0, 0.5, 1.0), blend_by="tier")
     start = tx.init(jnp.zeros(6))
     _, state = tx.update(GRADS[0], start, tier=2, synced_tier=0)
     for tier, blend in enumerate((0.0, 0.5, 1.0)):
-        one = scale_by_dual_ema(B1, B1_LONG, blend=blend, keep_long=True)
+        one = scale_by_dual_ema(B1, b1_long=B1_LONG, blend=blend, keep_long=True)
         _, after = one.update(GRADS[0], one.init(jnp.zeros(6)))
         expected, _ = one.update(GRADS[1], after)
         actual, _ = tx.update(GRADS[1], state, tier=tier, synced_tier=0)

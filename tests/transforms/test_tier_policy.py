@@ -49,7 +49,7 @@ def test_a_single_tensor_can_leave_the_lowest_tier(rounding, expected):
 
 
 def test_warmup_has_its_own_fractions():
-    policy = TierPolicy({1: 0.0}, {1: 1.0}, warmup_steps=5)
+    policy = TierPolicy({1: 0.0}, warmup_fractions={1: 1.0}, warmup_steps=5)
     assert candidates(policy, [1.0, 2.0], step=4) == [1, 1]
     assert candidates(policy, [1.0, 2.0], step=5) == [0, 0]
 
