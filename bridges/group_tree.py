@@ -14,6 +14,7 @@ from torch import Tensor
 from chainrule.bridges.layout import Slot, live_leaves, slots
 from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.runtime import InPlace, make_step
+from chainrule.bridges.meant import Meant
 from chainrule.bridges.program import (
     BridgeState,
     Extras,
@@ -38,6 +39,7 @@ class Options(NamedTuple):
     compile: bool
     engine: str
     rounding: str | None
+    meant: Meant
 
 
 def _struct(tensor: Tensor) -> Struct:
@@ -86,7 +88,10 @@ class GroupTree:
         self.options = options
         self.named = named
         self.tiers = tiers
-        self.chain = as_transformation(options.chain)
+        keys = labels if named else list(map(str, range(len(params))))
+        self.chain = options.meant.told(
+            as_transformation(options.chain), dict(zip(params, keys, strict=True))
+        )
         places: Any = (
             dict(zip(labels, range(len(params)), strict=True))
             if named

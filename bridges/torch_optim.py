@@ -1,6 +1,7 @@
 """TorchBridge: any gradient transformation, ours or optax's, as a native torch optimizer."""
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from chainrule.bridges.following import (
 from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
 from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
+from chainrule.bridges.meant import Meant
 from chainrule.bridges.scalars import apart
 from chainrule.bridges.tiers import gates_logged, retiered, tiers_of
 from chainrule.transforms import metrics
@@ -107,11 +109,12 @@ class TorchBridge(torch.optim.Optimizer):
         check_choice("TorchBridge", "rounding", rounding, (None, "stochastic"))
         if compile and engine == "xla":
             raise ValueError('TorchBridge: `compile` is for engine="torch"; XLA always compiles')
-        self._options = Options(chain, compile, engine, rounding)
+        self._options = Options(chain, compile, engine, rounding, Meant())
         self._trees: list[GroupTree | None] = []
         self._members: list[list[Tensor]] = []
         self._known: list[Known] = []
         super().__init__(params, dict(group_defaults))
+        self._options.meant.check(p for group in self.param_groups for p in group["params"])
 
     # ---- groups ----------------------------------------------------------------------------
 
@@ -300,6 +303,7 @@ class TorchBridge(torch.optim.Optimizer):
     ) -> tuple[GroupTree | None, list[Tensor], list[Tensor]]:
         """The tree of a group that was at `place`, the leaves of its state, and its members."""
         seen, old = self._known[place], self._tree(place)
+        self._options.meant.replaced(origin)
         for key, value in seen.group.items():  # where the dict is another one
             if key != "param_names":
                 group.setdefault(key, value)
@@ -532,6 +536,9 @@ class TorchBridge(torch.optim.Optimizer):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__setstate__(copy.deepcopy(self._without_programs(), memo))
+        groups = zip(new.param_groups, self.param_groups, strict=True)
+        pairs = [zip(a["params"], b["params"], strict=True) for a, b in groups]
+        new._options.meant.replaced(dict(itertools.chain.from_iterable(pairs)))
         return new
 
     # ---- one state, two runtimes -----------------------------------------------------------

@@ -48,7 +48,8 @@ def magma(
       moment: `"mu"`, `"nu"` or `"trace"`, as the inner chain names it, or `"own"` (`inner` without momentum; Magma
         0.1.1).
       init_alignment: alignment that `init` writes, in [0, 1].
-      exclude: parameters left alone: path patterns, a function of path and parameter, or a tree of booleans.
+      exclude: parameters left alone: path patterns, a set of paths or (in a torch bridge) of parameters, a function of
+        path and parameter, or a tree of booleans.
       seed: an integer or a threefry key.
       state_dtype: dtype of Magma's own moment, default the parameter's.
       decay_mask: which parameters decay, as `mask` of `optax.adamw`.

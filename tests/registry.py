@@ -117,7 +117,7 @@ def _schedule(count):
 
 
 def _is_scale(path, _):
-    return "scale" in path
+    return "scale" in path or not path  # or the only leaf
 
 
 def _of_adam(

@@ -18,8 +18,9 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
 from chainrule.transforms._numerics import ema, finite, increment, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._selection import select
 from chainrule.transforms._sums import sums
-from chainrule.transforms._trees import is_masked, map_unmasked, select, unmasked_leaves
+from chainrule.transforms._trees import is_masked, map_unmasked, unmasked_leaves
 from chainrule.transforms._words import checked_words
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
@@ -74,8 +75,9 @@ def momentum_alignment_mask(
       moment: what the gradient is compared with. `"mu"`, `"nu"` or `"trace"`: that of an earlier link, after its
         update; `"own"`: an average of the gradients kept here, one more tensor for each parameter.
       init_alignment: s_0, in [0, 1]; the repository has 1, another port 0.5.
-      exclude: parameters that pass unchanged and draw nothing: a path pattern or several (regular expressions searched
-        in `"layer/kernel"`), a function of path and parameter, or a tree of booleans.
+      exclude: parameters that pass unchanged and draw nothing: a path pattern or a list of several (regular expressions
+        searched in `"layer/kernel"`), a set of whole paths or (in a torch bridge) of parameters, a function of path and
+        parameter, or a tree of booleans.
       seed: an integer or a threefry key.
       state_dtype: dtype of the atom's own moment, default the parameter's.
 
@@ -84,9 +86,9 @@ def momentum_alignment_mask(
       and optionally `mask`, a tree of numbers to be used in place of the draws (recorded ones, for example).
 
     Raises:
-      ValueError: an argument outside its range; a pattern that matches nothing; at `update`, `grad` or the moment
-        missing.
-      TypeError: with `moment="own"`, a parameter that is not floating point or complex.
+      ValueError: an argument outside its range; a pattern, path, parameter or function of `exclude` that matches nothing;
+        at `update`, `grad` or the moment missing.
+      TypeError: another `exclude`; with `moment="own"`, a parameter that is not floating point or complex.
 
     >>> from chainrule.transforms import chain
     >>> tx = chain(optax.scale_by_adam(), momentum_alignment_mask(mask_prob=1.0))

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chainrule.transforms._trees import path_name, select
+from chainrule.transforms._selection import select
+from chainrule.transforms._trees import path_name
 
 MUON, ADAM = "muon", "adam"
 

@@ -91,7 +91,7 @@ def keras_muon(version):
             return any(re.search(pattern, path) for pattern in excluded)
 
         words = ("bias", "embedding") if hp.pop("exclude_embeddings", True) else ("bias",)
-        routing = Routing(exclude=exclude, words=words)
+        routing = Routing(exclude=exclude if excluded else None, words=words)
         late, late_adam = (1.0, 1.0) if head else (1 - lr * wd, 1 - lr * ratio * wd)
         tx = chains.muon(
             lr,
