@@ -86,8 +86,8 @@ def momentum_alignment_mask(
       and optionally `mask`, a tree of numbers to be used in place of the draws (recorded ones, for example).
 
     Raises:
-      ValueError: an argument outside its range; a pattern, path, parameter or function of `exclude` that matches nothing;
-        at `update`, `grad` or the moment missing.
+      ValueError: an argument outside its range; a pattern, path, parameter or function of `exclude` that matches
+        nothing; at `update`, `grad` or the moment missing.
       TypeError: another `exclude`; with `moment="own"`, a parameter that is not floating point or complex.
 
     >>> from chainrule.transforms import chain
