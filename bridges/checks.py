@@ -1,12 +1,36 @@
 """What a bridge refuses among parameters and gradients, before anything is written."""
 
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_Result = TypeVar("_Result")
+
+_FLAGS = {
+    "foreach": "a bridge batches over parameters by itself",
+    "fused": "use TorchBridge(..., compile=True)",
+    "capturable": "a bridge reads no values on the host where its chain needs none",
+    "maximize": "negate the gradients in the chain: optax.chain(optax.scale(-1.0), ...)",
+    "amsgrad": "use optax.amsgrad for the chain",
+}
+"""What torch's own optimizers take: False and None ask for what a bridge does; what to do for the rest."""
+
+
+def check_flags(group: Mapping[str, Any], owner: str) -> None:
+    """Raises `ValueError` for a flag of torch's optimizers that asks for what no bridge does."""
+    for flag, remedy in _FLAGS.items():
+        if group.get(flag):
+            raise ValueError(f"{owner}: `{flag}` cannot be {group[flag]!r} in a bridge; {remedy}")
+
+
+def is_flag(key: str, value: Any) -> bool:
+    """Whether a group's entry is a flag of torch's optimizers that asks for nothing."""
+    return key in _FLAGS and not value
 
 
 def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
@@ -14,6 +38,16 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
     if len(set(labels)) != len(labels):
         raise ValueError("TorchBridge: two parameters of one group have the same name")
     for p, label in zip(params, labels, strict=True):
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"TorchBridge: parameter {label} has no shape yet; run the model once (a lazy module finds its shapes "
+                "then) before you make the bridge"
+            )
+        if p.is_inference():
+            raise ValueError(
+                f"TorchBridge: parameter {label} was made in torch.inference_mode, so no step may change it; make the "
+                "model outside"
+            )
         if p.is_complex():
             raise TypeError(
                 f"TorchBridge: parameter {label} is {p.dtype}; JAX and torch conjugate complex gradients differently, "
@@ -42,18 +76,42 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             )
 
 
+def check_not_meta(params: Sequence[Tensor], owner: str) -> None:
+    """Raises `RuntimeError` for parameters on the device `meta`."""
+    if params[0].is_meta:
+        raise RuntimeError(
+            f"{owner}: its parameters are on the device `meta` and have no gradients. `model.to_empty` makes new "
+            "parameters, so make the bridge after it, or call "
+            "torch.__future__.set_swap_module_params_on_conversion(True) before it"
+        )
+
+
+def outside_inference_mode(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """`function` with inference mode off: tensors that are made in it could not be changed outside."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> _Result:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def check_gradients(
     params: Sequence[Tensor],
     grads: Sequence[Any],
     dtypes: Sequence[torch.dtype],
+    shapes: Sequence[torch.Size],
     labels: Sequence[str],
 ) -> None:
-    """Raises `RuntimeError` for a gradient that is sparse, or where a dtype is not the one that was traced."""
-    for p, g, dtype, label in zip(params, grads, dtypes, labels, strict=True):
-        if p.dtype is not dtype:
+    """Raises `RuntimeError` for a sparse gradient, or where a dtype or a shape is not the one that was traced."""
+    for p, g, dtype, shape, label in zip(params, grads, dtypes, shapes, labels, strict=True):
+        if p.dtype is not dtype or p.shape != shape:
+            then, now = f"{dtype} {tuple(shape)}", f"{p.dtype} {tuple(p.shape)}"
             raise RuntimeError(
-                f"TorchBridge: parameter {label} was {dtype} when the bridge was made and is {p.dtype} now; make a new "
-                "bridge"
+                f"TorchBridge: parameter {label} was {then} when the state was made and is {now} now; make a new bridge"
             )
         if g is None:
             continue

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chainrule.bridges.checks import check_flags
 from chainrule.bridges.layout import Slot, live_leaves, slots
 from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
+from chainrule.bridges.lowering.convert import physical_shape
 from chainrule.bridges.lowering.runtime import InPlace, make_step
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.program import (
@@ -29,6 +31,7 @@ from chainrule.bridges.xla_engine import make_xla_step, used_inputs, x64_if_wide
 from chainrule.transforms import assign
 from chainrule.transforms._checks import check_bounds
 
+_HALF = (torch.bfloat16, torch.float16)
 _MULTIPLIER = "lr"  # the key of the learning rate, or of the multiplier that stands in for it
 
 
@@ -58,13 +61,43 @@ def shortest(value: Tensor) -> float | int:
     return number
 
 
+def _check_value(owner: str, name: str, value: Any, dtype: torch.dtype) -> None:
+    """Raises `ValueError` where a number is out of bounds, or is so in the half-precision dtype that holds it."""
+    held = value
+    if dtype in _HALF:
+        held = torch.tensor(float(value), dtype=dtype, device="cpu").item()
+    try:
+        check_bounds(owner, **{name: value})
+        check_bounds(owner, **{name: held})
+    except ValueError as error:
+        if dtype not in _HALF or held != 1:
+            raise
+        raise ValueError(
+            f"{error}. Its chain keeps hyperparameters in {dtype}, where 0.999 is 1: optax.inject_hyperparams takes "
+            "the dtype of the parameters; give it `hyperparam_dtype=jnp.float32`"
+        ) from error
+
+
+def pair(betas: Any, owner: str = "TorchBridge") -> tuple[Any, Any]:
+    """`betas` of a group as (b1, b2).
+
+    Raises:
+      ValueError: it is no pair.
+    """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{owner}: `betas` must be a pair (b1, b2), got {betas!r}")
+    return betas[0], betas[1]
+
+
 class GroupTree:
     """The tree, state layout and program of one parameter group.
 
     Attributes:
       params: the parameters in the order in which JAX flattens the tree.
       labels: what messages call them.
-      dtypes: what they were when the chain was traced.
+      dtypes, shapes: what they were when the chain was traced.
+      keepers: the parameters under which the state is kept.
+      is_initial: whether the state is known to be as `init` made it, no step since.
       head: the parameter that keeps what belongs to the whole group.
       device: the device of all of them.
       slots: the home of every leaf of the state.
@@ -103,6 +136,8 @@ class GroupTree:
         self.params = [params[i] for i in order]
         self.labels = [labels[i] for i in order]
         self.dtypes = [p.dtype for p in self.params]
+        self.shapes = [p.shape for p in self.params]
+        self.is_initial = False
         self.device = self._one_device()
         self._trace()
         state = jax.tree.unflatten(self.state_structure, self.state_avals)
@@ -117,6 +152,7 @@ class GroupTree:
         self._bind(self.params, self.head)
         numbered = self.state(range(len(self.slots)))
         self._tiered = next(iter(tiered_states(numbered)), None)  # positions in the place of leaves
+        self._checked: list[int] = []
         self._live_tensors: dict[str, Tensor] = {}
         self._filled: dict[str, Any] = {}
         self._place()
@@ -130,8 +166,8 @@ class GroupTree:
             else (self.head if slot.owner is None else self.params[slot.owner], slot.name)
             for i, slot in enumerate(self.slots)
         ]
-        self._keepers = list(dict.fromkeys(home[0] for home in self.homes if home))
-        index = {p: i for i, p in enumerate(self._keepers)}
+        self.keepers = list(dict.fromkeys(home[0] for home in self.homes if home))
+        index = {p: i for i, p in enumerate(self.keepers)}
         self._places = [home and (index[home[0]], home[1]) for home in self.homes]
 
     def bound_to(
@@ -256,7 +292,7 @@ class GroupTree:
                 ]
                 state = self._initial(jax.tree.unflatten(self.params_structure, arrays))
                 leaves = [to_torch(leaf, self.device) for leaf in jax.tree.leaves(state)]
-        values = {key: shortest(leaves[leaf]) for key, leaf in self.live.items()}
+        values = {key: shortest(leaf) for key, leaf in self._initial_values(leaves).items()}
         if self.multiplier:
             values[_MULTIPLIER] = 1.0
         if self.options.rounding:
@@ -269,14 +305,54 @@ class GroupTree:
         ]
         return leaves, values
 
+    def _initial_values(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.device.type != "meta":
+            return {key: leaves[leaf] for key, leaf in self.live.items()}
+        # Nothing on `meta` has a value; the hyperparameters depend on none.
+        params = jax.tree.unflatten(self.params_structure, self._structs)
+        only = list(self.live.values())
+        values = lower(lambda p: [jax.tree.leaves(self._initial(p))[i] for i in only], params)
+        return dict(zip(self.live, values(*self.params), strict=True))
+
+    def is_stale(self) -> bool:
+        """Whether a parameter has another dtype or shape, or has left `meta`, since the chain was traced."""
+        left = self.device.type == "meta" and self.params[0].device != self.device
+        return (
+            left
+            or any(p.dtype is not d for p, d in zip(self.params, self.dtypes, strict=True))
+            or any(p.shape != s for p, s in zip(self.params, self.shapes, strict=True))
+        )
+
     def leaves(self, state: dict[Tensor, dict[str, Tensor]]) -> list[Tensor]:
-        """The leaves of the chain's state, from the optimizer's."""
+        """The leaves of the chain's state, from the optimizer's.
+
+        Raises:
+          KeyError: the optimizer's lacks one.
+        """
         # A parameter's hash is a call: one for each, not for each leaf.
-        entries = [state[p] for p in self._keepers]
+        entries = [state[p] for p in self.keepers]
         leaves = [entries[place[0]][place[1]] if place else None for place in self._places]
         for key, leaf in self.live.items():
             leaves[leaf] = self._live_tensors[key]
         return leaves  # pyright: ignore[reportReturnType]
+
+    def check(self, leaves: Sequence[Tensor], owner: str) -> None:
+        """Raises `RuntimeError` for an entry of the state that was replaced by one of another kind.
+
+        A program relies on what it was compiled for. The entries are the same tensors in most steps.
+        """
+        found = list(map(id, leaves))
+        if found == self._checked:
+            return
+        for leaf, aval, slot in zip(leaves, self.state_avals, self.slots, strict=True):
+            want = torch_dtype(aval.dtype), physical_shape(aval), self.device
+            got = leaf.dtype, tuple(leaf.shape), leaf.device
+            if got != want:
+                raise RuntimeError(
+                    f"{owner}: state entry `{slot.name}` is {got[0]} {got[1]} on {got[2]}, expected "
+                    f"{want[0]} {want[1]} on {want[2]}"
+                )
+        self._checked = found
 
     def is_due(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether the policy of the chain's tiers may move parameters before the next update."""
@@ -326,6 +402,10 @@ class GroupTree:
           TypeError: a value is no number.
           ValueError: a value is out of bounds.
         """
+        check_flags(group, owner)
+        for key in self.keys:
+            if key not in group:
+                raise ValueError(f"{owner} has no `{key}` any more, a hyperparameter of its chain")
         self.sync_betas(group)
         for key in self.keys:
             value = group[key]
@@ -337,7 +417,8 @@ class GroupTree:
                 if not isinstance(value, numbers.Real) or isinstance(value, bool):
                     raise TypeError(f"{owner}: `{key}` must be a number or a tensor, got {value!r}")
                 name = key.rpartition(".")[2]
-                check_bounds(owner, **{"learning_rate" if name == _MULTIPLIER else name: value})
+                name = "learning_rate" if name == _MULTIPLIER else name
+                _check_value(owner, name, value, target.dtype)
                 target.fill_(float(value))
                 self._filled[key] = value
 
@@ -350,8 +431,9 @@ class GroupTree:
         """Makes `betas` and the pair (b1, b2) agree: `betas` counts if it changed since the last call."""
         if not self.has_betas:
             return
-        if "betas" in self._filled and group["betas"] != self._filled["betas"]:
-            group["b1"], group["b2"] = group["betas"]
+        known = self._filled.get("betas")
+        if known is not None and group.setdefault("betas", known) != known:
+            group["b1"], group["b2"] = pair(group["betas"])
         group["betas"] = self._filled["betas"] = (group["b1"], group["b2"])
 
     def program(self, loss: Any) -> tuple[InPlace, list[Tensor]]:
@@ -370,7 +452,11 @@ class GroupTree:
                 )
             self._value.copy_(loss.detach().reshape(()))
         elif self.reads_value:
-            self._value.fill_(loss)
+            if not isinstance(loss, numbers.Real):
+                raise TypeError(
+                    f"TorchBridge: the closure must return a scalar loss, got {type(loss).__name__}"
+                )
+            self._value.fill_(float(loss))
         return self.run, [self._multiplier, self._value]
 
     def _without_value(self) -> InPlace:

@@ -101,9 +101,19 @@ def slots(state: Any, params: Any) -> list[Slot]:
 def live_leaves(state_structure: Any) -> dict[str, int]:
     """Name of every live hyperparameter -> position of its leaf in the flattened state.
 
+    A chain inside a tier has its hyperparameters once for each tensor: they are the tensor's state and none of these.
+
     >>> import chainrule, jax.numpy as jnp
     >>> state = chainrule.chains.adam(weight_decay=None).init({"w": jnp.ones(2)})
     >>> sorted(live_leaves(jax.tree.structure(state)))
     ['b1', 'b2', 'eps', 'eps_root', 'learning_rate']
     """
-    return hyperparams(jax.tree.unflatten(state_structure, range(state_structure.num_leaves)))  # pyright: ignore[reportReturnType]
+    numbered = jax.tree.unflatten(state_structure, range(state_structure.num_leaves))
+
+    def is_tiered(node: Any) -> bool:
+        return isinstance(node, TieredState)
+
+    def outside(node: Any) -> Any:
+        return node._replace(inner=()) if is_tiered(node) else node
+
+    return hyperparams(jax.tree.map(outside, numbered, is_leaf=is_tiered))  # pyright: ignore[reportReturnType]

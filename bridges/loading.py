@@ -4,10 +4,11 @@ Each function checks everything and returns a plan, pairs of a tensor of the sta
 written when it raises.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,45 @@ def carry_out(plan: Plan) -> None:
     """Copies every value into its tensor."""
     for target, value in plan:
         target.copy_(value)
+
+
+def check_layout(state_dict: Any, owner: str) -> None:
+    """Raises `TypeError` or `ValueError` for what is no state dict of an optimizer, or only a part of one."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"{owner} must be a dict, as `state_dict()` returns, got {type(state_dict).__name__}"
+        )
+    for key, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if key not in state_dict:
+            raise ValueError(f"{owner} has no `{key}`; its keys are {sorted(map(str, state_dict))}")
+        if not isinstance(state_dict[key], kind):
+            found = type(state_dict[key]).__name__
+            raise ValueError(f"{owner}: `{key}` is a {found}, as no `state_dict()` returns it")
+    for i, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"{owner}: its param group {i} has no list `params`")
+    for key, entry in state_dict["state"].items():
+        if not isinstance(entry, (Mapping, type(None))):
+            found = type(entry).__name__
+            raise ValueError(f"{owner}: the state of parameter {key} is a {found}, expected a dict")
+
+
+def tiers_in(entries: Iterable[dict[str, Any]], key: str, where: str) -> tuple[int, ...] | None:
+    """The tiers that a saved group has under `key`, taken out of its entries; None if it has none."""
+    found = [entry.pop(key) for entry in entries if key in entry]
+    if not found:
+        return None
+    if not isinstance(found[0], Tensor) or found[0].ndim != 1 or found[0].is_floating_point():
+        raise ValueError(
+            f"{where}: state entry `{key}` is {_described(found[0])}, expected a vector of integers"
+        )
+    return tuple(found[0].tolist())
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def from_state_dict(
@@ -70,11 +110,17 @@ def from_state_dict(
             raise ValueError(
                 f"{where}: parameter {label[p]} has no state entry `{name}`; is it of another chain?"
             )
-        value = torch.as_tensor(entries[p][name])
-        if value.shape != target.shape or value.is_floating_point() != target.is_floating_point():
+        value = entries[p][name]
+        if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
+            value = torch.as_tensor(value, device=target.device)
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != target.shape
+            or value.is_floating_point() != target.is_floating_point()
+        ):
             raise ValueError(
-                f"{where}: state entry `{name}` of parameter {label[p]} is {value.dtype} {tuple(value.shape)}, "
-                f"expected {target.dtype} {tuple(target.shape)}"
+                f"{where}: state entry `{name}` of parameter {label[p]} is {_described(value)}, expected "
+                f"{_described(target)}"
             )
         plan.append((target, value))
     return plan
@@ -161,6 +207,9 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
     ]
     if not wanted:
         raise ValueError("load_torch_adam: this chain has no state with `count`, `mu` and `nu`")
+    for entry, label in zip(entries, tree.labels, strict=True):
+        if entry and "step" not in entry:
+            raise ValueError(f"load_torch_adam: the state of parameter {label} has no `step`")
     steps = {float(entry["step"]) for entry in entries if entry}
     if len(steps) > 1:
         raise ValueError(
@@ -189,5 +238,5 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
             and leaves[leaf].ndim == 0
         )
         if counts and steps:
-            plan.append((leaves[leaf], torch.tensor(steps.copy().pop())))
+            plan.append((leaves[leaf], torch.tensor(steps.copy().pop(), device="cpu")))
     return plan

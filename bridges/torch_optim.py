@@ -10,7 +10,14 @@ import jax
 import torch
 from torch import Tensor
 
-from chainrule.bridges.checks import check_gradients, check_params
+from chainrule.bridges.checks import (
+    check_flags,
+    check_gradients,
+    check_not_meta,
+    check_params,
+    is_flag,
+    outside_inference_mode,
+)
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.following import (
     Known,
@@ -21,8 +28,16 @@ from chainrule.bridges.following import (
     taken_over,
     unchanged,
 )
-from chainrule.bridges.group_tree import GroupTree, Options
-from chainrule.bridges.loading import Plan, carry_out, from_jax, from_state_dict, from_torch_adam
+from chainrule.bridges.group_tree import GroupTree, Options, pair
+from chainrule.bridges.loading import (
+    Plan,
+    carry_out,
+    check_layout,
+    from_jax,
+    from_state_dict,
+    from_torch_adam,
+    tiers_in,
+)
 from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.scalars import apart
@@ -60,7 +75,12 @@ class TorchBridge(torch.optim.Optimizer):
     bridge is made has no state until its first gradient; then it joins its group, under the group's step count.
 
     *State.* `optimizer.state[p]` holds the tensors that belong to `p` under the names of the chain's fields (`mu`,
-    `nu`); what belongs to the whole group (`count`) is kept with its first parameter.
+    `nu`); what belongs to the whole group (`count`) is kept with its first parameter. A group whose state is cleared
+    starts afresh at its next step, and so does a parameter whose state is removed, under the group's count. Until the
+    first step, dtype and shape of a parameter may change (`model.to(torch.bfloat16)`), and it may leave the device
+    `meta`.
+
+    *Flags* of torch's optimizers (`foreach`, `fused`, `capturable`, `maximize`, `amsgrad`) may be False or None.
 
     *Rounding.* `rounding="stochastic"` hands the chain the gradients of bfloat16 parameters as float32, adds its
     updates in float32 and rounds up or down at random, so that the expectation is exact. The bits are a hash of the
@@ -149,11 +169,13 @@ class TorchBridge(torch.optim.Optimizer):
         self._members.append(members)
         self._known.append(Known.of(group))
 
+    @outside_inference_mode
     def _adopt(
         self, index: int, group: dict[str, Any], given: set[str]
     ) -> tuple[GroupTree | None, list[Tensor], list[Tensor]]:
         """The tree of a new group, the leaves of its state, and its members; fills in the group's hyperparameters."""
         owner = f"TorchBridge: param group {index}"
+        check_flags(group, owner)
         params, labels = group["params"], self._labels(group)
         check_params(params, labels)
         members = [p for p in params if p.requires_grad] or list(params)
@@ -164,7 +186,7 @@ class TorchBridge(torch.optim.Optimizer):
             leaves, values = tree.initial_state()
         if tree and tree.has_betas:
             if "betas" in group and not given & {"b1", "b2"}:
-                group["b1"], group["b2"] = group["betas"]
+                group["b1"], group["b2"] = pair(group["betas"], owner)
             values["betas"] = group["betas"] = (
                 group.get("b1", values["b1"]),
                 group.get("b2", values["b2"]),
@@ -173,6 +195,7 @@ class TorchBridge(torch.optim.Optimizer):
             if (
                 key not in values
                 and key not in _TORCH_KEYS
+                and not is_flag(key, value)
                 and isinstance(value, (int, float, Tensor))
             ):
                 raise ValueError(
@@ -184,6 +207,7 @@ class TorchBridge(torch.optim.Optimizer):
             self.defaults.setdefault(key, value)
         if tree:
             tree.sync(group, owner)
+            tree.is_initial = True
         return tree, leaves, members
 
     def _labels(self, group: dict[str, Any]) -> list[str]:
@@ -226,7 +250,55 @@ class TorchBridge(torch.optim.Optimizer):
             if home:
                 self.state[home[0]][home[1]] = leaf
         if tree.tiers is not None:  # static in JAX; what a saved state needs to be loaded
-            self.state[tree.head][_TIERS] = torch.tensor(tree.tiers)
+            self.state[tree.head][_TIERS] = torch.tensor(tree.tiers, device="cpu")
+
+    def _leaves(self, index: int) -> list[Tensor]:
+        """The leaves of a group's state; what was removed from `optimizer.state` is made again, as in torch."""
+        tree: Any = self._tree(index)
+        try:
+            return tree.leaves(self.state)
+        except KeyError:
+            self._restart(index, tree)
+            return self._trees[index].leaves(self.state)  # pyright: ignore
+
+    def _restart(self, index: int, tree: GroupTree) -> None:
+        """Makes the state of a group again where all of it, or all of a parameter's, was removed."""
+        gone = {p for p in tree.keepers if not self.state.get(p)}
+        if len(gone) == len(tree.keepers):
+            if tree.tiers is not None:
+                tree = self._make_tree(self.param_groups[index], self._members[index])
+            self._replace(index, tree, tree.initial_state()[0])
+            for p in gone:  # where there is nothing, there is no entry
+                if not self.state[p]:
+                    del self.state[p]
+            tree.is_initial = True
+            return
+        label = dict(zip(tree.params, tree.labels, strict=True))
+        made = list(zip(tree.slots, tree.homes, tree.initial_state()[0], strict=True))
+        missing = [
+            (s, *home, leaf)
+            for s, home, leaf in made
+            if home and home[1] not in self.state[home[0]]
+        ]
+        for slot, p, name, _ in missing:
+            if p not in gone or slot.owner is None:
+                raise RuntimeError(
+                    f"TorchBridge: param group {index}: `optimizer.state` has no `{name}` of parameter {label[p]} any "
+                    "more; clear all of the group's to start afresh, or load a state dict"
+                )
+        for _, p, name, leaf in missing:
+            self.state[p][name] = leaf
+
+    def _renew(self, index: int) -> None:
+        """Makes tree and state of a group again that has made no step, for parameters that were cast or left `meta`."""
+        old = self._leaves(index)
+        new = self._make_tree(self.param_groups[index], self._members[index])
+        check_params(new.params, new.labels)
+        leaves, _ = new.initial_state()
+        if self._options.rounding and not old[-1].is_meta:
+            leaves[-1] = old[-1].to(new.device)  # the seed is of when the bridge was made
+        self._replace(index, new, leaves)
+        new.is_initial = True
 
     def _with_state(
         self,
@@ -248,6 +320,7 @@ class TorchBridge(torch.optim.Optimizer):
         if old:
             before = old.leaves(self._entries(old, origin))
             leaves = taken_over(old, before, new, leaves, origin, where)
+            new.is_initial = old.is_initial
         for key, value in values.items():
             group.setdefault(key, value)
         return new, leaves
@@ -261,6 +334,7 @@ class TorchBridge(torch.optim.Optimizer):
 
     # ---- groups that others changed --------------------------------------------------------
 
+    @outside_inference_mode
     def _follow(self) -> None:
         """Takes over what was done to the groups by hand since the last call; see `bridges.following`."""
         if unchanged(self.param_groups, self._known):
@@ -317,6 +391,9 @@ class TorchBridge(torch.optim.Optimizer):
         params = [order[q] for q in old.params if q in order]
         label = dict(zip(group["params"], labels, strict=True))
         own = [label[p] for p in params]
+        if old.keepers and not any(self._entries(old, origin).values()):  # it was cleared too
+            tree = self._make_tree(group, members)
+            return tree, tree.initial_state()[0], members
         in_order = own == old.labels if old.named else same(params, members)
         if in_order and [p.dtype for p in params] == old.dtypes and old.named == is_by_name(group):
             tree = old.bound_to(params, members[0], own)
@@ -332,16 +409,24 @@ class TorchBridge(torch.optim.Optimizer):
         for key in [k for k in self.state if isinstance(k, Tensor) and id(k) not in inside]:
             del self.state[key]
 
+    def _is_due(self, index: int) -> bool:
+        tree: Any = self._tree(index)
+        try:
+            return tree.is_due(self.state)
+        except KeyError:
+            self._leaves(index)
+            return self._trees[index].is_due(self.state)  # pyright: ignore
+
     def _retier(self) -> None:
         """Moves parameters between tiers where a policy says so; see `chainrule.retier`."""
         trees = [(i, tree) for i, tree in enumerate(self._trees) if tree and tree.tiers is not None]
         trees = [(i, tree) for i, tree in trees if any(p.grad is not None for p in tree.params)]
-        if not any(tree.is_due(self.state) for _, tree in trees):
+        if not any(self._is_due(index) for index, _ in trees):
             return
         states, grads, params = [], [], []
         for index, tree in trees:
             given = [p.grad for p in tree.params]
-            check_gradients(tree.params, given, tree.dtypes, tree.labels)
+            check_gradients(tree.params, given, tree.dtypes, tree.shapes, tree.labels)
             tree.sync(self.param_groups[index], f"TorchBridge: param group {index}")
             states.append(tree.jax_state(tree.leaves(self.state)))
             grads.append(tree.jax_tree(given))
@@ -375,7 +460,8 @@ class TorchBridge(torch.optim.Optimizer):
           What the closure returned, or None.
 
         Raises:
-          RuntimeError: a gradient that is sparse or of another dtype than its parameter.
+          RuntimeError: a gradient that is sparse or of another dtype than its parameter; a parameter or an entry of the
+            state that is not what it was; parameters on the device `meta` without gradients.
           ValueError: a hyperparameter out of bounds; no closure for a chain that reads the loss. Nothing has been
             written then.
         """
@@ -383,7 +469,15 @@ class TorchBridge(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(loss)
+        return loss
+
+    @outside_inference_mode
+    def _update(self, loss: Any) -> None:
         self._follow()
+        for index, tree in enumerate(self._trees):
+            if tree and (tree.is_initial or tree.device.type == "meta") and tree.is_stale():
+                self._renew(index)
         self._retier()
         ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
@@ -391,7 +485,6 @@ class TorchBridge(torch.optim.Optimizer):
                 if work is not None:
                     run, inputs = work
                     run(inputs)
-        return loss
 
     def _prepare(
         self, index: int, loss: Any
@@ -403,9 +496,8 @@ class TorchBridge(torch.optim.Optimizer):
             joining = [p for p in group["params"] if p not in inside and p.grad is not None]
             if joining:
                 labels = [f"of shape {tuple(p.shape)}" for p in joining]
-                check_gradients(
-                    joining, [p.grad for p in joining], [p.dtype for p in joining], labels
-                )
+                dtypes, shapes = [p.dtype for p in joining], [p.shape for p in joining]
+                check_gradients(joining, [p.grad for p in joining], dtypes, shapes, labels)
                 inside.update(joining)
                 members = [p for p in group["params"] if p in inside]
                 where = f"TorchBridge: param group {index}"
@@ -415,15 +507,23 @@ class TorchBridge(torch.optim.Optimizer):
                 return None
         grads: list[Any] = [p.grad for p in tree.params]
         absent = [i for i, g in enumerate(grads) if g is None]
+        owner = f"TorchBridge: param group {index}"
         if len(absent) == len(grads):
+            check_not_meta(tree.params, owner)
             return None
-        check_gradients(tree.params, grads, tree.dtypes, tree.labels)
+        check_gradients(tree.params, grads, tree.dtypes, tree.shapes, tree.labels)
+        leaves, tree = self._leaves(index), self._trees[index]
+        assert tree is not None
         if tree.params[0].device != tree.device:
             tree.move()
-            self._store(tree, [leaf.to(tree.device) for leaf in tree.leaves(self.state)])
-        tree.sync(group, f"TorchBridge: param group {index}")
+            leaves = [leaf.to(tree.device) for leaf in leaves]
+            self._store(tree, leaves)
+            leaves = tree.leaves(self.state)  # hyperparameters have moved already
+        tree.check(leaves, owner)
+        tree.sync(group, owner)
         run, extras = tree.program(loss)
-        params, leaves = tree.params, tree.leaves(self.state)
+        params = tree.params
+        tree.is_initial = False
         if absent:
             # The program runs on copies of what shall stay, which are then forgotten.
             kept = set(absent)
@@ -442,11 +542,13 @@ class TorchBridge(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`: tensors and numbers only, for any way of saving."""
         self._follow()
-        for tree, group in zip(self._trees, self.param_groups, strict=True):
+        for index, (tree, group) in enumerate(zip(self._trees, self.param_groups, strict=True)):
             if tree:
+                self._leaves(index)
                 tree.sync_betas(group)
         return super().state_dict()
 
+    @outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copies a state dict of the same chain and shapes into this optimizer; going on equals not having stopped.
 
@@ -458,13 +560,15 @@ class TorchBridge(torch.optim.Optimizer):
           state_dict: what `state_dict` returned.
 
         Raises:
-          ValueError: the state dict is another chain's, of other names or in other shapes; the message names the entry,
-            and the optimizer is unchanged.
+          TypeError: it is no dict.
+          ValueError: the state dict is incomplete, another chain's, of other names or in other shapes; the message
+            names the entry, and the optimizer is unchanged.
         """
         self._follow()
-        state_dict = state_dict.copy()
+        state_dict = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        check_layout(state_dict, "TorchBridge: the loaded state dict")
         saved_groups = copy.deepcopy(state_dict["param_groups"])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
@@ -476,6 +580,8 @@ class TorchBridge(torch.optim.Optimizer):
             if tree and tree is not self._tree(index):
                 self._replace(index, tree, leaves)
             carry_out(plan)
+            if tree:
+                tree.is_initial = False
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             known = as_saved(group, saved)
             fixed = {key: known[key] for key in ("params", "param_names") if key in known}
@@ -489,17 +595,17 @@ class TorchBridge(torch.optim.Optimizer):
     ) -> tuple[GroupTree | None, list[Tensor], Plan]:
         """The tree that the saved state of a group asks for, the leaves of its state, and what to copy into them."""
         where = f"TorchBridge: param group {index} of the loaded state dict"
-        group, tree = self.param_groups[index], self._tree(index)
+        check_flags(saved, where)
+        leaves = self._leaves(index) if self._tree(index) else []
+        group, tree = self.param_groups[index], self._trees[index]
         ids = saved_ids(group, saved, where)
         group = as_saved(group, saved)
         entries = {
             p: dict(saved_state.get(k) or {}) for k, p in zip(ids, group["params"], strict=True)
         }
-        found = [entry.pop(_TIERS) for entry in entries.values() if _TIERS in entry]
-        tiers = tuple(torch.as_tensor(found[0]).tolist()) if found else None
+        tiers = tiers_in(entries.values(), _TIERS, where)
         inside = set(self._members[index])
         members = [p for p, entry in entries.items() if entry or p in inside]
-        leaves = tree.leaves(self.state) if tree else []
         fits = (
             tree is not None
             and len(members) == len(inside)
@@ -510,6 +616,8 @@ class TorchBridge(torch.optim.Optimizer):
             leaves, _ = tree.initial_state()
         if tree is None:
             return None, [], []
+        if tiers is not None and tree.tiers is None:
+            raise ValueError(f"{where} has tiers, this chain has none; is it of another chain?")
         return tree, leaves, from_state_dict(tree, leaves, saved, entries, where)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -531,6 +639,11 @@ class TorchBridge(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_known", [Known.of(group) for group in self.param_groups])
         self._trees = [None] * len(self._members)
+
+    def __copy__(self) -> "TorchBridge":
+        new = type(self).__new__(type(self))
+        new.__setstate__(self._without_programs())
+        return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TorchBridge":
         new = type(self).__new__(type(self))
@@ -572,6 +685,7 @@ class TorchBridge(torch.optim.Optimizer):
             plan += copies
             values.append((self.param_groups[index], hyperparams))
         carry_out(plan)
+        self._is_loaded()
         for group, hyperparams in values:
             group.update(hyperparams)
         for index, group in enumerate(self.param_groups):
@@ -587,10 +701,12 @@ class TorchBridge(torch.optim.Optimizer):
           state_dict: the state dict of the torch optimizer.
 
         Raises:
-          ValueError: the chain has no state with `mu` and `nu`, the shapes differ, or the parameters of a group differ
-            in their number of steps; the optimizer is unchanged.
+          TypeError: it is no dict.
+          ValueError: it is incomplete, the chain has no state with `mu` and `nu`, the shapes differ, or the parameters
+            of a group differ in their number of steps; the optimizer is unchanged.
         """
         self._follow()
+        check_layout(state_dict, "load_torch_adam: the state dict")
         saved_groups = state_dict["param_groups"]
         if [len(g["params"]) for g in saved_groups] != [
             len(g["params"]) for g in self.param_groups
@@ -606,6 +722,12 @@ class TorchBridge(torch.optim.Optimizer):
             entries = [state_dict["state"].get(saved[p]) for p in tree.params]
             plan += from_torch_adam(tree, leaves, entries)
         carry_out(plan)
+        self._is_loaded()
+
+    def _is_loaded(self) -> None:
+        for tree in self._trees:
+            if tree:
+                tree.is_initial = False
 
     # ---- looking inside --------------------------------------------------------------------
 
@@ -631,6 +753,8 @@ class TorchBridge(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             tree = self._tree(index)
             if tree:
+                leaves, tree = self._leaves(index), self._trees[index]
+                assert tree is not None
                 tree.sync(group, f"TorchBridge: param group {index}")
-                found.append((index, tree.leaves(self.state), tree))
+                found.append((index, leaves, tree))
         return found

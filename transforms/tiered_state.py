@@ -254,11 +254,22 @@ def assign(state: Any, tiers: Any, params: optax.Params) -> Any:
 
     Returns:
       The state; tensors that moved have a fresh inner state.
+
+    Raises:
+      ValueError: another number of tiers than parameters, or a tier that the chain has not.
     """
     leaves = jax.tree.leaves(params)
-    return _map_tiered(
-        state, lambda node: _moved(node, tuple(int(t) for t in tiers), node.memory, leaves)
-    )
+    tiers = tuple(int(t) for t in tiers)
+
+    def moved(node: TieredState) -> TieredState:
+        known = sorted(node.assignment.transforms or ())
+        if len(tiers) != len(leaves) or not set(tiers) <= set(known):
+            raise ValueError(
+                f"assign: `tiers` must be one of {known} for each of {len(leaves)} tensors, got {list(tiers)}"
+            )
+        return _moved(node, tiers, node.memory, leaves)
+
+    return _map_tiered(state, moved)
 
 
 def retier(state: Any, grads: optax.Updates, params: optax.Params) -> Any:

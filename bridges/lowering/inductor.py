@@ -155,22 +155,23 @@ class _CompiledCall:
         renewed = {piece.inputs.index(old) for _, old in piece.renews}
         self.others = [j for j in arrays if j not in renewed]
         # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
-        none = torch.empty(0)
-        self.seen = {j: (none, none) for j in arrays if j in renewed}
+        none = torch.empty(0, device="cpu")
+        self.seen = {j: (none, none, 0) for j in arrays if j in renewed}
 
     def __call__(self, env: list[Any]) -> None:
         given = [env[i] for i in self.inputs]
         copies = []
-        for j, (known, ready) in self.seen.items():
+        for j, (known, ready, address) in self.seen.items():
             x = given[j]
-            if x is known:
-                given[j] = ready
-            elif x.is_contiguous():
-                given[j] = self.ready(x)
-                self.seen[j] = x, given[j]
-            else:
+            # The same tensor may have other memory: `p.data = ...`
+            if not x.is_contiguous():
                 given[j] = self.ready(x.contiguous())
                 copies.append((x, given[j]))
+            elif x is known and x.data_ptr() == address:
+                given[j] = ready
+            else:
+                given[j] = self.ready(x)
+                self.seen[j] = x, given[j], x.data_ptr()
         for j in self.others:
             given[j] = self.ready(given[j].contiguous())
         results = self.program(given)

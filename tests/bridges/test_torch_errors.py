@@ -37,7 +37,7 @@ def assert_untouched(bridge: TorchBridge, act: Any, error: type[Exception], matc
     with pytest.raises(error, match=match):
         act()
     after = ([p.detach() for p in params], bridge.state_dict()["state"])
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
     assert bridge.state_dict()["param_groups"] == groups
 
 
@@ -129,6 +129,59 @@ def test_an_override_that_the_chain_cannot_follow() -> None:
     group = {"params": tensors().values(), "weight_decay": 0.0}
     with pytest.raises(ValueError, match=r"`weight_decay` is no live hyperparameter.*inject_hyper"):
         TorchBridge(optax.adamw(0.1), [group])
+
+
+FLAGS = ("foreach", "fused", "maximize", "capturable", "amsgrad")
+
+
+def test_flags_of_torch_that_ask_for_nothing() -> None:
+    params = with_grads(tensors())
+    off: dict[str, Any] = dict.fromkeys(FLAGS, False)
+    groups = [{"params": [params["w"]], **off}, {"params": [params["b"]], "fused": None}]
+    bridge = TorchBridge(chains.adam(), groups, **off)
+    bridge.step()
+    assert all(group[flag] is False for group in bridge.param_groups[:1] for flag in FLAGS)
+    bridge.load_state_dict(bridge.state_dict())
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_torch_that_ask_for_more(flag: str) -> None:
+    with pytest.raises(ValueError, match=f"group 0: `{flag}` cannot be True in a bridge; .+"):
+        TorchBridge(chains.adam(), tensors().values(), **{flag: True})
+    bridge = TorchBridge(chains.adam(), with_grads(tensors()).values())
+    saved = copy.deepcopy(bridge.state_dict())
+    saved["param_groups"][0][flag] = True
+    message = f"`{flag}` cannot be True"
+    assert_untouched(bridge, lambda: bridge.load_state_dict(saved), ValueError, message)
+    bridge.param_groups[0][flag] = True
+    assert_untouched(bridge, bridge.step, ValueError, message)
+
+
+def test_hyperparameters_that_half_precision_rounds_out_of_bounds() -> None:
+    params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
+    message = (
+        r"`b2` must be in \[0, 1\), got 1.0. .*bfloat16, where 0.999 is 1.*hyperparam_dtype=jnp"
+    )
+    with pytest.raises(ValueError, match=message):
+        TorchBridge(optax.inject_hyperparams(optax.adamw)(1e-3), params)
+    bridge = TorchBridge(optax.inject_hyperparams(optax.adamw)(1e-3, b2=0.9), params)
+    bridge.param_groups[0]["b2"] = 0.999
+    params[0].grad = torch.ones_like(params[0])
+    assert_untouched(bridge, bridge.step, ValueError, message)
+    chain = optax.inject_hyperparams(optax.adamw, hyperparam_dtype=jnp.float32)(1e-3)
+    TorchBridge(chain, params).step()
+
+
+def test_parameters_without_a_shape() -> None:
+    with pytest.raises(ValueError, match="parameter 0 has no shape yet; run the model once"):
+        TorchBridge(chains.adam(), nn.LazyLinear(3).parameters())
+
+
+def test_parameters_of_inference_mode() -> None:
+    with torch.inference_mode():
+        p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"parameter 0 was made in torch.inference_mode.*outside"):
+        TorchBridge(chains.adam(), [p])
 
 
 def test_a_chain_that_evaluates_the_loss() -> None:
@@ -248,12 +301,56 @@ def test_a_loss_that_is_no_scalar() -> None:
 
 
 def test_a_parameter_that_changed_its_dtype() -> None:
-    params = tensors()
+    params = with_grads(tensors())
     bridge = TorchBridge(chains.adam(), params.items())
+    bridge.step()
     params["w"].data = params["w"].data.bfloat16()
     with_grads(params)
-    message = "parameter w was torch.float32 when the bridge was made and is torch.bfloat16 now"
+    message = r"parameter w was torch.float32 \(3, 2\) when .* is torch.bfloat16 \(3, 2\) now"
     assert_untouched(bridge, bridge.step, RuntimeError, message)
+
+
+def test_a_parameter_that_changed_its_shape() -> None:
+    params = with_grads(tensors())
+    bridge = TorchBridge(optax.sgd(0.1), params.items(), compile=True)
+    bridge.step()
+    params["w"].data = torch.ones(4, 2)
+    with_grads(params)
+    message = r"parameter w was torch.float32 \(3, 2\) when .* is torch.float32 \(4, 2\) now"
+    assert_untouched(bridge, bridge.step, RuntimeError, message)
+
+
+@pytest.mark.parametrize("entry", [torch.ones(3, 2).double(), torch.ones(1)])
+def test_a_state_entry_that_was_replaced_by_another_kind(entry: torch.Tensor) -> None:
+    params = with_grads(tensors())
+    bridge = TorchBridge(chains.adam(), params.items())
+    bridge.step()
+    bridge.state[params["w"]]["mu"] = entry
+    message = r"state entry `mu` is .*, expected torch.float32 \(3, 2\) on cpu"
+    assert_untouched(bridge, bridge.step, RuntimeError, message)
+
+
+def test_a_group_that_lost_a_hyperparameter() -> None:
+    params = with_grads(tensors())
+    bridge = TorchBridge(chains.adam(), params.items())
+    del bridge.param_groups[0]["lr"]
+    assert_untouched(bridge, bridge.step, ValueError, "param group 0 has no `lr` any more")
+
+
+@pytest.mark.parametrize("betas", [0.9, None, (0.9, 0.99, 0.999)])
+def test_betas_that_are_no_pair(betas: Any) -> None:
+    with pytest.raises(ValueError, match=r"`betas` must be a pair \(b1, b2\), got"):
+        TorchBridge(chains.adam(), tensors().values(), betas=betas)
+    bridge = TorchBridge(chains.adam(), with_grads(tensors()).values())
+    bridge.param_groups[0]["betas"] = betas
+    with pytest.raises(ValueError, match=r"`betas` must be a pair \(b1, b2\), got"):
+        bridge.step()
+
+
+def test_a_loss_that_is_no_number() -> None:
+    bridge = TorchBridge(optax.polyak_sgd(), with_grads(tensors()).values())
+    message = "must return a scalar loss, got str"
+    assert_untouched(bridge, lambda: bridge.step(lambda: "loss"), TypeError, message)
 
 
 # ---- state dicts ---------------------------------------------------------------------------
@@ -305,6 +402,55 @@ def test_a_state_dict_that_does_not_fit(spoil: Any, match: str) -> None:
     state = copy.deepcopy(bridge.state_dict())
     spoil(state)
     assert_untouched(bridge, lambda: bridge.load_state_dict(state), ValueError, match)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda s: s.pop("state"), "state dict has no `state`; its keys are .'param_groups'."),
+        (lambda s: s.pop("param_groups"), "state dict has no `param_groups`; its keys"),
+        (lambda s: s.update(param_groups=None), "`param_groups` is a NoneType"),
+        (lambda s: s["param_groups"][0].pop("params"), "its param group 0 has no list `params`"),
+        (lambda s: s["state"].update({0: [1]}), "the state of parameter 0 is a list, expected a d"),
+        (lambda s: s["state"].pop(0), "parameter 0 has no state entry `count`"),
+        (lambda s: s["state"].pop(1), "parameter 1 has no state entry `.*mu`"),
+        (lambda s: s["state"][1].update({"mu": "gone"}), "`mu` of parameter 1 is a str, expected"),
+        (lambda s: s["state"][0].update(tiers="all"), "`tiers` is a str, expected a vector of int"),
+    ],
+)
+def test_a_state_dict_that_is_incomplete(spoil: Any, match: str) -> None:
+    bridge = TorchBridge(chains.adam(0.1), with_grads(tensors()).values())
+    bridge.step()
+    state = copy.deepcopy(bridge.state_dict())
+    spoil(state)
+    assert_untouched(bridge, lambda: bridge.load_state_dict(state), ValueError, match)
+
+
+def test_no_state_dict() -> None:
+    bridge = TorchBridge(chains.adam(0.1), tensors().values())
+    with pytest.raises(TypeError, match="must be a dict, as `state_dict"):
+        bridge.load_state_dict(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="load_torch_adam: the state dict has no `state`"):
+        bridge.load_torch_adam({})
+
+
+@pytest.mark.parametrize(
+    ("tiers", "match"),
+    [
+        (torch.tensor([7, 7]), r"one of \[0, 1, 2\] for each of 2 tensors, got \[7, 7\]"),
+        (torch.tensor([0]), r"one of \[0, 1, 2\] for each of 2 tensors, got \[0\]"),
+    ],
+)
+def test_tiers_that_the_chain_has_not(tiers: torch.Tensor, match: str) -> None:
+    bridge = TorchBridge(chains.cosmic(0.1), with_grads(tensors()).values())
+    state = copy.deepcopy(bridge.state_dict())
+    state["state"][0]["tiers"] = tiers
+    assert_untouched(bridge, lambda: bridge.load_state_dict(state), ValueError, match)
+    plain = TorchBridge(chains.adam(0.1), tensors().values())
+    state = copy.deepcopy(plain.state_dict())
+    state["state"][0]["tiers"] = tiers
+    message = "has tiers, this chain has none"
+    assert_untouched(plain, lambda: plain.load_state_dict(state), ValueError, message)
 
 
 def test_the_state_dict_of_another_chain() -> None:
