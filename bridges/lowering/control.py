@@ -133,11 +133,22 @@ def _while(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     return b.items(node, len(eqn.outvars))
 
 
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many it carries."""
+    if (
+        "ft_in" in params
+    ):  # JAX 0.11 on: (constants, carry, xs), each with an entry for every operand
+        constants, carry, _ = params["ft_in"].unpack()
+        return len(constants), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
 def _scan(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     p = eqn.params
     length, reverse, body = p["length"], bool(p["reverse"]), p["jaxpr"]
-    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
-    stacked = eqn.outvars[p["num_carry"] :]
+    first, carried = _scan_counts(p)
+    second = first + carried
+    stacked = eqn.outvars[carried:]
     if length and _eqn_size(eqn) > _UNROLLED:
         nodes = _tensors(b, operands, eqn.invars)
         node = b.emit(
