@@ -132,7 +132,7 @@ def ours() -> Iterator[Case]:
         "quantized_state(adam, 8 bits)",
         lambda: chain(
             transforms.quantized_state(transforms.scale_by_adam(), 8, 256),
-            transforms.decay_and_rate(rate, 0.1),
+            transforms.decay_and_rate(rate, weight_decay=0.1),
         ),
         ties=TIES,
     )
