@@ -139,6 +139,9 @@ def info() -> dict[str, object]:
 def xla_targets() -> dict[str, object]:
     """Name to capsule of each XLA FFI handler."""
 
+def layout() -> dict[str, object]:
+    """The names and orders that C++ and Python share: the columns of tables, denominators, kinds of sums."""
+
 Place: TypeAlias = tuple[int, int, int, int]
 
 class ScalarProgram:

@@ -12,6 +12,7 @@ PYBIND11_MODULE(_kernel, m) {
   chainrule::add_numpy_door(m);
   chainrule::add_scalar_door(m);
   m.def("xla_targets", &chainrule::xla_targets);
+  m.def("layout", &chainrule::layout);
   m.def("info", [] {
     const chainrule::KernelChoices& choices = chainrule::kernel_choices();
     py::list instruction_sets;

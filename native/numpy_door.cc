@@ -310,9 +310,8 @@ struct StepRoles {
 };
 
 Denominator denominator_of(const std::string& name) {
-  if (name == "root") return Denominator::root;
-  if (name == "magnitude") return Denominator::magnitude;
-  if (name == "none") return Denominator::none;
+  const int found = index_of(kDenominatorNames, name);
+  if (found >= 0) return static_cast<Denominator>(found);
   throw py::value_error("denominator: must be 'root', 'magnitude' or 'none', got '" + name + "'");
 }
 
@@ -492,11 +491,10 @@ py::array_t<double> statistics(const py::object& gradients, int threads) {
 }
 
 SumKind sum_kind_of(const std::string& name) {
+  const int found = index_of(kSumNames, name);
+  if (found >= 0) return static_cast<SumKind>(found);
   std::string known;
-  for (int kind = 0; kind < kSumKinds; ++kind) {
-    if (name == kSumNames[kind]) return static_cast<SumKind>(kind);
-    known += std::string(kind > 0 ? ", " : "") + kSumNames[kind];
-  }
+  for (const char* kind : kSumNames) known += (known.empty() ? "" : ", ") + std::string(kind);
   throw py::value_error("kind: must be one of " + known + ", got " + name);
 }
 

@@ -1,42 +1,24 @@
-"""The kernel inside jitted JAX programs on the CPU: XLA FFI calls that update state in place.
+"""The kernel in JAX programs: a function for each primitive of `primitives`, which checks its arguments.
 
-Each function takes and returns lists of arrays, one a tensor, and is one call with one parallel loop
-on XLA's own threads. A number is a Python number or a traced one, for all tensors, or an array with one
-for each. State operands share memory with the results they become, so donated state is never copied.
-Arithmetic is float32 whatever the dtypes; the equations are in ``include/chainrule``.
-
-Under ``vmap`` the calls run one after another, but for `sums`. There is no derivative, and no target
-but the CPU: choose with ``jax.lax.platform_dependent`` where a program may run elsewhere.
+Each takes and returns lists of arrays, one a tensor. A number is a Python number or a traced one, for all tensors, or
+an array with one for each. Compiled for one CPU device a call is one foreign call with one parallel loop on XLA's own
+threads, whose state operands share memory with the results they become, so donated state is never copied; elsewhere,
+and without the kernel, XLA computes the same. The kernel's arithmetic is float32 whatever the dtypes; the equations
+are in ``include/chainrule``.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from chainrule.native import _kernel
+from chainrule.native import FLOATS, forms, primitives
+from chainrule.native.forms import block_count, packed_size
 
 Number = float | jax.Array
 Tensors = Sequence[jax.Array]
 Shaped = Sequence[jax.Array | jax.ShapeDtypeStruct]
-
-_DENOMINATORS = {"root": 0, "magnitude": 1, "none": 2}
-_FLOATS = ("float32", "bfloat16", "float16")
-# The kinds of `sums` in the kernel's order: how many sums each has, and whether it is of pairs.
-SUMS = {
-    "moments": (2, False),
-    "residual": (2, True),
-    "alignment": (3, True),
-    "variance_share": (1, True),
-    "square_share": (1, True),
-    "magnitude": (1, False),
-}
-
-if _kernel is not None:
-    for _name, _capsule in _kernel.xla_targets().items():
-        jax.ffi.register_ffi_target(_name, _capsule, platform="cpu")
 
 
 class Tier2Results(NamedTuple):
@@ -64,25 +46,11 @@ class Tier2QuantizedResults(NamedTuple):
     nu: list[jax.Array] | None
 
 
-def packed_size(size: int, bits: int) -> int:
-    """Bytes of the codes of `size` elements."""
-    return (size + 1) // 2 if bits == 4 else size
-
-
-def block_count(size: int, block: int) -> int:
-    """Scales of `size` elements; a block beyond the end is the whole tensor."""
-    return -(-size // block)
-
-
-def _structs(arrays: Shaped) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
-
-
-def _check(owner: str, name: str, arrays: Shaped, like: Shaped) -> None:
+def _check(owner: str, name: str, arrays: Shaped, like: Shaped, kernel: str = "native") -> None:
     if len(arrays) != len(like):
         raise ValueError(f"{owner}: `{name}` must have {len(like)} arrays, got {len(arrays)}")
     for i, (a, b) in enumerate(zip(arrays, like, strict=True)):
-        if str(a.dtype) not in _FLOATS:
+        if kernel == "native" and str(a.dtype) not in FLOATS:
             raise TypeError(
                 f"{owner}: `{name}[{i}]` must be float32, bfloat16 or float16, got {a.dtype}; "
                 "use the XLA form of the chain"
@@ -113,58 +81,34 @@ def _check_codes(owner: str, name: str, codes: Codes, like: Shaped, block: int, 
             )
 
 
-def _table(tensors: int, *numbers: Number) -> jax.Array:
-    columns = [jnp.broadcast_to(jnp.asarray(x, jnp.float32), (tensors,)) for x in numbers]
-    return jnp.stack(columns, axis=1)
+_NO_CODES = {"block": 1, "bits": 8, "start": "zero"}
 
 
-def _call(
-    target: str,
-    results: list,
-    operands: list,
-    aliases: dict[int, int],
-    vmap_method: str = "sequential",
-    **attributes,
-):
-    """One FFI call; `aliases` maps operand to result."""
-    if _kernel is None:
-        raise RuntimeError(f"{target}: the compiled kernel is not installed; choose the XLA form")
-    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method=vmap_method)
-    return call(*operands, **attributes)
+def _numbers(*numbers: Number) -> list[jax.Array]:
+    return [jnp.asarray(x, jnp.float32) for x in numbers]
 
 
 def _step(
-    owner: str,
-    gradients: Tensors,
-    states: list[Tensors],
-    parameters: Tensors | None,
-    table: jax.Array,
-    in_place: bool,
-    **attributes,
-) -> list[list[jax.Array]]:
-    """Calls a tier-2 target: the updates, then each of `states` as it is afterwards."""
-    n = len(gradients)
-    operands: list[jax.Array] = [table, *gradients]
-    results = _structs(gradients)
-    aliases = {1 + i: i for i in range(n)} if in_place else {}
-    for role in states:
-        aliases.update({len(operands) + i: len(results) + i for i in range(n)})
-        operands.extend(role)
-        results.extend(_structs(role))
-    operands.extend(parameters or ())
-    attributes["has_parameters"] = parameters is not None
-    flat = _call(owner, results, operands, aliases, **attributes)
-    return [list(flat[k : k + n]) for k in range(0, len(flat), n)]
+    roles: dict[str, Tensors | None],
+    numbers: list[jax.Array],
+    **params: Any,
+) -> dict[str, list[jax.Array]]:
+    """Binds a tier-2 step: the updates, under `gradients`, and each role of the state as it is afterwards."""
+    given = {name: role for name, role in roles.items() if role is not None}
+    n = len(given["gradients"])
+    tensors = [x for role in given.values() for x in role]
+    flat = primitives.tier2.bind(*numbers, *tensors, roles=tuple(given), **params) if n else []
+    results = [name for name in given if name != "parameters"]
+    return {name: list(flat[k * n : (k + 1) * n]) for k, name in enumerate(results)}
 
 
-def _denominator(owner: str, denominator: str, nu: Tensors | None) -> np.int32:
-    if denominator not in _DENOMINATORS:
+def _check_denominator(owner: str, denominator: str, nu: Tensors | None) -> None:
+    if denominator not in primitives.DENOMINATORS:
         raise ValueError(
             f"{owner}: `denominator` must be 'root', 'magnitude' or 'none', got {denominator!r}"
         )
     if (nu is None) == (denominator == "root"):
         raise ValueError(f"{owner}: `nu` goes with denominator='root', and with no other")
-    return np.int32(_DENOMINATORS[denominator])
 
 
 def _rate(
@@ -199,6 +143,7 @@ def tier2(
     weight_decay: Number | None = None,
     parameters: Tensors | None = None,
     in_place: bool = False,
+    kernel: str = "native",
 ) -> Tier2Results:
     r"""Tier 2: the direction, or the whole step, of a blend of two EMAs over a root mean square.
 
@@ -226,6 +171,7 @@ def tier2(
         parameters: read, never written.
         in_place: the updates take the gradients' memory. It saves a buffer where the gradients are
             made in the same program and not needed afterwards, and costs a copy everywhere else.
+        kernel: ``"native"``, ``"xla"``, or ``"auto"``: what is faster (see `primitives`).
 
     Returns:
         The updates and the new moments.
@@ -235,37 +181,24 @@ def tier2(
         ValueError: roles that do not fit each other.
     """
     owner = "native.xla.tier2"
-    _check(owner, "gradients", gradients, gradients)
+    _check(owner, "gradients", gradients, gradients, kernel)
     rate, decay = _rate(owner, learning_rate, weight_decay, parameters)
     for name, role in (("mu", mu), ("nu", nu), ("mu_long", mu_long), ("parameters", parameters)):
         if role is not None:
-            _check(owner, name, role, gradients)
-    kind = _denominator(owner, denominator, nu)
-    if gradients:
-        table = _table(
-            len(gradients), rate, decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction
-        )
-        states = [role for role in (mu, mu_long, nu) if role is not None]
-        results = iter(
-            _step(
-                "chainrule_tier2",
-                gradients,
-                states,
-                parameters,
-                table,
-                in_place,
-                denominator=kind,
-                has_long=mu_long is not None,
-            )
-        )
-    else:
-        results = iter([[], [], [], []])
-    return Tier2Results(
-        updates=next(results),
-        mu=next(results),
-        mu_long=None if mu_long is None else next(results),
-        nu=None if nu is None else next(results),
+            _check(owner, name, role, gradients, kernel)
+    _check_denominator(owner, denominator, nu)
+    new = _step(
+        {
+            "gradients": gradients,
+            "mu": mu,
+            "mu_long": mu_long,
+            "nu": nu,
+            "parameters": parameters,
+        },
+        _numbers(rate, decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction),
+        **{"denominator": denominator, "kernel": kernel, "in_place": in_place, **_NO_CODES},
     )
+    return Tier2Results(new["gradients"], new["mu"], new.get("mu_long"), new.get("nu"))
 
 
 def tier2_quantized(
@@ -289,6 +222,7 @@ def tier2_quantized(
     weight_decay: Number | None = None,
     parameters: Tensors | None = None,
     in_place: bool = False,
+    kernel: str = "native",
 ) -> Tier2QuantizedResults:
     """`tier2` with its first moments held as codes; the step uses them before they are rounded.
 
@@ -301,7 +235,7 @@ def tier2_quantized(
         start: ``"gradient"`` takes the gradient for the EMA before this step where a scale is 0.
         b1, b2, eps, b1_long, blend, mu_correction, nu_correction, denominator: as in `tier2`.
         mu_long: codes of the slower first moment; None leaves it out.
-        learning_rate, weight_decay, parameters, in_place: as in `tier2`.
+        learning_rate, weight_decay, parameters, in_place, kernel: as in `tier2`.
 
     Returns:
         The updates and the new moments.
@@ -311,44 +245,41 @@ def tier2_quantized(
         ValueError: roles that do not fit each other, a block below 1, bits other than 4 and 8.
     """
     owner = "native.xla.tier2_quantized"
-    _check(owner, "gradients", gradients, gradients)
+    _check(owner, "gradients", gradients, gradients, kernel)
     rate, decay = _rate(owner, learning_rate, weight_decay, parameters)
     for name, role in (("nu", nu), ("parameters", parameters)):
         if role is not None:
-            _check(owner, name, role, gradients)
-    kind = _denominator(owner, denominator, nu)
+            _check(owner, name, role, gradients, kernel)
+    _check_denominator(owner, denominator, nu)
     if start not in ("zero", "gradient"):
         raise ValueError(f"{owner}: `start` must be 'zero' or 'gradient', got {start!r}")
     _check_codes(owner, "mu", mu, gradients, block, bits)
     if mu_long is not None:
         _check_codes(owner, "mu_long", mu_long, gradients, block, bits)
-    states = [*mu, *(mu_long or ()), *([] if nu is None else [nu])]
-    if gradients:
-        table = _table(
-            len(gradients), rate, decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction
-        )
-        results = iter(
-            _step(
-                "chainrule_tier2_quantized",
-                gradients,
-                states,
-                parameters,
-                table,
-                in_place,
-                denominator=kind,
-                has_long=mu_long is not None,
-                block=np.int64(block),
-                bits=np.int32(bits),
-                start_at_gradient=start == "gradient",
-            )
-        )
-    else:
-        results = iter([[], [], [], [], [], []])
+    long = mu_long or Codes(None, None)  # pyright: ignore[reportArgumentType]
+    new = _step(
+        {
+            "gradients": gradients,
+            "mu_codes": mu.codes,
+            "mu_scales": mu.scales,
+            "mu_long_codes": long.codes,
+            "mu_long_scales": long.scales,
+            "nu": nu,
+            "parameters": parameters,
+        },
+        _numbers(rate, decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction),
+        denominator=denominator,
+        kernel=kernel,
+        in_place=in_place,
+        block=block,
+        bits=bits,
+        start=start,
+    )
     return Tier2QuantizedResults(
-        updates=next(results),
-        mu=Codes(next(results), next(results)),
-        mu_long=None if mu_long is None else Codes(next(results), next(results)),
-        nu=None if nu is None else next(results),
+        updates=new["gradients"],
+        mu=Codes(new["mu_codes"], new["mu_scales"]),
+        mu_long=Codes(new["mu_long_codes"], new["mu_long_scales"]) if mu_long else None,
+        nu=new.get("nu"),
     )
 
 
@@ -363,6 +294,7 @@ def tier1(
     scale_decay: bool = False,
     parameters: Tensors | None = None,
     in_place: bool = False,
+    kernel: str = "native",
 ) -> tuple[list[jax.Array], jax.Array]:
     r"""Tier 1: the sign of the gradient, as long as its mean magnitude has been.
 
@@ -383,6 +315,7 @@ def tier1(
         parameters: read, never written.
         in_place: the updates take the gradients' memory. It saves a buffer where the gradients are
             made in the same program and not needed afterwards, and costs a copy everywhere else.
+        kernel: ``"native"``, ``"xla"``, or ``"auto"``: what is faster (see `primitives`).
 
     Returns:
         The updates and the new magnitudes.
@@ -403,46 +336,50 @@ def tier1(
         )
     if not gradients:
         return [], magnitudes
-    new, *updates = _call(
-        "chainrule_tier1",
-        _structs([magnitudes, *gradients]),
-        [
-            _table(len(gradients), rate, weight, decay, mean_magnitude),
-            magnitudes,
-            *gradients,
-            *(parameters or ()),
-        ],
-        {2 + i: 1 + i for i in range(len(gradients))} if in_place else {},
+    new, *updates = primitives.tier1.bind(
+        *_numbers(rate, weight, decay, mean_magnitude),
+        magnitudes,
+        *gradients,
+        *(parameters or ()),
         scale_decay=scale_decay,
         has_parameters=parameters is not None,
+        in_place=in_place,
+        kernel=kernel,
     )
     return updates, new
 
 
-def statistics(gradients: Tensors) -> jax.Array:
-    """Mean abs(g), mean g**2, variance and max abs(g) of each tensor, summed in float64.
+def statistics(gradients: Tensors, *, kernel: str = "native") -> jax.Array:
+    """Mean abs(g), mean g**2, variance and max abs(g) of each tensor; the kernel sums in float64.
 
     Args:
         gradients: one array a tensor.
+        kernel: as in `tier2`.
 
     Returns:
         (tensors, 4) float32; 0 for an empty tensor, NaN where a gradient is NaN.
 
     Raises:
-        TypeError: a dtype that is not float32, bfloat16 or float16.
+        TypeError: for the kernel, a dtype that is not float32, bfloat16 or float16.
     """
-    _check("native.xla.statistics", "gradients", gradients, gradients)
+    _check("native.xla.statistics", "gradients", gradients, gradients, kernel)
     if not gradients:
         return jnp.zeros((0, 4), jnp.float32)
-    row = jax.ShapeDtypeStruct((len(gradients), 4), jnp.float32)
-    (table,) = _call("chainrule_statistics", [row], list(gradients), {})
+    (table,) = primitives.statistics.bind(*gradients, kernel=kernel)
     return table
 
 
-def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Number = 1.0) -> jax.Array:
+def sums(
+    kind: str,
+    xs: Tensors,
+    ys: Tensors | None = None,
+    c: Number = 1.0,
+    *,
+    kernel: str = "native",
+) -> list[jax.Array]:
     """Sums over each tensor, or each pair of tensors, in one pass over all of them.
 
-    Terms are float32, and are added in float64 tile by tile. Under ``vmap`` it stays one call.
+    In the kernel terms are float32, and are added in float64 tile by tile. Under ``vmap`` it stays one call.
 
     Args:
         kind: ``"moments"``, sum x and sum x^2; ``"residual"``, sum abs(x - y) and sum (x - y)^2;
@@ -452,40 +389,33 @@ def sums(kind: str, xs: Tensors, ys: Tensors | None = None, c: Number = 1.0) -> 
         xs: one array a tensor.
         ys: as many of the same shapes; None for the moments and the magnitude.
         c: one number for all tensors, read for the shares.
+        kernel: as in `tier2`.
 
     Returns:
-        (tensors, sums) float32.
+        Each of the sums of all tensors, (tensors,) float32.
 
     Raises:
-        TypeError: a dtype that is not float32, bfloat16 or float16.
+        TypeError: for the kernel, a dtype that is not float32, bfloat16 or float16.
         ValueError: another kind; `ys` missing, one too many, or of other shapes.
 
     >>> xs, ys = [jnp.array([1.0, -2.0])], [jnp.array([3.0, 0.0])]
-    >>> sums("moments", xs).tolist(), sums("residual", xs, ys).tolist(), sums("alignment", xs, ys).tolist()
-    ([[-1.0, 5.0]], [[4.0, 8.0]], [[3.0, 5.0, 9.0]])
-    >>> sums("variance_share", xs, ys).tolist(), sums("square_share", xs, ys, c=0.5).tolist()
-    ([[1.25]], [[1.66...]])
+    >>> [total.tolist() for total in sums("alignment", xs, ys)]
+    [[3.0], [5.0], [9.0]]
+    >>> sums("variance_share", xs, ys)[0].tolist(), sums("square_share", xs, ys, c=0.5)[0].tolist()
+    ([1.25], [1.66...])
     """
     owner = "native.xla.sums"
-    if kind not in SUMS:
-        raise ValueError(f"{owner}: `kind` must be one of {', '.join(SUMS)}, got {kind!r}")
-    count, of_pairs = SUMS[kind]
+    if kind not in forms.SUMS:
+        raise ValueError(f"{owner}: `kind` must be one of {', '.join(forms.SUMS)}, got {kind!r}")
+    of_pairs = kind not in forms.OF_ONE
     if (ys is not None) != of_pairs:
         raise ValueError(f"{owner}: `ys` must {'not ' * of_pairs}be None for {kind!r}")
-    _check(owner, "xs", xs, xs)
-    _check(owner, "ys", xs if ys is None else ys, xs)
-    result = jax.ShapeDtypeStruct((len(xs), count), jnp.float32)
+    _check(owner, "xs", xs, xs, kernel)
+    _check(owner, "ys", xs if ys is None else ys, xs, kernel)
     if not xs:
-        return jnp.zeros(result.shape, result.dtype)
-    (table,) = _call(
-        "chainrule_sums",
-        [result],
-        [jnp.asarray(c, jnp.float32), *xs, *(ys or ())],
-        {},
-        vmap_method="broadcast_all",
-        kind=np.int32(list(SUMS).index(kind)),
-    )
-    return table
+        return [jnp.zeros((0,), jnp.float32) for _ in forms.SUMS[kind]]
+    c = jnp.asarray(c, jnp.float32)
+    return list(primitives.sums.bind(c, *xs, *(ys or ()), kind=kind, batch=0, kernel=kernel))
 
 
 def quantize(values: Tensors, *, block: int, bits: int = 4, keys: jax.Array | None = None) -> Codes:
@@ -515,15 +445,13 @@ def quantize(values: Tensors, *, block: int, bits: int = 4, keys: jax.Array | No
         )
     if not values:
         return Codes([], [])
-    flat = _call(
-        "chainrule_quantize",
-        [jax.ShapeDtypeStruct((packed_size(a.size, bits),), jnp.uint8) for a in values]
-        + [jax.ShapeDtypeStruct((block_count(a.size, block),), jnp.float32) for a in values],
-        [jnp.zeros((n, 2), jnp.uint32) if keys is None else keys, *values],
-        {},
-        block=np.int64(block),
-        bits=np.int32(bits),
+    flat = primitives.quantize.bind(
+        jnp.zeros((n, 2), jnp.uint32) if keys is None else keys,
+        *values,
+        block=block,
+        bits=bits,
         stochastic=keys is not None,
+        kernel="native",
     )
     return Codes(list(flat[:n]), list(flat[n:]))
 
@@ -549,6 +477,8 @@ def dequantize(codes: Codes, like: Shaped, *, block: int, bits: int = 4) -> list
     _check_codes(owner, "codes", codes, like, block, bits)
     if not like:
         return []
+    shapes = tuple((a.shape, jnp.dtype(a.dtype)) for a in like)
     operands = [*codes.codes, *codes.scales]
-    attributes = {"block": np.int64(block), "bits": np.int32(bits)}
-    return list(_call("chainrule_dequantize", _structs(like), operands, {}, **attributes))
+    return list(
+        primitives.dequantize.bind(*operands, like=shapes, block=block, bits=bits, kernel="native")
+    )

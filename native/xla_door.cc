@@ -9,7 +9,8 @@
 #endif
 
 #include <algorithm>
-#include <string>
+#include <iterator>
+#include <string_view>
 #include <vector>
 
 #include "chainrule/batch.hpp"
@@ -115,39 +116,43 @@ using Table = ffi::Buffer<ffi::F32, 2>;
 using Magnitudes = ffi::Buffer<ffi::F32, 1>;
 using Keys = ffi::Buffer<ffi::U32, 2>;
 
-// The columns of the table of a tier-2 step, in the order that xla.py lays them out.
-constexpr std::int64_t kTier2Columns = 9;
+// The columns of the table of a tier-2 step; `layout` hands their names to Python.
+struct Tier2Number {
+  const char* name;
+  double Tier2::*field;
+};
+constexpr Tier2Number kTier2Numbers[] = {
+    {"learning_rate", &Tier2::rate}, {"weight_decay", &Tier2::weight_decay},
+    {"b1", &Tier2::b1},              {"b1_long", &Tier2::b1_long},
+    {"blend", &Tier2::blend},        {"b2", &Tier2::b2},
+    {"eps", &Tier2::eps},            {"mu_correction", &Tier2::mu_correction},
+    {"nu_correction", &Tier2::nu_correction},
+};
+constexpr const char* kTier1Numbers[] = {"learning_rate", "weight_decay", "decay", "mean_magnitude"};
 
-std::vector<Tier2> tier2_tensors(const Table& table, std::int32_t denominator,
+std::vector<Tier2> tier2_tensors(const Table& table, Denominator denominator,
                                  const std::vector<Buffer>& gradients, const std::vector<Buffer>& nu,
                                  const std::vector<Buffer>& parameters, const std::vector<Buffer>& updates) {
   std::vector<Tier2> tensors(gradients.size());
+  const float* number = table.typed_data();
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const float* numbers = table.typed_data() + static_cast<std::int64_t>(i) * kTier2Columns;
     Tier2& t = tensors[i];
     t.parameter = parameters[i];
     t.gradient = gradients[i];
     t.output = updates[i];
     t.nu = nu[i];
-    t.denominator = static_cast<Denominator>(denominator);
-    t.rate = static_cast<double>(numbers[0]);
-    t.weight_decay = static_cast<double>(numbers[1]);
-    t.b1 = static_cast<double>(numbers[2]);
-    t.b1_long = static_cast<double>(numbers[3]);
-    t.blend = static_cast<double>(numbers[4]);
-    t.b2 = static_cast<double>(numbers[5]);
-    t.eps = static_cast<double>(numbers[6]);
-    t.mu_correction = static_cast<double>(numbers[7]);
-    t.nu_correction = static_cast<double>(numbers[8]);
+    t.denominator = denominator;
+    for (const Tier2Number& column : kTier2Numbers) t.*column.field = static_cast<double>(*number++);
   }
   return tensors;
 }
 
 // Operands: table, gradients, mu, [mu_long], [nu], [parameters]. Results: updates, mu, [mu_long], [nu].
 ffi::Error tier2(ffi::ThreadPool pool, Table table, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                 std::int32_t denominator, bool has_long, bool has_parameters) {
+                 std::string_view denominator_name, bool has_long, bool has_parameters) {
   Roles roles(operands, results, table.dimensions()[0]);
-  const bool has_nu = static_cast<Denominator>(denominator) == Denominator::root;
+  const auto denominator = static_cast<Denominator>(index_of(kDenominatorNames, denominator_name));
+  const bool has_nu = denominator == Denominator::root;
   const auto gradients = roles.operand(), updates = roles.result();
   const auto mu = roles.updated(), mu_long = roles.updated(has_long), nu = roles.updated(has_nu);
   const auto parameters = roles.operand(has_parameters);
@@ -169,11 +174,12 @@ Codes codes_of(const Buffer& packed, const Buffer& scales, std::int64_t size, st
 
 // As tier2, with codes and scales in the place of mu and of mu_long.
 ffi::Error tier2_quantized(ffi::ThreadPool pool, Table table, ffi::RemainingArgs operands,
-                           ffi::RemainingRets results, std::int32_t denominator, bool has_long,
+                           ffi::RemainingRets results, std::string_view denominator_name, bool has_long,
                            bool has_parameters, std::int64_t block, std::int32_t bits,
                            bool start_at_gradient) {
   Roles roles(operands, results, table.dimensions()[0]);
-  const bool has_nu = static_cast<Denominator>(denominator) == Denominator::root;
+  const auto denominator = static_cast<Denominator>(index_of(kDenominatorNames, denominator_name));
+  const bool has_nu = denominator == Denominator::root;
   const auto gradients = roles.operand(), updates = roles.result();
   const auto codes = roles.updated(), scales = roles.updated();
   const auto long_codes = roles.updated(has_long), long_scales = roles.updated(has_long);
@@ -190,7 +196,7 @@ ffi::Error tier2_quantized(ffi::ThreadPool pool, Table table, ffi::RemainingArgs
   return ffi::Error::Success();
 }
 
-// Operands: table (rate, weight decay, decay, mean magnitude or -1), magnitudes, gradients, [parameters].
+// Operands: table (`kTier1Numbers`, the mean magnitude -1 where it is not known), magnitudes, gradients, [parameters].
 // Results: magnitudes, updates.
 ffi::Error tier1(ffi::ThreadPool pool, Table table, Magnitudes old_magnitudes,
                  ffi::RemainingArgs operands, ffi::Result<Magnitudes> magnitudes,
@@ -235,11 +241,13 @@ ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Re
 // Operands: c, each x, then each y if the kind is of pairs. Result: (..., tensors, sums), the leading axes those that
 // `vmap` gave every operand.
 ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs operands, 
-                ffi::Result<ffi::AnyBuffer> result, std::int32_t kind_number) {
-  const auto kind = static_cast<SumKind>(kind_number);
+                ffi::Result<ffi::AnyBuffer> result, std::string_view name) {
+  const int number = index_of(kSumNames, name);
+  if (number < 0) return ffi::Error::InvalidArgument("chainrule: an unknown kind of sums");
+  const auto kind = static_cast<SumKind>(number);
   const auto axes = result->dimensions();
   const std::size_t tensors = operands.size() / (is_of_pairs(kind) ? 2 : 1);
-  const bool fits = kind_number < kSumKinds && c.element_type() == ffi::DataType::F32 &&
+  const bool fits = c.element_type() == ffi::DataType::F32 &&
                     result->element_type() == ffi::DataType::F32 && axes.size() >= 2 &&
                     axes[axes.size() - 1] == sum_count(kind) &&
                     axes[axes.size() - 2] == static_cast<std::int64_t>(tensors);
@@ -306,7 +314,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tier2_handler, tier2,
                                   .Arg<Table>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<std::int32_t>("denominator")
+                                  .Attr<std::string_view>("denominator")
                                   .Attr<bool>("has_long")
                                   .Attr<bool>("has_parameters"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(tier2_quantized_handler, tier2_quantized,
@@ -315,7 +323,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(tier2_quantized_handler, tier2_quantized,
                                   .Arg<Table>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<std::int32_t>("denominator")
+                                  .Attr<std::string_view>("denominator")
                                   .Attr<bool>("has_long")
                                   .Attr<bool>("has_parameters")
                                   .Attr<std::int64_t>("block")
@@ -340,7 +348,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sums_handler, sums,
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .Ret<ffi::AnyBuffer>()
-                                  .Attr<std::int32_t>("kind"));
+                                  .Attr<std::string_view>("kind"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quantize_handler, quantize,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -373,6 +381,25 @@ py::dict xla_targets() {
   add("chainrule_quantize", quantize_handler);
   add("chainrule_dequantize", dequantize_handler);
   return targets;
+}
+
+py::dict layout() {
+  const auto names = [](const auto& array) {
+    py::tuple found(std::size(array));
+    for (std::size_t i = 0; i < std::size(array); ++i) found[i] = py::str(array[i]);
+    return found;
+  };
+  py::tuple tier2(std::size(kTier2Numbers));
+  for (std::size_t i = 0; i < std::size(kTier2Numbers); ++i) tier2[i] = py::str(kTier2Numbers[i].name);
+  py::dict sums;
+  py::list of_one;
+  for (int kind = 0; kind < kSumKinds; ++kind) {
+    sums[kSumNames[kind]] = sum_count(static_cast<SumKind>(kind));
+    if (!is_of_pairs(static_cast<SumKind>(kind))) of_one.append(kSumNames[kind]);
+  }
+  return py::dict(py::arg("tier2") = tier2, py::arg("tier1") = names(kTier1Numbers),
+                  py::arg("denominators") = names(kDenominatorNames), py::arg("sums") = sums,
+                  py::arg("sums_of_one") = py::tuple(of_one));
 }
 
 }  // namespace chainrule

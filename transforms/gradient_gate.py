@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import chosen
+from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, require
-from chainrule.transforms._numerics import abs_sq, increment, up
+from chainrule.transforms._numerics import increment, up
 from chainrule.transforms._words import checked_words
 
 _EPS = 1e-12
@@ -67,8 +67,8 @@ def gradient_gate(
       update_interval: steps between measurements, at least 1.
       tier_scale: a rate for each tier, lowest first, each at least 0.
       min_lr_scale: least factor, in [0, 1].
-      kernel: what measures. `"xla"`; `"native"`, the compiled kernel, in one pass on the steps that
-        measure (CPU only); `"auto"`, the kernel in a bridge on the CPU, else XLA.
+      kernel: what measures on a CPU. `"xla"`; `"native"`, the compiled kernel, in one pass; `"auto"`,
+        the kernel in a bridge, else XLA.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`. `update` takes `grad`, and what an earlier
@@ -111,26 +111,13 @@ def gradient_gate(
 
     def statistics(gradients):
         """Of the gradients: the mean magnitude, and the mean of variance over squared mean magnitude."""
-
-        def moments(g):
-            n, g = max(g.size, 1), up(g)
-            mean_abs = jnp.sum(jnp.abs(g)) / n
-            variance = jnp.maximum(jnp.sum(abs_sq(g)) / n - abs_sq(jnp.sum(g) / n), 0)
-            return mean_abs, variance / (mean_abs**2 + _EPS)
-
-        pairs = [moments(g) for g in gradients]
-        return sum(a for a, _ in pairs) / len(pairs), sum(v for _, v in pairs) / len(pairs)
-
-    def in_kernel(gradients):
-        from chainrule.native import xla
-
-        mean_abs, _, variance, _ = xla.statistics(gradients).T
+        (table,) = primitives.statistics.bind(*gradients, kernel=kernel)
+        mean_abs, _, variance, _ = table.T
         return jnp.mean(mean_abs), jnp.mean(variance / (mean_abs**2 + _EPS))
 
     def measure(gradients, state, value):
         """The raw gate and the new signal."""
-        native = chosen(kernel, [g.dtype for g in gradients])
-        magnitude, ratio = (in_kernel if native else statistics)(gradients)
+        magnitude, ratio = statistics(gradients)
         signal = jnp.where(jnp.isnan(state.signal), magnitude, 0.9 * state.signal + 0.1 * magnitude)
         change = jnp.abs(magnitude - signal) / (signal + _EPS)
         raw = jnp.minimum(fall(change, 0.5, 1.0), fall(ratio, 4.0, 8.0))
@@ -177,14 +164,9 @@ def gradient_gate(
         if gated:
             every = jnp.asarray(update_interval, jnp.int32)
             measures = (jax.lax.rem(count, every) == 0) | jnp.isnan(state.signal)
-            if chosen(kernel, [g.dtype for g in gated]):
-                raw, signal = jax.lax.cond(
-                    measures, lambda g: measure(g, state, value), lambda _: (raw, signal), gated
-                )
-            else:  # XLA finds the statistics in the pass that makes the update
-                new_raw, new_signal = measure(gated, state, value)
-                raw = jnp.where(measures, new_raw, raw)
-                signal = jnp.where(measures, new_signal, signal)
+            raw, signal = jax.lax.cond(
+                measures, lambda g: measure(g, state, value), lambda _: (raw, signal), gated
+            )
             ramp = jnp.clip((count - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
             scale = (1 - ramp * (1 - raw)).astype(jnp.float32)
 

@@ -19,12 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from chainrule.native import forms
 from chainrule.transforms._chain import posted
 from chainrule.transforms._checks import check_choice
-from chainrule.transforms._numerics import up
 from chainrule.transforms._words import checked_words
-
-_LARGEST = {4: 7, 8: 127}
 
 
 @jax.tree_util.register_dataclass
@@ -64,48 +62,53 @@ def quantize(
     >>> q.codes.tolist(), q.scale.tolist(), dequantize(q).tolist()
     ([95, 8], [1.0], [7.0, -3.0, 0.0])
     """
-    largest, n = _LARGEST[bits], x.size
-    blocks = -(-n // block)
-    flat = jnp.pad(up(x).reshape(-1).astype(jnp.float32), (0, blocks * block - n)).reshape(
-        blocks, block
-    )
-    scale = jnp.max(jnp.abs(flat), axis=1, initial=0) / largest
-    scale = jnp.where(scale == 0, 1.0, scale)
-    ratio = (flat / scale[:, None]).reshape(-1)[:n]
-    if key is None:
-        rounded = jnp.round(ratio)
-    else:
-        rounded = jnp.floor(ratio + jax.random.uniform(key, ratio.shape))
-    q = jnp.clip(rounded, -largest, largest).astype(jnp.int32)
-    if bits == 8:
-        codes = (q + 128).astype(jnp.uint8)
-    else:
-        nibbles = jnp.pad((q + 8).astype(jnp.uint8), (0, n % 2))
-        codes = nibbles[0::2] | (nibbles[1::2] << 4)
+    uniform = None if key is None else jax.random.uniform(key, x.shape)
+    codes, scale = forms.encode(x, bits, block, uniform)
     return Quantized(codes, scale, x.shape, str(x.dtype), block, bits)
 
 
 def dequantize(q: Quantized) -> jax.Array:
     """The tensor that `q` holds, to half a quantum of what was quantised."""
-    n = 1
-    for length in q.shape:
-        n *= length
-    if q.bits == 8:
-        codes = q.codes.astype(jnp.float32) - 128
-    else:
-        nibbles = jnp.stack([q.codes & 0xF, q.codes >> 4], axis=1).reshape(-1)[:n]
-        codes = nibbles.astype(jnp.float32) - 8
-    scale = jnp.repeat(q.scale, q.block, total_repeat_length=len(q.scale) * q.block)[:n]
-    return (codes * scale).reshape(q.shape).astype(q.dtype)
+    return forms.decode(q.codes, q.scale, q.shape, q.bits, q.block).astype(q.dtype)
+
+
+def _is_quantized(node: Any) -> bool:
+    return isinstance(node, Quantized)
 
 
 def decode(state: Any) -> Any:
     """`state` with its `Quantized` parts as tensors."""
+    return jax.tree.map(
+        lambda x: dequantize(x) if _is_quantized(x) else x, state, is_leaf=_is_quantized
+    )
 
-    def held(node):
-        return isinstance(node, Quantized)
 
-    return jax.tree.map(lambda x: dequantize(x) if held(x) else x, state, is_leaf=held)
+def _takes_codes(node: Any) -> bool:
+    """Whether a state is of a transform that steps its moments in codes.
+
+    Such a state class names in `codes_for` the fields whose codes its transform takes; they must be held alike.
+    """
+    fields = getattr(node, "codes_for", None)
+    if fields is None:
+        return False
+    moments = [getattr(node, name) for name in fields if getattr(node, name) is not None]
+    formats = {
+        tuple((x.bits, x.block) if _is_quantized(x) else None for x in leaves)
+        for leaves in (jax.tree.leaves(m, is_leaf=_is_quantized) for m in moments)
+    }
+    return len(formats) == 1
+
+
+def _decoded_where_needed(state: Any) -> Any:
+    """`state` with tensors in place of codes, but where the transform takes codes."""
+
+    def one(node: Any) -> Any:
+        if not _takes_codes(node):
+            return decode(node)
+        own = {name: getattr(node, name) for name in node.codes_for}
+        return decode(node._replace(**dict.fromkeys(own)))._replace(**own)
+
+    return jax.tree.map(one, state, is_leaf=lambda x: _is_quantized(x) or _takes_codes(x))
 
 
 @checked_words
@@ -168,10 +171,10 @@ def quantized_state(
         return x.ndim > 0 and x.size > 0 and large and jnp.issubdtype(x.dtype, jnp.floating)
 
     def encode(state: Any, key: jax.Array | None) -> Any:
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_quantized)
         keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
         encoded = [
-            quantize(x, bits, block or x.size, k) if held(path, x) else x
+            x if _is_quantized(x) or not held(path, x) else quantize(x, bits, block or x.size, k)
             for (path, x), k in zip(leaves, keys, strict=True)
         ]
         return jax.tree.unflatten(treedef, encoded)
@@ -183,23 +186,8 @@ def quantized_state(
     def update(updates, state, params=None, **extra_args) -> Any:
         key, now = jax.random.split(state.key) if stochastic else (None, None)
 
-        def on_codes():
-            return inner.update(updates, state.inner_state, params, **extra_args)
-
-        def on_tensors():
-            new_updates, new = inner.update(
-                updates, decode(state.inner_state), params, **extra_args
-            )
-            return new_updates, encode(new, now)
-
-        takes_codes = getattr(inner.update, "takes_codes", None)
-        where = "nowhere"
-        if takes_codes and not stochastic:
-            where = takes_codes(updates, state.inner_state)
-        if where == "on the CPU":
-            new_updates, new = jax.lax.platform_dependent(cpu=on_codes, default=on_tensors)
-        else:
-            new_updates, new = on_codes() if where == "everywhere" else on_tensors()
-        return new_updates, QuantizedState(key, new)
+        ready = (decode if stochastic else _decoded_where_needed)(state.inner_state)
+        new_updates, new = inner.update(updates, ready, params, **extra_args)
+        return new_updates, QuantizedState(key, encode(new, now))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import chosen, for_cpu
+from chainrule.native import xla
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
+from chainrule.transforms._numerics import bias_correction, increment
 from chainrule.transforms._words import checked_words
 from chainrule.transforms.quantized_state import Quantized
 
@@ -35,6 +35,8 @@ class ScaleByDualEmaState(NamedTuple):
     """EMA with the long horizon; `None` if `blend` is 1."""
     nu: optax.Updates | None
     """Second moment; `None` with `b2=None`."""
+
+    codes_for = ("mu", "mu_long")  # see `quantized_state`
 
 
 @checked_words
@@ -75,8 +77,8 @@ def scale_by_dual_ema(
       keep_long: store the long EMA although the blend does not use it (COSMIC does, for its
         mismatch signal).
       state_dtype: dtype of the moments, default the parameter's.
-      kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
-        what `benchmarks/speed/native.py` finds faster on the CPU: the kernel in a bridge and on what
+      kernel: on a CPU `"xla"`; `"native"`, the compiled kernel; `"auto"`, what
+        `benchmarks/speed/native.py` finds faster: the kernel in a bridge and on what
         `quantized_state` holds in codes; else XLA.
 
     Returns:
@@ -134,158 +136,88 @@ def scale_by_dual_ema(
         else:
             short = blends[0]
 
+        def decay(b):
+            # Started at the gradient, an EMA is the gradient after the first update, as one of decay 0 is.
+            return b if start == "zero" else jnp.where(state.count == 0, 0.0, b)
+
         corrected = debias == "both" and start == "zero"
         correct_short = bias_correction(b1, t) if corrected else 1.0
         correct_long = bias_correction(b1_long, t) if corrected else 1.0
-        only_short = not has_long or (keep_long and not by_tier and short == 1)
-        if chosen(kernel, _dtypes(updates, state)) or _holds_codes(state):
-            # Without the short EMA, the long one is the kernel's only one.
-            own, decay = (state.mu, b1) if has_short else (state.mu_long, b1_long)
-            correction = correct_short if has_short else correct_long
-            weight = 1.0
-            if has_short and not only_short:
-                correction = 1 / (short / correct_short + (1 - short) / correct_long)
-                weight = jnp.minimum(short * correction / correct_short, 1.0)
-            new, kept = _in_kernel(
-                updates,
-                ScaleByDualEmaState(count, own, state.mu_long if has_short else None, state.nu),
-                first=(state.count == 0) if start == "gradient" else None,
-                b1=decay,
-                b1_long=b1_long,
-                b2=b2,
-                eps=eps,
-                blend=weight,
-                mu_correction=correction,
-                nu_correction=1.0 if b2 is None else bias_correction(b2, t),
-            )
-            return new, kept if has_short else kept._replace(mu=None, mu_long=kept.mu)
-
-        def average(decay, old):
-            if old is None:
-                return None
-
-            def one(m, g):
-                new = ema(decay, m, g)
-                # Started at the gradient, the EMA is the gradient after the first update.
-                return jnp.where(state.count == 0, up(g), new) if start == "gradient" else new
-
-            return jax.tree.map(one, old, updates)
-
-        mu, mu_long = average(b1, state.mu), average(b1_long, state.mu_long)
-        nu = None
-        if b2 is not None:
-            nu = jax.tree.map(lambda v, g: ema(b2, v, abs_sq(g)), state.nu, updates)
-
-        def weighted(moment, scale):
-            return jax.tree.map(lambda m: scale * m, moment)
-
-        if only_short:
-            momentum = weighted(mu, 1.0 / correct_short)
-        elif not has_short:
-            momentum = weighted(mu_long, 1.0 / correct_long)
+        numbers = {
+            "b1": decay(b1),
+            "b1_long": decay(b1_long),
+            "b2": 0.0 if b2 is None else b2,
+            "eps": eps,
+            "nu_correction": 1.0 if b2 is None else bias_correction(b2, t),
+            "denominator": "none" if b2 is None else "root",
+            "kernel": kernel,
+        }
+        if not has_short:  # the long EMA is the only one
+            numbers |= {"b1": decay(b1_long), "mu_correction": correct_long}
+            only = state._replace(mu=state.mu_long, mu_long=None)
+            new, after = blended_step(updates, only, numbers)
+            return new, after._replace(count=count, mu=None, mu_long=after.mu)
+        if not has_long or (keep_long and not by_tier and short == 1):
+            numbers["mu_correction"] = correct_short
         else:
-            parts = (
-                weighted(mu, short / correct_short),
-                weighted(mu_long, (1 - short) / correct_long),
-            )
-            momentum = jax.tree.map(jnp.add, *parts)
+            # w mu / c + (1 - w) mu_long / c_long with one correction for the sum.
+            correction = 1 / (short / correct_short + (1 - short) / correct_long)
+            weight = jnp.minimum(short * correction / correct_short, 1.0)
+            numbers |= {"mu_correction": correction, "blend": weight}
+        new, after = blended_step(updates, state, numbers)
+        return new, after._replace(count=count)
 
-        def direction(g, m, v=None):
-            if v is not None:
-                m = m / (jnp.sqrt(v / bias_correction(b2, t)) + eps)
-            return m.astype(g.dtype)
-
-        new = jax.tree.map(direction, updates, momentum, *(() if nu is None else (nu,)))
-        stored = optax.tree.cast_like((mu, mu_long, nu), tuple(state)[1:])
-        return new, ScaleByDualEmaState(count, *stored)
-
-    def takes_codes(updates, state) -> str:  # `quantized_state` asks
-        if not _kernel_reads(state):
-            return "nowhere"
-        dtypes = _dtypes(updates, state)
-        if chosen(kernel, dtypes):
-            return "everywhere"
-        codes_are_faster = kernel == "auto" and _holds_codes(state) and for_cpu(dtypes)
-        return "on the CPU" if codes_are_faster else "nowhere"
-
-    update.takes_codes = takes_codes  # pyright: ignore[reportFunctionMemberAccess]
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_held(x: Any) -> bool:
-    return isinstance(x, Quantized)
-
-
-def _held(tree: Any) -> list[Any]:
+def _tensors(tree: Any) -> list[Any]:
     """The tensors of a moment, those in codes whole."""
-    return jax.tree.leaves(tree, is_leaf=_is_held)
-
-
-def _holds_codes(state: ScaleByDualEmaState) -> bool:
-    return any(map(_is_held, _held(tuple(state))))
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def _format(x: Any) -> tuple[int, int] | None:
     return (x.bits, x.block) if isinstance(x, Quantized) else None
 
 
-def _dtypes(*trees: Any) -> list[Any]:
-    """The dtypes of what the kernel would be given: all but counts and codes."""
-    dtypes = map(jnp.result_type, jax.tree.leaves(trees))
-    return [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+def blended_step(
+    updates: optax.Updates, state: ScaleByDualEmaState, numbers: dict[str, Any]
+) -> tuple[optax.Updates, ScaleByDualEmaState]:
+    """The directions and the new moments, by one primitive for all tensors that are held alike.
 
-
-def _kernel_reads(state: ScaleByDualEmaState) -> bool:
-    """Whether the kernel can step these codes: they are of first moments, of both if there are two."""
-
-    first, *rest = [
-        [_format(x) for x in _held(m)] for m in (state.mu, state.mu_long) if m is not None
-    ]
-    return not any(map(_is_held, _held(state.nu))) and all(formats == first for formats in rest)
-
-
-def _in_kernel(updates, state, *, first, b1, b1_long, b2, **numbers) -> Any:
-    """The update in the compiled kernel; `first` is whether the EMAs start at this gradient."""
-    from chainrule.native import xla  # not needed by any other atom
-
-    def decay(b):
-        # An EMA of decay 0 is the gradient.
-        return b if first is None else jnp.where(first, 0.0, b)
-
-    numbers |= {"b1": decay(b1), "b1_long": decay(b1_long), "b2": 0.0 if b2 is None else b2}
-    numbers["denominator"] = "none" if b2 is None else "root"
+    Args:
+      updates: the gradients.
+      state: the moments before this step; first moments may be in codes.
+      numbers: arguments of `chainrule.native.xla.tier2`.
+    """
     trees = {"updates": updates, "mu": state.mu, "mu_long": state.mu_long, "nu": state.nu}
-    trees = {name: tree for name, tree in trees.items() if tree is not None}
-    old = {name: _held(tree) for name, tree in trees.items()}
+    old = {name: _tensors(tree) for name, tree in trees.items() if tree is not None}
     new: dict[str, list[Any]] = {name: list(tensors) for name, tensors in old.items()}
-    # One call for the tensors that are held alike.
-    calls: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for i, m in enumerate(old["mu"]):
-        calls.setdefault(_format(m), []).append(i)
-    for held, places in calls.items():
-        given = {name: [tensors[i] for i in places] for name, tensors in old.items()}
+        alike.setdefault(_format(m), []).append(i)
+    for held, members in alike.items():
+        given: dict[str, Any] = {name: [ts[i] for i in members] for name, ts in old.items()}
         gradients, nu = given.pop("updates"), given.pop("nu", None)
         if held is None:
-            results = xla.tier2(gradients, nu=nu, **given, **numbers)
+            results = xla.tier2(gradients, nu=nu, **given, **numbers)._asdict()
         else:
-            bits, block = held
             codes = {
-                name: xla.Codes([q.codes for q in qs], [q.scale for q in qs])
-                for name, qs in given.items()
+                k: xla.Codes([q.codes for q in qs], [q.scale for q in qs])
+                for k, qs in given.items()
             }
-            results = xla.tier2_quantized(
-                gradients, nu=nu, bits=bits, block=block, **codes, **numbers
-            )
-        for name in trees:
-            tensors: Any = getattr(results, name)
-            if held is not None and name in given:
-                pairs = zip(given[name], *tensors, strict=True)
-                tensors = [dataclasses.replace(q, codes=c, scale=s) for q, c, s in pairs]
-            for i, tensor in zip(places, tensors, strict=True):
+            bits, block = held
+            step = xla.tier2_quantized(gradients, nu=nu, bits=bits, block=block, **codes, **numbers)
+            results = step._asdict()
+            for name, qs in given.items():
+                pairs = zip(qs, *results[name], strict=True)
+                results[name] = [dataclasses.replace(q, codes=c, scale=s) for q, c, s in pairs]
+        for name in old:
+            for i, tensor in zip(members, results[name], strict=True):
                 new[name][i] = tensor
     after = {
-        name: jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_held), new[name])
-        for name, tree in trees.items()
+        name: jax.tree.unflatten(
+            jax.tree.structure(trees[name], is_leaf=lambda x: isinstance(x, Quantized)), tensors
+        )
+        for name, tensors in new.items()
     }
-    moments = (after.get(name) for name in ("mu", "mu_long", "nu"))
-    return after["updates"], ScaleByDualEmaState(state.count, *moments)
+    return after.pop("updates"), state._replace(**after)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import chosen, xla
+from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
-from chainrule.transforms._numerics import ema, finite, increment, up
+from chainrule.transforms._numerics import ema, increment, up
 from chainrule.transforms._trees import map_unmasked
 from chainrule.transforms._words import checked_words
 
@@ -39,8 +39,7 @@ def scale_by_gradient_magnitude(
 
     Args:
       decay: decay of the mean magnitude, in [0, 1).
-      kernel: what finds the mean. `"xla"`; `"native"`, the compiled kernel (CPU only); `"auto"`, the
-        kernel in a bridge on the CPU, else XLA.
+      kernel: what finds the mean on a CPU: `"xla"`; `"native"`, the compiled kernel; `"auto"`, what is faster.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`. `update` needs the raw gradient as `grad`, which
@@ -69,11 +68,8 @@ def scale_by_gradient_magnitude(
 
     def mean_magnitude(g):
         # Of the finite entries: one that is not would stay in the EMA for ever.
-        if chosen(kernel, [g.dtype]):
-            total = xla.sums("magnitude", [g]).reshape(())
-        else:
-            total = jnp.sum(jnp.abs(finite(up(g), None)))
-        return total / max(g.size, 1)
+        (total,) = primitives.sums.bind(jnp.float32(1), g, kind="magnitude", batch=0, kernel=kernel)
+        return total.reshape(()) / max(g.size, 1)
 
     def update(updates, state, params=None, *, grad=None, **_):
         del params

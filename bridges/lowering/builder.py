@@ -90,6 +90,7 @@ class Shared(NamedTuple):
     table: dict[str, Rule]
     elementwise: frozenset[str]
     device: torch.device
+    compiled: bool
     live: dict[core.Jaxpr, list[Equation]]
     subgraphs: dict[Any, fx.GraphModule]
     folded: dict[Any, Scalar]

@@ -1,42 +1,26 @@
-"""Calls of the compiled kernel (`chainrule.native.xla`) as operations of the graph.
+"""The primitives of the compiled kernel (`chainrule.native.primitives`) as operations of the graph.
 
-A chain traced for XLA calls the kernel through XLA's foreign functions. Here each such call is one operation that runs
-the same arithmetic through the kernel's other door, on torch memory: `kernel_call` returns new tensors, as XLA does;
-`run_tier2` works in place.
+Where the kernel runs, a primitive is one operation, which runs the same arithmetic as its foreign call in XLA through
+the kernel's other door, on torch memory: `kernel_call` returns new tensors, as XLA does; `run_tier2` works in place.
+Elsewhere a primitive is the operations of its form. `_runs_in_kernel` decides.
 """
 
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import Tensor
 
 from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Value
-from chainrule.native import _kernel, xla
+from chainrule.native import _kernel, forms
+from chainrule.native.primitives import OPERATIONS, Operation, step_of
 
-Attributes = tuple[tuple[str, Any], ...]
-T = TypeVar("T")
-
-TABLE: tuple[str, ...] = ("learning_rate", "weight_decay", "b1", "b1_long", "blend", "b2", "eps")
-TABLE += ("mu_correction", "nu_correction")
-"""The numbers in a row of a tier-2 call's first operand."""
-
-_DENOMINATORS = ("root", "magnitude", "none")
-
-
-def roles(target: str, attributes: Attributes, operands: Sequence[T]) -> dict[str, Sequence[T]]:
-    """The operands of a tier-2 call after its table, by what they are; the state is what it hands back new."""
-    given = dict(attributes)
-    moments = ["mu", *(["mu_long"] if given["has_long"] else [])]
-    if target == "chainrule_tier2_quantized":
-        moments = [f"{name}_{part}" for name in moments for part in ("codes", "scales")]
-    names = ["gradients", *moments, *(["nu"] if given["denominator"] == 0 else [])]
-    names += ["parameters"] if given["has_parameters"] else []
-    n = (len(operands) - 1) // len(names)
-    return {name: operands[1 + k * n : 1 + (k + 1) * n] for k, name in enumerate(names)}
+Params = tuple[tuple[str, Any], ...]
+"""The parameters of a primitive, hashable."""
 
 
 def buffers(tensors: Sequence[Tensor], name: str) -> Any:
@@ -56,49 +40,39 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def run_tier2(
-    target: str,
-    attributes: Attributes,
-    tensors: Mapping[str, Sequence[Tensor]],
-    numbers: Mapping[str, Any],
+    params: Params, tensors: Mapping[str, Sequence[Tensor]], numbers: Mapping[str, Any]
 ) -> None:
-    """A tier-2 call in place: the state, and `updates` or else `parameters`."""
-    given = dict(attributes)
-    options: dict[str, Any] = {"denominator": _DENOMINATORS[given["denominator"]], "nu": None}
-    if target == "chainrule_tier2_quantized":
-        options |= {"block": given["block"], "bits": given["bits"]}
-        options["start"] = "gradient" if given["start_at_gradient"] else "zero"
-    options |= {name: buffers(role, name) for name, role in tensors.items()}
-    options.setdefault("parameters", None)
-    getattr(_kernel, target.removeprefix("chainrule_"))(**options, **numbers)
+    """A tier-2 step in place: the state, and `updates` or else `parameters`."""
+    given = dict(params)
+    options: dict[str, Any] = {"denominator": given["denominator"], "nu": None, "parameters": None}
+    run = _kernel.tier2
+    if "mu_codes" in tensors:
+        run = _kernel.tier2_quantized
+        options |= {name: given[name] for name in ("block", "bits", "start")}
+    run(**options | {name: buffers(role, name) for name, role in tensors.items()}, **numbers)
 
 
-def _tier2(target: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
-    numbers = dict(zip(TABLE, operands[0].numpy().T, strict=True))
-    tensors = dict(roles(target, attributes, [t.contiguous() for t in operands]))
-    state = [name for name in tensors if name not in ("gradients", "parameters")]
-    tensors |= {name: [t.clone() for t in tensors[name]] for name in state}
+def _tier2(params: Params, operands: Sequence[Any]) -> list[Tensor]:
+    step = step_of(dict(params)["roles"], operands)
+    numbers = {name: x.numpy() if isinstance(x, Tensor) else x for name, x in step.numbers.items()}
+    tensors = {name: [t.contiguous() for t in role] for name, role in step.roles.items()}
+    tensors |= {name: [t.clone() for t in tensors[name]] for name in step.state}
     tensors["updates"] = [torch.empty_like(g) for g in tensors["gradients"]]
-    run_tier2(target, attributes, tensors, numbers)
-    return [t for name in ("updates", *state) for t in tensors[name]]
+    run_tier2(params, tensors, numbers)
+    return [t for name in ("updates", *step.state) for t in tensors[name]]
 
 
-def _statistics(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
-    del attributes
+def _statistics(_: Params, operands: Sequence[Tensor]) -> list[Tensor]:
     gradients = [t.contiguous() for t in operands]  # held while the kernel reads them
     table = _kernel.statistics(buffers(gradients, "gradients"))
     with np.errstate(over="ignore"):  # infinite in float32, as in XLA
         return [torch.from_numpy(table.astype(np.float32))]
 
 
-def _sums_of(attributes: Attributes) -> tuple[str, bool]:
-    """The kind of a call of `chainrule.native.xla.sums`, and whether it is of pairs."""
-    kind, (_, of_pairs) = list(xla.SUMS.items())[dict(attributes)["kind"]]
-    return kind, of_pairs
-
-
-def _sums(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
-    kind, of_pairs = _sums_of(attributes)
-    c, *tensors = (t.contiguous() for t in operands)  # held while the kernel reads them
+def _sums(params: Params, operands: Sequence[Any]) -> list[Tensor]:
+    kind: str = dict(params)["kind"]
+    c = torch.as_tensor(operands[0])
+    tensors = [t.contiguous() for t in operands[1:]]  # held while the kernel reads them
     tables = []
     for i in range(c.numel()):  # one, but under `vmap`, which gives all operands its axes
         own = (
@@ -106,47 +80,57 @@ def _sums(_: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Te
             if c.ndim
             else tensors
         )
-        xs = own[: len(own) // 2] if of_pairs else own
-        ys = buffers(own[len(xs) :], "ys") if of_pairs else None
+        xs = own if kind in forms.OF_ONE else own[: len(own) // 2]
+        ys = None if kind in forms.OF_ONE else buffers(own[len(xs) :], "ys")
         tables.append(_kernel.sums(kind, buffers(xs, "xs"), ys, c=c.reshape(-1)[i].item()))
-    return [torch.from_numpy(np.stack(tables)).reshape(*c.shape, *tables[0].shape)]
+    table = torch.from_numpy(np.stack(tables)).reshape(*c.shape, *tables[0].shape)
+    return list(table.unbind(-1))
 
 
 _CALLS = {
     "chainrule_tier2": _tier2,
-    "chainrule_tier2_quantized": _tier2,
     "chainrule_statistics": _statistics,
     "chainrule_sums": _sums,
 }
 
 
-def measured(
-    target: str, attributes: Attributes, operands: Sequence[T]
-) -> tuple[Sequence[T], Sequence[T]]:
-    """For a call that returns a table with a row for each tensor: its first operands, and the tensors; else none."""
-    if target == "chainrule_statistics":
-        return (), operands
-    if target == "chainrule_sums" and not _sums_of(attributes)[1]:
-        return operands[:1], operands[1:]
-    return (), ()
+def kernel_call(name: str, params: Params, operands: Sequence[Any]) -> list[Tensor]:
+    """What the primitive `name` returns; no operand is written."""
+    return _CALLS[name](params, operands)
 
 
-def kernel_call(target: str, attributes: Attributes, operands: Sequence[Tensor]) -> list[Tensor]:
-    """What the XLA call `target` returns; no operand is written."""
-    return _CALLS[target](target, attributes, operands)
+def _runs_in_kernel(b: Builder, operation: Operation, avals: Sequence[Any], params: Any) -> bool:
+    """Whether a bridge leaves a primitive to the kernel: on the CPU, but for sums that a compiler fuses.
+
+    The sums of magnitudes stay, because the kernel makes all the rest of the step that reads them.
+    """
+    name = operation.primitive.name
+    if name not in _CALLS or b.device.type != "cpu" or not operation.fits(avals, params):
+        return False
+    fused = name == "chainrule_sums" and b.shared.compiled and params["kind"] != "magnitude"
+    return not fused or params["kernel"] == "native"
 
 
-def _ffi_call(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
-    target = eqn.params["target_name"]
-    if target not in _CALLS or b.device.type != "cpu":
-        raise b.unsupported(eqn, f"of `{target}` on {b.device.type}")
-    # Python's numbers, which the code that is made of the graph can name.
-    attributes = tuple(
-        (name, value.item() if isinstance(value, np.generic) else value)
-        for name, value in eqn.params["attributes"]
-    )
-    nodes = [b.tensor(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
-    return b.items(b.emit(kernel_call, target, attributes, nodes), len(eqn.outvars))
+@functools.lru_cache(maxsize=4096)
+def _form(name: str, params: Params, avals: tuple[Any, ...]) -> Any:
+    """The jaxpr of a primitive's form."""
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
+    return jax.make_jaxpr(functools.partial(OPERATIONS[name].form, **dict(params)))(*structs)
 
 
-KERNEL: dict[str, Rule] = {"ffi_call": _ffi_call}
+def _primitive(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
+    name = eqn.primitive.name
+    avals = [v.aval for v in eqn.invars]
+    params: Params = tuple(eqn.params.items())
+    if _runs_in_kernel(b, OPERATIONS[name], avals, eqn.params):
+        plain = (bool, int, float)
+        given = [
+            x if isinstance(x, plain) else b.tensor(x, a)
+            for x, a in zip(operands, avals, strict=True)
+        ]
+        return b.items(b.emit(kernel_call, name, params, given), len(eqn.outvars))
+    jaxpr = _form(name, params, tuple(avals))
+    return b.inline(jaxpr.jaxpr, jaxpr.consts, operands)
+
+
+KERNEL: dict[str, Rule] = dict.fromkeys(OPERATIONS, _primitive)

@@ -21,19 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.kernel import (
-    TABLE,
-    buffers,
-    kernel_call,
-    measured,
-    roles,
-    run_tier2,
-)
+from chainrule.bridges.lowering.kernel import buffers, kernel_call, run_tier2
 from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.program import Lowered
 from chainrule.bridges.lowering.scalars import scalar_step
 from chainrule.bridges.lowering.simplify import drop_dead, unbind_vectors
-from chainrule.native import _kernel
+from chainrule.native import _kernel, forms
+from chainrule.native.primitives import TIER2_NUMBERS, step_of
 
 Step = Callable[[Sequence[Tensor]], None]
 Build = Callable[[Lowered, Sequence[int], torch.device], Step]
@@ -56,7 +50,7 @@ class _Move(NamedTuple):
     tensors: dict[str, int]
     """Role -> position of the input."""
     kind: tuple[str, Any]
-    """Target and attributes of its tier-2 call, or `_SIGN`."""
+    """Name and parameters of its tier-2 primitive, or `_SIGN`."""
     numbers: tuple[Product, ...]
     """s, r, and for tier 2 the numbers of the call from b1 on."""
 
@@ -113,46 +107,40 @@ def kernel_step(
 
 
 def _measure_together(graph: fx.Graph) -> None:
-    """One call for the statistics of all gradients, and one for each of their sums."""
+    """One call for sums over single tensors that several calls take of inputs."""
     inputs = set(graph.find_nodes(op="placeholder"))
     alike: dict[Any, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=kernel_call):
-        target, attributes, operands = node.args
-        before, tensors = measured(target, attributes, operands)  # pyright: ignore
-        is_table = all(user.meta["aval"].ndim == 2 for user in node.users)  # but under `vmap`
-        if tensors and is_table and inputs.issuperset(tensors):
-            alike.setdefault((target, attributes, *before), []).append(node)
-    for (target, attributes, *before), calls in alike.items():
+        name, params, (c, *tensors) = node.args  # pyright: ignore
+        of_one = name == "chainrule_sums" and dict(params)["kind"] in forms.OF_ONE  # pyright: ignore
+        if of_one and not isinstance(c, fx.Node) and inputs.issuperset(tensors):
+            alike.setdefault((params, c), []).append(node)
+    for (params, c), calls in alike.items():
         if len(calls) > 1:
-            _as_one(graph, target, attributes, before, calls)
+            _as_one(graph, params, c, calls)
     unbind_vectors(graph)
 
 
-def _as_one(
-    graph: fx.Graph, target: Any, attributes: Any, before: Any, calls: list[fx.Node]
-) -> None:
-    """One call in the place of several, and their rows of its table."""
-    rows = [measured(*node.args)[1] for node in calls]  # pyright: ignore
-    tensors = [x for row in rows for x in row]
+def _as_one(graph: fx.Graph, params: Any, c: Any, calls: list[fx.Node]) -> None:
+    """One call in the place of several, and their parts of its vectors."""
+    own: list[list[fx.Node]] = [node.args[2][1:] for node in calls]  # pyright: ignore
+    tensors = [x for xs in own for x in xs]
+    vectors: dict[Any, fx.Node] = {}
     with graph.inserting_before(calls[0]):
-        whole = graph.call_function(kernel_call, (target, attributes, [*before, *tensors]))
-        table = graph.call_function(operator.getitem, (whole, 0))
-        aval = next(iter(calls[0].users)).meta["aval"]
-        width = aval.shape[1]
-        table.meta["aval"] = aval.update(shape=(len(tensors), width))
-        flat = graph.call_function(torch.reshape, (table, (len(tensors) * width,)))
-        flat.meta["aval"] = aval.update(shape=(len(tensors) * width,))
+        whole = graph.call_function(kernel_call, ("chainrule_sums", params, [c, *tensors]))
+        for user in calls[0].users:
+            k = user.args[1]
+            vectors[k] = graph.call_function(operator.getitem, (whole, k))
+            vectors[k].meta["aval"] = user.meta["aval"].update(shape=(len(tensors),))
     start = 0
-    for node, row in zip(calls, rows, strict=True):
+    for node, xs in zip(calls, own, strict=True):
         for user in list(node.users):
             with graph.inserting_before(user):
-                own = graph.call_function(torch.narrow, (flat, 0, start, len(row) * width))
-                if any(after.target is not torch.reshape for after in user.users):
-                    own = graph.call_function(torch.reshape, (own, (len(row), width)))
-            user.replace_all_uses_with(own)
+                part = graph.call_function(torch.narrow, (vectors[user.args[1]], 0, start, len(xs)))
+            user.replace_all_uses_with(part)
             graph.erase_node(user)
         graph.erase_node(node)
-        start += len(row) * width
+        start += len(xs)
 
 
 def _without(
@@ -226,8 +214,8 @@ class _Call:
         if self.kind == _SIGN:
             _kernel.tier0(**{name: buffers(ts, name) for name, ts in tensors.items()}, **numbers)
         else:
-            numbers |= dict(zip(TABLE[2:], rest, strict=True))
-            run_tier2(*self.kind, tensors, numbers)
+            numbers |= dict(zip(TIER2_NUMBERS[2:], rest, strict=True))
+            run_tier2(self.kind[1], tensors, numbers)
         for i in only_decayed:
             tensors["parameters"][i].mul_(1 + decay[i])
         for role in self.written:
@@ -265,52 +253,36 @@ def _moves(graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]) 
                 whole = _Move((i, *move.results), tensors, move.kind, numbers)
                 calls.setdefault(call, {})[k] = whole
     for call, found in calls.items():
-        target, attributes, operands = call.args
-        if len(found) == len(roles(target, attributes, operands)["gradients"]):  # pyright: ignore
+        _, params, operands = call.args
+        if len(found) == len(step_of(dict(params)["roles"], operands).roles["gradients"]):  # pyright: ignore
             moves.extend(found.values())
     return moves
 
 
 def _tier2_move(call, k, parameter, renewing, results, position) -> _Move | None:
     """Tensor k of a tier-2 call whose new state is what the program returns for the old."""
-    target, attributes, operands = call.args
-    if not target.startswith("chainrule_tier2"):
+    name, params, operands = call.args
+    if name != "chainrule_tier2":
         return None
-    by_role = roles(target, attributes, operands)
-    columns = _columns(operands[0])
-    n = len(by_role["gradients"])
-    if k >= n or columns is None or columns[:2] != [-1.0, 0.0] or "parameters" in by_role:
+    given = step_of(dict(params)["roles"], operands)
+    numbers = list(given.numbers.values())
+    gradients = given.roles["gradients"]
+    n = len(gradients)
+    is_direction = numbers[:2] == [-1.0, 0.0] and "parameters" not in given.roles
+    for_all = all(not isinstance(x, fx.Node) or x.meta["aval"].ndim == 0 for x in numbers)
+    if k >= n or not (is_direction and for_all):
         return None
-    if by_role["gradients"][k] not in position or by_role["gradients"][k] in renewing:
+    if gradients[k] not in position or gradients[k] in renewing:
         return None
     outputs = {user.args[1]: user for user in call.users}
     places = []
-    for offset, role in enumerate(by_role):
-        old = by_role[role][k]
-        if role == "gradients":
-            continue
-        place = renewing.get(old)
+    for offset, role in enumerate(given.state.values(), start=1):
+        place = renewing.get(role[k])
         if place is None or results[place] is not outputs.get(offset * n + k):
             return None
         places.append(place)
-    tensors = {role: position[nodes[k]] for role, nodes in by_role.items()}
-    numbers = tuple((c,) for c in columns[2:])
-    return _Move(tuple(places), tensors, (target, attributes), numbers)
-
-
-def _columns(table: fx.Node) -> list[Factor] | None:
-    """The scalars that `chainrule.native.xla` repeated for every tensor of a call."""
-    if table.target is not torch.stack:
-        return None
-    columns: list[Factor] = []
-    for column in table.args[0]:  # pyright: ignore
-        if column.target is torch.broadcast_to:
-            columns.append(column.args[0])
-        elif column.target is torch.full:
-            columns.append(float(column.args[1]))
-        else:
-            return None
-    return columns
+    tensors = {role: position[nodes[k]] for role, nodes in given.roles.items()}
+    return _Move(tuple(places), tensors, (name, params), tuple((x,) for x in numbers[2:]))
 
 
 def _scaled_direction(

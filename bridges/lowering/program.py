@@ -16,7 +16,6 @@ from chainrule.bridges.lowering.builder import Shared, build
 from chainrule.bridges.lowering.convert import is_key
 from chainrule.bridges.lowering.elementwise import ELEMENTWISE
 from chainrule.bridges.lowering.table import TABLE
-from chainrule.native import bridging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def lower(
       *example_args: pytrees of ``jax.ShapeDtypeStruct`` or arrays. 64-bit leaves turn on
         ``jax.enable_x64`` for the trace.
       device: where the constants the program makes live; the inputs must be there too.
-      compiled: whether the program will be compiled, which decides what chains leave to the native kernel.
+      compiled: whether the program will be compiled, which decides what is left to the compiled kernel.
 
     Returns:
       The program. Dtypes are held as ``convert`` says: uint32 and typed PRNG keys as int64.
@@ -89,10 +88,10 @@ def lower(
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
     device = torch.device(device)
     wide = wide or bool(jax.config.read("jax_enable_x64"))
-    with collector_paused(), jax.enable_x64(wide), bridging(device.type == "cpu", compiled):
+    with collector_paused(), jax.enable_x64(wide):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
-        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, {}, {}, {})
+        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, compiled, {}, {}, {})
         names = [
             "in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in paths
         ]

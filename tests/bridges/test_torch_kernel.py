@@ -14,7 +14,7 @@ from torch import nn
 
 import chainrule
 from chainrule import TierPolicy, TorchBridge, chains
-from chainrule.bridges.lowering import UnsupportedPrimitive, lower
+from chainrule.bridges.lowering import lower
 from chainrule.bridges.lowering import native as step_in_kernel
 from chainrule.native import xla
 from chainrule.transforms import scale_by_dual_ema
@@ -155,12 +155,15 @@ def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch() -> None:
     assert not seen  # all that is left is small, and runs as it is
 
 
-def test_a_call_that_has_no_lowering_is_an_error() -> None:
+def test_a_primitive_that_a_bridge_does_not_leave_to_the_kernel_is_its_form() -> None:
     def quantize(x: Any) -> Any:
         return xla.quantize([x], block=2)
 
-    with pytest.raises(UnsupportedPrimitive, match="chainrule_quantize"):
-        lower(quantize, jax.ShapeDtypeStruct((4,), "float32"))
+    lowered = lower(quantize, jax.ShapeDtypeStruct((4,), "float32"))
+    codes, scales = lowered(torch.tensor([7.0, -3.0, 0.0, 0.0]))
+    # 7 and -3 in steps of 1, 0 and 0: each code plus 8 in its nibble, the even index low.
+    assert codes.tolist() == [15 | 5 << 4, 8 | 8 << 4]
+    assert scales.tolist() == [1.0, 1.0]
 
 
 def test_without_the_kernel_the_bridge_runs_in_torch_and_says_so_once() -> None:
@@ -191,4 +194,6 @@ def test_in_jax_auto_is_xla() -> None:
     tx = chains.cosmic(policy=TierPolicy({2: 1.0}))
     params = {"a": np.ones(4, np.float32)}
     state = chainrule.retier(tx.init(params), params, params)
-    assert "chainrule_" not in str(jax.make_jaxpr(tx.update)(params, state, params))
+    args = params, state, params
+    assert "chainrule_tier2" in str(jax.make_jaxpr(tx.update)(*args))
+    assert "chainrule_" not in jax.jit(tx.update).lower(*args).as_text()

@@ -21,6 +21,7 @@ namespace chainrule {
 // What divides the momentum. `magnitude` (|g| + eps) and `none` are the two things the reference does
 // when b2 is 0: its fused and its unfused code.
 enum class Denominator : std::uint8_t { root, magnitude, none };
+constexpr const char* kDenominatorNames[] = {"root", "magnitude", "none"};
 
 // One tensor of a call. Written: mu, nu, mu_long if present, and `output`, or `parameter` without one.
 struct Tier2 {

@@ -1,0 +1,241 @@
+r"""What each call of the kernel computes, in JAX: the form that XLA compiles where the kernel does not run.
+
+The equations are those of ``include/chainrule``. Arithmetic is float32 at least, and in the tensors' own dtype above
+that; so these forms take any floating-point or complex dtype, where the kernel takes three.
+
+Two habits of XLA's CPU compiler decide how the sums are written. It fuses an expression into a sum only if no other
+sum reads the same expression: a shared one is written to memory, at several times the cost of both sums. And it fuses
+the broadcast of a scalar into a sum only if that scalar is read there alone. `_own` and the barrier in `square_norm`
+keep expressions apart for that reason; without them STAM takes 1.7 times as long, and nothing else changes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Arrays: TypeAlias = Sequence[jax.Array]
+
+LEVELS = {4: 7, 8: 127}
+"""The largest code of a block for each number of bits."""
+
+
+def up(x: Any) -> jax.Array:
+    """`x` in the dtype in which chains compute: its own, but float32 for half precision."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def ema(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
+    """decay * old + (1 - decay) * new."""
+    return decay * up(old) + (1 - decay) * up(new)
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """|x|^2, real for complex x."""
+    x = up(x)
+    return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
+
+
+# ---- sums ------------------------------------------------------------------------------------
+
+
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The inner product of two arrays as real vectors, real and imaginary parts apart.
+
+    >>> inner(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])).item()
+    11.0
+    """
+    return jnp.sum((up(x).conj() * up(y)).real)
+
+
+def square_norm(x: jax.Array) -> jax.Array:
+    """The squared Euclidean norm of an array as a real vector.
+
+    >>> square_norm(jnp.array([[3.0, -4.0]])).item()
+    25.0
+    """
+    # The barrier: x * x may occur elsewhere too, in a second moment.
+    x = jnp.abs(jax.lax.optimization_barrier(up(x)))
+    return jnp.sum(x * x)
+
+
+def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
+    """The scalar `x`, to be broadcast in a sum over `leaf`; 0 becomes a smallest normal number.
+
+    What is added to `x` for a large leaf, to tell it from those of other leaves, is far below its precision.
+
+    >>> float(own_scalar(1.0, jnp.ones(2))), float(own_scalar(0.0, jnp.ones(2)))
+    (1.0, 1.17...e-38)
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    if leaf.size < 2**16:
+        return x + jnp.float32(tiny)
+    first = jax.lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim)
+    return x + tiny * (1 + jnp.sum(first > 0, dtype=jnp.float32))
+
+
+def _variance_share(x: jax.Array, y: jax.Array, c: Any) -> jax.Array:
+    signal = up(x) * up(x)
+    return jnp.sum(signal / (signal + (own_scalar(c, x) * up(y) + own_scalar(0, x))))
+
+
+def _square_share(x: jax.Array, y: jax.Array, c: Any) -> jax.Array:
+    # min(x^2 / y, c) / c: the scalar stands outside the sum.
+    shares = jnp.minimum(up(x) * up(x) / jnp.maximum(up(y), own_scalar(0, x)), own_scalar(c, x))
+    return jnp.sum(shares) / c
+
+
+def _magnitude(x: jax.Array, *_: Any) -> jax.Array:
+    return jnp.sum(jnp.abs(jnp.where(jnp.isfinite(x), up(x), 0)))
+
+
+SUMS: Mapping[str, tuple[Any, ...]] = {
+    "moments": (lambda x, *_: jnp.sum(up(x)), lambda x, *_: jnp.sum(jnp.square(up(x)))),
+    "residual": (  # x - y and y - x: two expressions, each fused into its own sum
+        lambda x, y, _: jnp.sum(jnp.abs(up(y) - up(x))),
+        lambda x, y, _: jnp.sum(jnp.square(up(x) - up(y))),
+    ),
+    "alignment": (
+        lambda x, y, _: inner(x, y),
+        lambda x, *_: square_norm(x),
+        lambda _, y, c: square_norm(y),
+    ),
+    "variance_share": (_variance_share,),
+    "square_share": (_square_share,),
+    "magnitude": (_magnitude,),
+}
+"""The kinds of `sums` and their terms, functions of x, y and c."""
+
+OF_ONE = ("moments", "magnitude")
+"""The kinds that read x alone; the others are of pairs."""
+
+
+def sum_dtype(tensors: Sequence[Any]) -> Any:
+    """float32, or float64 where a tensor is that wide."""
+    floats = (x.dtype for x in tensors if jnp.issubdtype(x.dtype, jnp.inexact))
+    return jnp.dtype("float64" if any(jnp.finfo(d).bits == 64 for d in floats) else "float32")
+
+
+def sums(kind: str, c: jax.Array, xs: Arrays, ys: Arrays) -> list[jax.Array]:
+    """Each sum of all tensors as a vector."""
+    pairs, dtype = list(zip(xs, ys, strict=True)), sum_dtype([*xs, *ys])
+    return [jnp.stack([term(x, y, c) for x, y in pairs]).astype(dtype) for term in SUMS[kind]]
+
+
+def statistics(gradients: Arrays) -> list[jax.Array]:
+    """A row of mean |g|, mean g^2, variance and max |g| for each gradient; zeros for an empty one."""
+
+    def row(g: jax.Array) -> jax.Array:
+        if g.size == 0:
+            return jnp.zeros(4, jnp.float32)
+        g = up(g)
+        size = jnp.abs(g)
+        four = jnp.mean(size), jnp.mean(abs_sq(g)), jnp.mean(abs_sq(g - jnp.mean(g))), jnp.max(size)
+        return jnp.stack(four).astype(jnp.float32)
+
+    return [jnp.stack([row(g) for g in gradients])]
+
+
+# ---- tensors in codes ------------------------------------------------------------------------
+
+
+def packed_size(size: int, bits: int) -> int:
+    """Bytes of the codes of `size` elements."""
+    return (size + 1) // 2 if bits == 4 else size
+
+
+def block_count(size: int, block: int) -> int:
+    """Scales of `size` elements; a block beyond the end is the whole tensor."""
+    return -(-size // block)
+
+
+def encode(
+    x: jax.Array, bits: int, block: int, uniform: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The codes and scales of a tensor, to nearest (half to even); `uniform` in [0, 1) rounds at random."""
+    largest, n = LEVELS[bits], x.size
+    blocks = block_count(n, block)
+    flat = jnp.pad(up(x).reshape(-1).astype(jnp.float32), (0, blocks * block - n))
+    flat = flat.reshape(blocks, block)
+    scale = jnp.max(jnp.abs(flat), axis=1, initial=0) / largest
+    scale = jnp.where(scale == 0, 1.0, scale)
+    ratio = (flat / scale[:, None]).reshape(-1)[:n]
+    rounded = jnp.round(ratio) if uniform is None else jnp.floor(ratio + uniform.reshape(-1))
+    q = jnp.clip(rounded, -largest, largest).astype(jnp.int32)
+    if bits == 8:
+        return (q + 128).astype(jnp.uint8), scale
+    nibbles = jnp.pad((q + 8).astype(jnp.uint8), (0, n % 2))
+    return nibbles[0::2] | (nibbles[1::2] << 4), scale
+
+
+def spread(scale: jax.Array, size: int, block: int) -> jax.Array:
+    """The scale of each of `size` elements."""
+    return jnp.repeat(scale, block, total_repeat_length=len(scale) * block)[:size]
+
+
+def decode(
+    codes: jax.Array, scale: jax.Array, shape: tuple[int, ...], bits: int, block: int
+) -> jax.Array:
+    """The float32 tensor that codes and scales stand for."""
+    size = 1
+    for length in shape:
+        size *= length
+    if bits == 8:
+        q = codes.astype(jnp.float32) - 128
+    else:
+        q = jnp.stack([codes & 0xF, codes >> 4], axis=1).reshape(-1)[:size].astype(jnp.float32) - 8
+    return (q * spread(scale, size, block)).reshape(shape)
+
+
+# ---- steps -----------------------------------------------------------------------------------
+
+
+def tier1(
+    gradients: Arrays,
+    magnitudes: jax.Array,
+    parameters: Sequence[jax.Array | None],
+    numbers: Mapping[str, Arrays],
+    scale_decay: bool,
+) -> tuple[list[jax.Array], jax.Array]:
+    """u = -rate (c sign(g) + decay p), and the new c of each tensor."""
+    updates, cs = [], []
+    for i, (g, p) in enumerate(zip(gradients, parameters, strict=True)):
+        x = {name: column[i] for name, column in numbers.items()}
+        known = x["mean_magnitude"]
+        mean = jnp.where(known < 0, _magnitude(g) / max(g.size, 1), known)
+        c = magnitudes[i]
+        if g.size:  # a tensor without entries has no mean
+            c = ema(x["decay"], c, mean).astype(jnp.float32)
+        decay = 0.0 if p is None else x["weight_decay"] * up(p)
+        decay = c * decay if scale_decay else decay
+        updates.append((-x["learning_rate"] * (c * jnp.sign(up(g)) + decay)).astype(g.dtype))
+        cs.append(c)
+    return updates, jnp.stack(cs)
+
+
+def tier2(
+    g: jax.Array,
+    mu: jax.Array,
+    mu_long: jax.Array | None,
+    nu: jax.Array | None,
+    parameter: jax.Array | None,
+    denominator: str,
+    x: Mapping[str, jax.Array],
+) -> tuple[jax.Array, ...]:
+    """One tensor's update and its moments afterwards, in the dtype of the arithmetic; `x` are its numbers."""
+    g = up(g)
+    mu = momentum = ema(x["b1"], mu, g)
+    if mu_long is not None:
+        mu_long = ema(x["b1_long"], mu_long, g)
+        momentum = x["blend"] * mu + (1 - x["blend"]) * mu_long
+    direction = (1 / x["mu_correction"]) * momentum
+    if nu is not None:
+        nu = ema(x["b2"], nu, abs_sq(g))
+        direction = direction / (jnp.sqrt(nu / x["nu_correction"]) + x["eps"])
+    elif denominator == "magnitude":
+        direction = direction / (jnp.abs(g) + x["eps"])
+    if parameter is not None:
+        direction = direction + x["weight_decay"] * up(parameter)
+    new = (-x["learning_rate"] * direction, mu, mu_long, nu)
+    return tuple(part for part in new if part is not None)
