@@ -91,9 +91,9 @@ def test_what_the_kernel_cannot_step_is_decoded(options):
 def test_the_chain_takes_the_kernel_it_is_told(kernel):
     tx = chains.cosmic(0.1, kernel=kernel)
     params = tree(0)
-    jaxpr = jax.make_jaxpr(tx.update)(tree(1), tx.init(params), params)
+    lowered = jax.jit(tx.update).lower(tree(1), tx.init(params), params)
     # All tensors are in tier 0 before the first retier: no tier 2, no call.
-    assert "chainrule_tier2" not in str(jaxpr)
+    assert "chainrule_tier2" not in lowered.as_text()
     atom = scale_by_dual_ema(kernel=kernel)
-    jaxpr = jax.make_jaxpr(atom.update)(tree(1), atom.init(params))
-    assert ("chainrule_tier2" in str(jaxpr)) == (kernel == "native")
+    lowered = jax.jit(atom.update).lower(tree(1), atom.init(params))
+    assert ("chainrule_tier2" in lowered.as_text()) == (kernel == "native")
