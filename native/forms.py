@@ -195,13 +195,13 @@ def tier1(
     gradients: Arrays,
     magnitudes: jax.Array,
     parameters: Sequence[jax.Array | None],
-    numbers: Mapping[str, Arrays],
+    numbers: Mapping[str, jax.Array],
     scale_decay: bool,
 ) -> tuple[list[jax.Array], jax.Array]:
     """u = -rate (c sign(g) + decay p), and the new c of each tensor."""
     updates, cs = [], []
     for i, (g, p) in enumerate(zip(gradients, parameters, strict=True)):
-        x = {name: column[i] for name, column in numbers.items()}
+        x = {name: number[i] if number.ndim else number for name, number in numbers.items()}
         known = x["mean_magnitude"]
         mean = jnp.where(known < 0, _magnitude(g) / max(g.size, 1), known)
         c = magnitudes[i]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -114,10 +115,7 @@ def _operation(
         if not all(a.sharding.mesh.empty for a in avals):
             # On a mesh a result's type tells what it varies over, and the form knows.
             return jax.make_jaxpr(functools.partial(form, **params))(*avals).out_avals
-        return [
-            jax.core.ShapedArray(shape, jnp.dtype(dtype))
-            for shape, dtype in results(*avals, **params)
-        ]
+        return [ShapedArray(shape, jnp.dtype(dtype)) for shape, dtype in results(*avals, **params)]
 
     def jvp(primals, tangents, **params):
         tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
@@ -337,17 +335,16 @@ def _tier2_results(*operands, roles, **_) -> list[Result]:
 
 def _tier2_form(*operands, roles, denominator, block, bits, start, **_) -> list[jax.Array]:
     step = step_of(roles, operands)
-    n = len(step.roles["gradients"])
-    columns = dict(zip(step.numbers, _columns(list(step.numbers.values()), n), strict=True))
     results: dict[str, list[jax.Array]] = {role: [] for role in ("gradients", *step.state)}
     for i, g in enumerate(step.roles["gradients"]):
         given = {role: tensors[i] for role, tensors in step.roles.items()}
         moments = {
             name: _moment(name, given, g, block, bits, start) for name in ("mu", "mu_long", "nu")
         }
-        numbers = {name: column[i] for name, column in columns.items()}
+        numbers = {name: x[i] if x.ndim else x for name, x in step.numbers.items()}
+        mu, mu_long, nu = moments.values()
         update, *new = forms.tier2(
-            g, *moments.values(), given.get("parameters"), denominator, numbers
+            g, mu, mu_long, nu, given.get("parameters"), denominator, numbers
         )
         results["gradients"].append(update.astype(g.dtype))
         present = [name for name, moment in moments.items() if moment is not None]
@@ -418,7 +415,7 @@ def _tier1_form(*operands, scale_decay, has_parameters, **_) -> list[jax.Array]:
     k = len(TIER1_NUMBERS)
     magnitudes, tensors = operands[k], operands[k + 1 :]
     n = len(magnitudes)
-    numbers = dict(zip(TIER1_NUMBERS, _columns(operands[:k], n), strict=True))
+    numbers: dict[str, jax.Array] = dict(zip(TIER1_NUMBERS, _columns(operands[:k], n), strict=True))
     parameters = tensors[n:] if has_parameters else [None] * n
     updates, new = forms.tier1(tensors[:n], magnitudes, parameters, numbers, scale_decay)
     return [new, *updates]
