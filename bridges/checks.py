@@ -1,9 +1,10 @@
 """What a bridge refuses among parameters and gradients, before anything is written."""
 
+import contextlib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ _FLAGS = {
     "fused": "use TorchBridge(..., compile=True)",
     "capturable": "a bridge reads no values on the host where its chain needs none",
     "maximize": "negate the gradients in the chain: optax.chain(optax.scale(-1.0), ...)",
+    "differentiable": "it writes in place, outside autograd; to differentiate through updates run the chain in JAX",
     "amsgrad": "use optax.amsgrad for the chain",
 }
 """What torch's own optimizers take: False and None ask for what a bridge does; what to do for the rest."""
@@ -123,3 +125,18 @@ def check_gradients(
             raise RuntimeError(
                 f"TorchBridge: the gradient of parameter {label} is {g.dtype}, the parameter {p.dtype}; cast it first"
             )
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def autocast_off(params: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """A context in which operations on the devices of `params`, and on the CPU, keep their dtypes, whatever
+    `torch.autocast` is around it."""
+    if not torch._C._is_any_autocast_enabled():  # pyright: ignore[reportPrivateUsage]
+        return _NOTHING
+    stack = contextlib.ExitStack()
+    for device_type in {"cpu", *(p.device.type for p in params)} - {"meta"}:
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+    return stack

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainrule.bridges.checks import check_flags
+from chainrule.bridges.checks import autocast_off, check_flags
 from chainrule.bridges.layout import Slot, live_leaves, slots
 from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.convert import physical_shape
@@ -61,9 +61,29 @@ def shortest(value: Tensor) -> float | int:
     return number
 
 
-def _check_value(owner: str, name: str, value: Any, dtype: torch.dtype) -> None:
-    """Raises `ValueError` where a number is out of bounds, or is so in the half-precision dtype that holds it."""
-    held = value
+def number_of(owner: str, key: str, value: Any, wait: bool) -> Any:
+    """The number in a tensor, if it can be had without waiting for a device, or `wait`; anything else as it is.
+
+    Raises:
+      ValueError: a tensor of several elements or none.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise ValueError(
+            f"{owner}: `{key}` must be a number or a tensor of one element, got shape {tuple(value.shape)}"
+        )
+    return value.item() if wait or value.device.type == "cpu" else value
+
+
+def check_number(owner: str, key: str, value: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Raises `TypeError` or `ValueError` for what is no number, or out of the bounds of the group's key, as it is or in
+    the half-precision dtype that holds it."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{owner}: `{key}` must be a number or a tensor, got {value!r}")
+    name = key.rpartition(".")[2]
+    name = "learning_rate" if name == _MULTIPLIER else name
+    held: Any = value
     if dtype in _HALF:
         held = torch.tensor(float(value), dtype=dtype, device="cpu").item()
     try:
@@ -281,7 +301,8 @@ class GroupTree:
     def initial_state(self) -> tuple[list[Tensor], dict[str, float | int]]:
         """The leaves of the state that `init` makes, and the hyperparameters in it by group key."""
         if self._init is not None:
-            leaves = list(self._init(*self.params))
+            with autocast_off(self.params):
+                leaves = list(self._init(*self.params))
             for i in self._init.passthrough:  # a state that starts as the parameters themselves
                 leaves[i] = leaves[i].detach().clone()
         else:
@@ -409,18 +430,27 @@ class GroupTree:
         self.sync_betas(group)
         for key in self.keys:
             value = group[key]
-            target = self._live_tensors[key] if key in self.live else self._multiplier
+            if isinstance(value, Tensor):  # on another device it is not looked at: that would wait
+                value = number_of(owner, key, value, wait=False)
+            target = self._holder(key)
             if isinstance(value, Tensor):
                 target.copy_(value.detach().reshape(()))
                 self._filled.pop(key, None)
             elif value != self._filled.get(key):
-                if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                    raise TypeError(f"{owner}: `{key}` must be a number or a tensor, got {value!r}")
-                name = key.rpartition(".")[2]
-                name = "learning_rate" if name == _MULTIPLIER else name
-                _check_value(owner, name, value, target.dtype)
+                check_number(owner, key, value, target.dtype)
                 target.fill_(float(value))
                 self._filled[key] = value
+
+    def check_values(self, group: dict[str, Any], owner: str) -> None:
+        """Raises what `sync` raises, also for tensors on other devices; a step would not wait for these."""
+        check_flags(group, owner)
+        for key in self.keys:
+            value = number_of(owner, key, group[key], wait=True)
+            check_number(owner, key, value, self._holder(key).dtype)
+
+    def _holder(self, key: str) -> Tensor:
+        """The scalar of the program that holds a value of the group."""
+        return self._live_tensors[key] if key in self.live else self._multiplier
 
     @property
     def has_betas(self) -> bool:

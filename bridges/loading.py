@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainrule.bridges.group_tree import GroupTree, shortest
+from chainrule.bridges.group_tree import GroupTree, check_number, shortest
 from chainrule.bridges.lowering import to_torch
 from chainrule.bridges.scalars import apart
 
@@ -81,13 +81,15 @@ def from_state_dict(
       where: how messages begin.
 
     Raises:
-      ValueError: the state dict is another chain's or has other shapes.
+      TypeError: a hyperparameter is no number.
+      ValueError: the state dict is another chain's or has other shapes, or a hyperparameter is out of bounds.
     """
     for key in tree.keys:
         if key not in saved:
             raise ValueError(
                 f"{where} has no `{key}`, a hyperparameter of this chain; is it of another chain?"
             )
+    tree.check_values(saved, where)
     label = dict(zip(tree.params, tree.labels, strict=True))
     shared = {slot.name for slot in tree.slots if slot.owner is None}
     homes = {home for home in tree.homes if home}
@@ -163,6 +165,7 @@ def from_jax(
             )
         if i in key_of:
             values[key_of[i]] = shortest(tensor)
+            check_number(where, key_of[i], values[key_of[i]])
         else:
             plan.append((leaves[i], tensor))
     return plan, values

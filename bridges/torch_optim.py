@@ -1,9 +1,10 @@
 """TorchBridge: any gradient transformation, ours or optax's, as a native torch optimizer."""
 
+import contextlib
 import copy
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.checks import (
+    autocast_off,
     check_flags,
     check_gradients,
     check_not_meta,
@@ -38,6 +40,7 @@ from chainrule.bridges.loading import (
     from_torch_adam,
     tiers_in,
 )
+from chainrule.bridges.lowering.runtime import Step
 from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.scalars import apart
@@ -114,6 +117,8 @@ class TorchBridge(torch.optim.Optimizer):
     >>> optimizer.param_groups[0]["lr"], optimizer.state[weight]["trace"]
     (0.5, tensor([ 2., -4.]))
     """
+
+    _torn = False  # whether a write began and did not end
 
     def __init__(
         self,
@@ -206,6 +211,7 @@ class TorchBridge(torch.optim.Optimizer):
             group.setdefault(key, value)
             self.defaults.setdefault(key, value)
         if tree:
+            tree.check_values(group, owner)
             tree.sync(group, owner)
             tree.is_initial = True
         return tree, leaves, members
@@ -232,12 +238,13 @@ class TorchBridge(torch.optim.Optimizer):
 
     def _replace(self, index: int, tree: GroupTree, leaves: Sequence[Tensor]) -> None:
         """Makes `tree` the tree of a group, and `leaves` its state."""
-        if old := self._trees[index]:
-            self._clear(old)
-        self._store(tree, leaves)
         inside = set(tree.params)
-        self._trees[index] = tree
-        self._members[index] = [p for p in self.param_groups[index]["params"] if p in inside]
+        with self._writing():
+            if old := self._trees[index]:
+                self._clear(old)
+            self._store(tree, leaves)
+            self._trees[index] = tree
+            self._members[index] = [p for p in self.param_groups[index]["params"] if p in inside]
 
     def _clear(self, tree: GroupTree) -> None:
         for home in tree.homes:
@@ -334,9 +341,17 @@ class TorchBridge(torch.optim.Optimizer):
 
     # ---- groups that others changed --------------------------------------------------------
 
-    @outside_inference_mode
     def _follow(self) -> None:
         """Takes over what was done to the groups by hand since the last call; see `bridges.following`."""
+        if self._torn:
+            raise RuntimeError(
+                "TorchBridge: an earlier step was interrupted while it wrote, so some parameters and entries of the "
+                "state are updated and others not; load a checkpoint, of the model and with `load_state_dict`"
+            )
+        self._take_over_groups()
+
+    @outside_inference_mode
+    def _take_over_groups(self) -> None:
         if unchanged(self.param_groups, self._known):
             return
         groups = list(self.param_groups)
@@ -361,16 +376,24 @@ class TorchBridge(torch.optim.Optimizer):
         finally:
             self.param_groups[:] = groups
         kept = {id(tree) for tree, _, _ in found}
-        for tree in self._trees:
-            if tree and id(tree) not in kept:
-                self._clear(tree)
-        self._move_entries(origin)
-        for tree, leaves, _ in found:
-            if tree:
-                self._store(tree, leaves)
-        self._trees = [tree for tree, _, _ in found]
-        self._members = [members for _, _, members in found]
-        self._known = [Known.of(group) for group in groups]
+        with self._writing():
+            for tree in self._trees:
+                if tree and id(tree) not in kept:
+                    self._clear(tree)
+            self._move_entries(origin)
+            for tree, leaves, _ in found:
+                if tree:
+                    self._store(tree, leaves)
+            self._trees = [tree for tree, _, _ in found]
+            self._members = [members for _, _, members in found]
+            self._known = [Known.of(group) for group in groups]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Marks the state as torn unless all inside is done."""
+        before, self._torn = self._torn, True
+        yield
+        self._torn = before
 
     def _followed(
         self, group: dict[str, Any], place: int, origin: Mapping[Tensor, Tensor], where: str
@@ -432,13 +455,17 @@ class TorchBridge(torch.optim.Optimizer):
             grads.append(tree.jax_tree(given))
             params.append(tree.jax_tree(tree.params))
         moved = retiered(states, grads, params)
+        new_trees = []
         for (index, tree), old, state in zip(trees, states, moved, strict=True):
             tiers = tiers_of(state)
             new = tree
             if tiers != tree.tiers:
                 new = self._make_tree(self.param_groups[index], self._members[index], tiers)
             own = tree.leaves(self.state)[len(jax.tree.leaves(apart(old))) :]
-            self._replace(index, new, [*new.torch_leaves(state), *own])
+            new_trees.append((index, new, [*new.torch_leaves(state), *own]))
+        with self._writing():
+            for index, tree, leaves in new_trees:
+                self._replace(index, tree, leaves)
 
     # ---- the step --------------------------------------------------------------------------
 
@@ -463,28 +490,33 @@ class TorchBridge(torch.optim.Optimizer):
           RuntimeError: a gradient that is sparse or of another dtype than its parameter; a parameter or an entry of the
             state that is not what it was; parameters on the device `meta` without gradients.
           ValueError: a hyperparameter out of bounds; no closure for a chain that reads the loss. Nothing has been
-            written then.
+            written then. What interrupts a step later (`KeyboardInterrupt`, memory) leaves it half done: the bridge
+            then refuses to go on, with a `RuntimeError`, until a state dict is loaded.
         """
+        self._follow()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(loss)
+            self._follow()
+        with autocast_off(own[0] for own in self._members if own):
+            self._update(loss)
         return loss
 
     @outside_inference_mode
     def _update(self, loss: Any) -> None:
-        self._follow()
         for index, tree in enumerate(self._trees):
             if tree and (tree.is_initial or tree.device.type == "meta") and tree.is_stale():
                 self._renew(index)
         self._retier()
         ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
+            self._torn = True
             for work in ready:
                 if work is not None:
                     run, inputs = work
                     run(inputs)
+            self._torn = False
 
     def _prepare(
         self, index: int, loss: Any
@@ -515,13 +547,16 @@ class TorchBridge(torch.optim.Optimizer):
         leaves, tree = self._leaves(index), self._trees[index]
         assert tree is not None
         if tree.params[0].device != tree.device:
-            tree.move()
-            leaves = [leaf.to(tree.device) for leaf in leaves]
-            self._store(tree, leaves)
+            with self._writing():
+                tree.move()
+                leaves = [leaf.to(tree.device) for leaf in leaves]
+                self._store(tree, leaves)
             leaves = tree.leaves(self.state)  # hyperparameters have moved already
         tree.check(leaves, owner)
         tree.sync(group, owner)
         run, extras = tree.program(loss)
+        if isinstance(run, Step):  # compiled before anything is written
+            run = run.ready(tree.device)
         params = tree.params
         tree.is_initial = False
         if absent:
@@ -564,7 +599,7 @@ class TorchBridge(torch.optim.Optimizer):
           ValueError: the state dict is incomplete, another chain's, of other names or in other shapes; the message
             names the entry, and the optimizer is unchanged.
         """
-        self._follow()
+        self._take_over_groups()
         state_dict = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -576,17 +611,20 @@ class TorchBridge(torch.optim.Optimizer):
             self._read(index, saved, state_dict["state"])
             for index, saved in enumerate(saved_groups)
         ]
-        for index, (tree, leaves, plan) in enumerate(readings):
-            if tree and tree is not self._tree(index):
-                self._replace(index, tree, leaves)
-            carry_out(plan)
-            if tree:
-                tree.is_initial = False
-        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            known = as_saved(group, saved)
-            fixed = {key: known[key] for key in ("params", "param_names") if key in known}
-            self.param_groups[index] = {**known, **saved, **fixed}
-        self._known = [Known.of(group) for group in self.param_groups]
+        with self._writing():
+            for index, (tree, leaves, plan) in enumerate(readings):
+                if tree and tree is not self._tree(index):
+                    self._replace(index, tree, leaves)
+                carry_out(plan)
+            for index, (group, saved) in enumerate(
+                zip(self.param_groups, saved_groups, strict=True)
+            ):
+                known = as_saved(group, saved)
+                fixed = {key: known[key] for key in ("params", "param_names") if key in known}
+                self.param_groups[index] = {**known, **saved, **fixed}
+            self._known = [Known.of(group) for group in self.param_groups]
+        self._is_loaded()
+        self._torn = False
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -684,10 +722,11 @@ class TorchBridge(torch.optim.Optimizer):
             )
             plan += copies
             values.append((self.param_groups[index], hyperparams))
-        carry_out(plan)
+        with self._writing():
+            carry_out(plan)
+            for group, hyperparams in values:
+                group.update(hyperparams)
         self._is_loaded()
-        for group, hyperparams in values:
-            group.update(hyperparams)
         for index, group in enumerate(self.param_groups):
             if tree := self._tree(index):
                 tree.sync_betas(group)
@@ -721,7 +760,8 @@ class TorchBridge(torch.optim.Optimizer):
             )
             entries = [state_dict["state"].get(saved[p]) for p in tree.params]
             plan += from_torch_adam(tree, leaves, entries)
-        carry_out(plan)
+        with self._writing():
+            carry_out(plan)
         self._is_loaded()
 
     def _is_loaded(self) -> None:

@@ -13,7 +13,23 @@ InPlace = Callable[[Sequence[Tensor]], None]
 """Takes the flat inputs of a program and writes every output into the input that it renews."""
 
 
-def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False) -> InPlace:
+class Step:
+    """A program that is built for each device when it first runs there, or before: `ready` writes nothing."""
+
+    def __init__(self, build: Callable[[torch.device], InPlace]):
+        self._build = build
+        self._steps: dict[torch.device, InPlace] = {}
+
+    def ready(self, device: torch.device) -> InPlace:
+        if device not in self._steps:
+            self._steps[device] = self._build(device)
+        return self._steps[device]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> None:
+        self.ready(inputs[0].device)(inputs)
+
+
+def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False) -> Step:
     """The program as a function that writes its outputs into its inputs.
 
     Args:
@@ -38,15 +54,7 @@ def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False
         from chainrule.bridges.lowering.inductor import compiled_step
 
         build = compiled_step
-    steps: dict[torch.device, InPlace] = {}
-
-    def step(inputs: Sequence[Tensor]) -> None:
-        device = inputs[0].device
-        if device not in steps:
-            steps[device] = kernel_step(build, lowered, targets, device)
-        steps[device](inputs)
-
-    return step
+    return Step(lambda device: kernel_step(build, lowered, targets, device))
 
 
 def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
