@@ -73,9 +73,10 @@ def muon(
     | decay | `decoupled_weight_decay` | u + weight_decay p |
     | rate | `optax.scale_by_learning_rate` | -learning_rate u |
 
-    `print(Routing().plan(params))` shows which leaf goes where, for the routing that is given. Every
-    numeric argument is live: see `chainrule.set_hyperparams`. The state is one moment a matrix, two for
-    the rest.
+    The rest are vectors, biases, embeddings and output layers; `Routing` says by which names and shapes it knows these.
+    `print(Routing().plan(params))` shows where each leaf goes and why, and the logger `chainrule.routing` says it once,
+    at INFO. For a torch model `routing=chainrule.torch_routing(model)` looks at its modules too. Every numeric argument
+    is live: see `chainrule.set_hyperparams`. The state is one moment a matrix, two for the rest.
 
     Args:
       learning_rate: a number, scalar array or schedule, at least 0.
@@ -100,7 +101,8 @@ def muon(
       scale_axes: `"in_out"` for (in, out) kernels, `"out_in"` for torch's, or two axes (out, in) of the leaf.
       dual_norm: multiply by the dual norm of the momentum (`adaptive` in optax.contrib.muon).
       caution: normalizer of `cautious` (`"mean"` is KerasOptimizers'), or `None` for no caution.
-      routing: a `Routing`, or a function from the parameters to labels `"muon"` and `"adam"`.
+      routing: a `Routing`, such as `Routing(exclude="^last")`, or a function from the parameters to labels `"muon"` and
+        `"adam"`.
       adam_lr_ratio: what `learning_rate` is multiplied by for the rest, at least 0.
       adam_b1: decay of Adam's first moment, in [0, 1).
       adam_b2: decay of its second moment, in [0, 1).

@@ -22,6 +22,7 @@ from chainrule.transforms import (
 
 if TYPE_CHECKING:
     from chainrule.bridges.torch_optim import TorchBridge
+    from chainrule.bridges.torch_routing import torch_routing
 
 __version__ = "0.1.0"
 
@@ -36,14 +37,19 @@ __all__ = [
     "named_chain",
     "retier",
     "set_hyperparams",
+    "torch_routing",
     "transforms",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # torch is an extra: it is imported when its bridge is asked for, not before.
+    # torch is an extra: it is imported when what needs it is asked for, not before.
     if name == "TorchBridge":
         from chainrule.bridges.torch_optim import TorchBridge
 
         return TorchBridge
+    if name == "torch_routing":
+        from chainrule.bridges.torch_routing import torch_routing
+
+        return torch_routing
     raise AttributeError(f"module 'chainrule' has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """Structured logs: one JSON object a line, for the events that the library logs.
 
-Loggers: `chainrule.tiers` (`tier_transition`, by `chainrule.retier`) and `chainrule.gate` (`gate`, by the torch
-bridge; a jitted chain cannot log, its gate is in `chainrule.metrics`). Both log at INFO, with the event's numbers in
-the record's `event`.
+Loggers: `chainrule.tiers` (`tier_transition`, by `chainrule.retier`), `chainrule.gate` (`gate`, by the torch bridge; a
+jitted chain cannot log, its gate is in `chainrule.metrics`) and `chainrule.routing` (`routing`, by
+`transforms.Routing`, each plan once). All log at INFO, with the event's numbers in the record's `event`.
 """
 
 import datetime

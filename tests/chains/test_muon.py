@@ -87,8 +87,8 @@ def test_a_kernel_is_orthogonalised_as_its_dims_say():
 def test_one_moment_a_matrix_and_two_for_the_rest():
     params, _ = trees()
     state = chains.muon().init(params)
-    muon = sum(x.size for x in (params["conv"]["kernel"], params["head"], params["hidden"]))
-    rest = sum(x.size for x in (params["conv"]["bias"], params["embedding"]))
+    muon = sum(x.size for x in (params["conv"]["kernel"], params["hidden"]))
+    rest = sum(x.size for x in (params["conv"]["bias"], params["embedding"], params["head"]))
     scalars = 4 * (len(chainrule.hyperparams(state)) + 3)
     assert chainrule.transforms.state_bytes(state) == 4 * muon + 8 * rest + scalars
 
