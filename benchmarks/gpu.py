@@ -345,10 +345,11 @@ def check_special(device: str, report: Callable[..., None]) -> None:
 # ---- graphs and synchronisations ---------------------------------------------------------------
 
 
-def synchronisations(step: Callable[[], Any], device: str) -> tuple[int, str]:
-    """How often a step makes the host wait for the device, and where first."""
+def synchronisations(make: Callable[[], Callable[[], Any]], device: str) -> tuple[int, str]:
+    """How often a step makes the host wait for the device, and where first; a step that fails is not made again."""
     import torch
 
+    step = make()
     if device != "cuda":
         step()
         return 0, ""
@@ -364,6 +365,7 @@ def synchronisations(step: Callable[[], Any], device: str) -> tuple[int, str]:
         where = tail(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    step = make()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -398,14 +400,19 @@ def check_graph(case: Case, device: str, report: Callable[..., None]) -> None:
 
     def measure(compile: bool) -> dict[str, Any]:
         arrays, grads = numbers()
-        params = torch_params(arrays, device)
-        optimizer = bridge_of(case.make, params, compile=compile)
-        give(params, grads[0])
-        for _ in range(2):
-            optimizer.step()
-        count, where = synchronisations(optimizer.step, device)
+
+        def make() -> Any:
+            params = torch_params(arrays, device)
+            optimizer = bridge_of(case.make, params, compile=compile)
+            give(params, grads[0])
+            for _ in range(2):
+                optimizer.step()
+            return params, optimizer
+
+        count, where = synchronisations(lambda: make()[1].step, device)
         if count:
             return {"ok": bool(case.on_host), "syncs": count, "where": case.on_host or where}
+        params, optimizer = make()
         replay = captured(optimizer.step, device)
         tensors = tensors_of(optimizer)
         start = [t.detach().clone() for t in tensors]
@@ -589,7 +596,14 @@ def time_torch(device: str, quick: bool, report: Callable[..., None]) -> None:
             step()
             found["peak MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
         if "torch" not in contender.name and "graph" not in contender.name:
-            found["syncs"], found["where"] = synchronisations(step, device)
+
+            def warm() -> Callable[[], Any]:
+                step = contender.make(params)
+                step()
+                step()
+                return step
+
+            found["syncs"], found["where"] = synchronisations(warm, device)
         other = yardstick.make(params)
         for _ in range(3):
             other()
