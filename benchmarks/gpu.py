@@ -22,6 +22,7 @@ Exit status 1: something failed (a missed target does not count).
 import argparse
 import collections
 import functools
+import gc
 import json
 import math
 import os
@@ -48,8 +49,8 @@ from shapes import GPT, MATRICES, SMALL
 from chainrule import TorchBridge, chain, chains, transforms
 
 SECTIONS = ("correctness", "graph", "torch", "jax")
-SHARE = {"checks": 190, "torch": 190, "jax": 100}
-"""Seconds of each section; `--budget` scales them. Correctness and graph share theirs."""
+SHARE = {"checks": 170, "torch": 210, "jax": 100}
+"""Seconds of each stage; `--budget` scales them. All checks run side by side in the first."""
 MARK = "\x1e"
 RATE = 1e-3
 
@@ -502,7 +503,6 @@ def torch_lists(device: str, quick: bool) -> Iterator[tuple[str, Contender, list
 
     peers = [
         Contender("torch foreach", lambda p: adamw(p, foreach=True).step),
-        Contender("torch.compile(AdamW.step)", compiled_torch),
         Contender("torch fused, graph", lambda p: captured(capturable(p, fused=True).step, device)),
     ]
     compiled = list(contenders("compiled", "compiled, graph"))
@@ -529,6 +529,9 @@ def torch_lists(device: str, quick: bool) -> Iterator[tuple[str, Contender, list
         yield name, muon, muons
     if not quick:
         yield "1.3B", fused, [*contenders("compiled"), peers[0], *list(contenders("eager"))[:1]]
+    slow = [Contender("torch.compile(AdamW.step)", compiled_torch)]  # a minute, so the last
+    for name in ("tiny",) if quick else ("gpt", "small"):
+        yield name, fused, slow
 
 
 def torch_arrays(shapes: Sequence[Shape], device: str) -> list[Any]:
@@ -615,6 +618,7 @@ def time_torch(device: str, quick: bool, report: Callable[..., None]) -> None:
         for contender in contenders:
             run = functools.partial(measure, contender, yardstick, params)
             report(f"{name}: {contender.name}", run, yardstick=yardstick.name)
+            gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
         del params
@@ -705,7 +709,7 @@ def time_jax(quick: bool, report: Callable[..., None]) -> None:
             report(f"{name}: {contender.name}", run, yardstick=yardstick.name)
 
 
-def check_jax(report: Callable[..., None]) -> None:
+def check_jax(some: Sequence[Case], report: Callable[..., None]) -> None:
     """Jitted chains on the default device against float64 on the CPU."""
     cpu = jax.devices("cpu")[0]
 
@@ -734,7 +738,7 @@ def check_jax(report: Callable[..., None]) -> None:
         found = run(case, jax.devices()[0])
         return compared(found, exact, moved, operations=case.operations, ties=case.ties)
 
-    for case in ours():
+    for case in some:
         report(f"{case.name}, jitted", functools.partial(measure, case))
 
 
@@ -824,7 +828,7 @@ def work(args: argparse.Namespace) -> None:
         reporter(section)("environment", lambda: {"ok": True, **environment(section, device)})
     if section == "checks":
         mine = cases()[part::parts]
-        for case in mine[: 4 if args.quick else None]:
+        for case in mine[: 1 if args.quick else None]:
             if "correctness" in args.only:
                 check = functools.partial(check_correctness, case, device, reporter("correctness"))
                 guarded(check, case.name, reporter("correctness"))
@@ -838,8 +842,16 @@ def work(args: argparse.Namespace) -> None:
         time_torch(device, args.quick, reporter("torch"))
     elif section == "jax":
         time_jax(args.quick, reporter("jax"))
-        check_jax(reporter("jax"))
-        check_beside_jax(device, reporter("jax"))
+    elif section == "jax checks":
+        check_jax(ours_of(args), reporter("jax"))
+        if part == 0:
+            check_beside_jax(device, reporter("jax"))
+
+
+def ours_of(args: argparse.Namespace) -> list[Case]:
+    """Our chains that this process checks."""
+    part, parts = args.part
+    return list(ours())[part::parts][: 1 if args.quick else None]
 
 
 def guarded(check: Callable[[], None], name: str, report: Reporter) -> None:
@@ -866,10 +878,14 @@ class Parent:
             if self.args.json:
                 Path(self.args.json).write_text(json.dumps(self.records, indent=1))
 
-    def run(self, section: str, seconds: float, parts: int = 1) -> None:
+    def run(self, seconds: float, **parts: int) -> None:
+        """Sections side by side, each in so many processes."""
         threads = [
-            threading.Thread(target=self.listen, args=(section, seconds, part, parts))
-            for part in range(parts)
+            threading.Thread(
+                target=self.listen, args=(section.replace("_", " "), seconds, part, count)
+            )
+            for section, count in parts.items()
+            for part in range(count)
         ]
         for thread in threads:
             thread.start()
@@ -908,9 +924,9 @@ class Parent:
 def variables(section: str, args: argparse.Namespace) -> dict[str, str]:
     """JAX must leave the device's memory to torch, and but for its own section need not see it."""
     own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
-    if section != "jax" or args.device == "cpu":
+    if not section.startswith("jax") or args.device == "cpu":
         own["JAX_PLATFORMS"] = "cpu"
-    if section == "checks":
+    if section.endswith("checks"):
         own["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
         own["OMP_NUM_THREADS"] = "2"
     return {**os.environ, **own}
@@ -1000,13 +1016,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         work(args)
         return
     parent = Parent(args)
-    chosen = [name for name in ("torch", "jax") if name in args.only]
-    if {"correctness", "graph"} & {*args.only}:
-        chosen.insert(0, "checks")
-    scale = args.budget / sum(SHARE[name] for name in chosen)
-    for name in chosen:
-        workers = args.workers or min(6, max(1, (os.cpu_count() or 1) // 2))
-        parent.run(name, SHARE[name] * scale, workers if name == "checks" else 1)
+    workers = args.workers or min(6, max(1, (os.cpu_count() or 1) // 2))
+    checks = {"checks": workers} if {"correctness", "graph"} & {*args.only} else {}
+    if "jax" in args.only:
+        checks["jax_checks"] = (workers + 2) // 3
+    stages = {"checks": checks} | {
+        name: {name: 1} for name in ("torch", "jax") if name in args.only
+    }
+    stages = {name: parts for name, parts in stages.items() if parts}
+    scale = args.budget / sum(SHARE[name] for name in stages)
+    for name, parts in stages.items():
+        parent.run(SHARE[name] * scale, **parts)
     show_table(parent.records)
     sys.exit(any(not r.get("ok", True) for r in parent.records))
 

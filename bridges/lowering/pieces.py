@@ -132,15 +132,17 @@ def fake_values(lowered: Lowered, device: torch.device) -> dict[fx.Node, Any]:
 def is_apart(node: Any, values: dict[fx.Node, Any]) -> bool:
     """Whether a node is a piece of its own, with what unpacks its results, which runs as it is.
 
-    Such are control flow, the compiled kernel, the way from scalars of many leaves to a vector and back, and a few
-    random bits, for whose hundred operations the compiler takes half a minute.
+    Such are control flow, the compiled kernel, the way from scalars of many leaves to a vector and back, and on a CPU a
+    few random bits, for whose hundred operations the compiler takes half a minute. (On a GPU it takes a second, and to
+    launch them costs more than all the rest of a step.)
     """
     if not isinstance(node, fx.Node):
         return False
     if node.target is torch.stack:
         return len(node.args[0]) >= _MANY_SCALARS  # pyright: ignore
     if node.target is ops.threefry2x32:
-        return all(values[s].numel() <= _FEW_BITS for s in node.all_input_nodes)
+        words = [values[s] for s in node.all_input_nodes]
+        return all(w.device.type == "cpu" and w.numel() <= _FEW_BITS for w in words)
     return node.target in HOST or node.target is ops.unbind
 
 
