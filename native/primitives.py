@@ -139,7 +139,11 @@ def _operation(
         fits = _on_one_device(ctx) and operation.runs_in_kernel(ctx.avals_in, params)
         return mlir.lower_fun(in_kernel if fits else form)(ctx, *operands, **params)
 
-    primitive.def_impl(lambda *operands, **params: _jitted(primitive, **params)(*operands))
+    def compiled(*operands, **params):
+        with jax.disable_jit(False):  # else `bind` would come back here for ever
+            return _jitted(primitive, **params)(*operands)
+
+    primitive.def_impl(compiled)
     primitive.def_abstract_eval(abstract)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch or one_by_one
