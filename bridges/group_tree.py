@@ -172,6 +172,9 @@ class GroupTree:
         self._bind(self.params, self.head)
         numbered = self.state(range(len(self.slots)))
         self._tiered = next(iter(tiered_states(numbered)), None)  # positions in the place of leaves
+        self._steps: tuple[int, int, int] | None = (
+            None  # id and version of the count's tensor, its value
+        )
         self._checked: list[int] = []
         self._live_tensors: dict[str, Tensor] = {}
         self._filled: dict[str, Any] = {}
@@ -379,9 +382,22 @@ class GroupTree:
         """Whether the policy of the chain's tiers may move parameters before the next update."""
         if self._tiered is None:
             return False
+        count = self._count(state)
+        known, version, steps = self._steps or (None, 0, 0)
+        if known is not count or version != count._version:
+            steps = int(count)
+            self._steps = count, count._version, steps
+        return self._tiered.assignment.policy.due(steps + 1)
+
+    def _count(self, state: dict[Tensor, dict[str, Tensor]]) -> Tensor:
         place: Any = self.homes[self._tiered.count]  # pyright: ignore
-        count = state[place[0]][place[1]]
-        return self._tiered.assignment.policy.due(int(count) + 1)
+        return state[place[0]][place[1]]
+
+    def stepped(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Keeps the step count of the tiers on the host: an accelerator need not be waited for at each step."""
+        if self._tiered is not None and self._steps is not None:
+            count = self._count(state)
+            self._steps = count, count._version, self._steps[2] + 1
 
     def state(self, leaves: Sequence[Any]) -> Any:
         """The chain's state with these leaves, `apart`."""

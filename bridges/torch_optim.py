@@ -512,10 +512,11 @@ class TorchBridge(torch.optim.Optimizer):
         ready = [self._prepare(index, loss) for index in range(len(self.param_groups))]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
             self._torn = True
-            for work in ready:
+            for tree, work in zip(self._trees, ready, strict=True):
                 if work is not None:
                     run, inputs = work
                     run(inputs)
+                    tree.stepped(self.state)  # pyright: ignore
             self._torn = False
 
     def _prepare(

@@ -330,8 +330,8 @@ class _Batch:
         call, args = _BATCHED[node.target][in_place], [*node.args]
         if index == 1:
             args[0], args[1] = args[1], args[0]
-        given = [self._operand(arg) for arg in args]
-        named = {name: self._operand(arg) for name, arg in node.kwargs.items()}
+        given = [self._operand(arg, node.target) for arg in args]
+        named = {name: self._operand(arg, node.target) for name, arg in node.kwargs.items()}
 
         def step(lists: list[Any], _: Sequence[int]) -> Any:
             operands = [operand(lists) for operand in given]
@@ -343,12 +343,16 @@ class _Batch:
 
         return step
 
-    def _operand(self, arg: Any) -> Callable[[list[Any]], Any]:
+    def _operand(self, arg: Any, target: Any) -> Callable[[list[Any]], Any]:
         """What a foreach call takes for an operand: a list of tensors, a number or numbers, or a 0-d tensor."""
         if not isinstance(arg, fx.Node):
             return lambda lists: arg
         k = self.number[arg]
         if self.values[arg].ndim > 0:
+            return operator.itemgetter(k)
+        if (
+            target is torch.add and not self.host
+        ):  # CUDA's form with one tensor reads it on the host
             return operator.itemgetter(k)
         if len(set(self.columns[k])) == 1:
             return lambda lists: lists[k][0].item() if self.host else lists[k][0]

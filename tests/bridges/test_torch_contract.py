@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.optim import lr_scheduler, swa_utils
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chainrule
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import foreach, to_jax
-from chainrule.transforms import _sums
+from chainrule.bridges.lowering import foreach, kernel, to_jax
 
 FEATURES, CLASSES = 6, 3
 
@@ -437,11 +437,23 @@ def test_channels_last_parameters_stay_so() -> None:
     assert ours.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+class _Calls(TorchDispatchMode):
+    """Records the operations that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.add(func)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("make", [chains.adam, chains.stam, chains.casmo])
 def test_a_step_waits_for_no_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU there is nothing to wait for; this is the program that an accelerator runs.
     monkeypatch.setattr(foreach, "reads_are_free", lambda device: False)
-    monkeypatch.setattr(_sums, "chosen_for_sums", lambda dtypes: False)
+    monkeypatch.setattr(kernel, "_runs_in_kernel", lambda *_: False)
     net = model()
     bridge = TorchBridge(make(), net.parameters())
     train(net, bridge, range(1))
@@ -452,8 +464,12 @@ def test_a_step_waits_for_no_device(make: Any, monkeypatch: pytest.MonkeyPatch) 
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    bridge.step()
+    with _Calls() as calls:
+        bridge.step()
     monkeypatch.undo()
+    # On CUDA this one reads its scalar on the host; those of products and quotients do not.
+    assert torch.ops.aten._foreach_add.Tensor not in calls.made
+    assert torch.ops.aten._foreach_add_.Tensor not in calls.made
     assert all(torch.is_tensor(v) for state in bridge.state.values() for v in state.values())
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import torch
 from torch import nn
 
@@ -100,3 +101,34 @@ def test_copies_and_pickles_keep_their_tiers() -> None:
         assert run(twin, other, grads[7:]) == seen
         for name in params:
             assert other[name].equal(params[name])
+
+
+def test_the_step_count_is_read_once_and_again_when_it_is_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An accelerator would be waited for at each reading."""
+    p = torch.nn.Parameter(torch.ones(8))
+    policy = TierPolicy({2: 1.0}, reassignment_interval=4)
+    bridge = TorchBridge(chains.cosmic(policy=policy), [p])
+    asked = []
+    due = TierPolicy.due
+    monkeypatch.setattr(TierPolicy, "due", lambda self, t: asked.append(t) or due(self, t))
+    reads = []
+    read = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: reads.append(1) or read(self))
+
+    def step() -> None:
+        p.grad = torch.arange(8.0)
+        bridge.step()
+
+    step()
+    first = len(reads)
+    step()
+    step()
+    assert asked[-1] == 3 and len(reads) == first
+    saved = copy.deepcopy(bridge.state_dict())
+    step()
+    bridge.load_state_dict(saved)
+    asked.clear()
+    step()
+    assert asked[0] == 4
