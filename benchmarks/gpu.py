@@ -160,8 +160,12 @@ def theirs() -> Iterator[Case]:
     yield Case("optax.MultiSteps", lambda: optax.MultiSteps(optax.adamw(rate), 2))
     yield Case("apply_if_finite", lambda: optax.apply_if_finite(optax.adamw(rate), 3))
     yield Case("contrib.schedule_free", lambda: contrib.schedule_free_adamw(rate, warmup_steps=2))
-    yield Case("contrib.prodigy", lambda: contrib.prodigy(1.0, estim_lr0=1e-2))
-    yield Case("contrib.muon", lambda: contrib.muon(rate))
+    # Its rate is a quotient of two sums over all elements, a rounding a term at worst.
+    terms = sum(math.prod(shape) for shape in TREE)
+    prodigy = functools.partial(contrib.prodigy, 1.0, estim_lr0=1e-2)
+    yield Case("contrib.prodigy", prodigy, operations=2.0 * terms)
+    # Five rounds of three products, each a sum over the shorter side.
+    yield Case("contrib.muon", lambda: contrib.muon(rate), operations=15.0 * 48)
 
 
 def cases() -> list[Case]:
