@@ -35,6 +35,25 @@ def is_flag(key: str, value: Any) -> bool:
     return key in _FLAGS and not value
 
 
+def check_order(chain: Any, params: Any) -> None:
+    """Raises `TypeError`, which says what to write, for swapped arguments, a torch optimizer or a module."""
+    if isinstance(chain, torch.optim.Optimizer):
+        raise TypeError(
+            f"TorchBridge: `chain` must be a gradient transformation, got the torch optimizer {type(chain).__name__}; "
+            "give a chain, such as `chainrule.chains.adam()` or `optax.sgd(0.1)`"
+        )
+    if hasattr(params, "init") and hasattr(params, "update"):
+        raise TypeError(
+            "TorchBridge: `params` is a gradient transformation; the chain comes first: write "
+            "`TorchBridge(chain, params)`"
+        )
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"TorchBridge: `params` must be parameters, got the module {type(params).__name__}; give "
+            "`model.parameters()`, or `model.named_parameters()` for a chain that reads names"
+        )
+
+
 def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
     """Raises `TypeError` or `ValueError` for parameters that no chain can update, or names given twice."""
     if len(set(labels)) != len(labels):

@@ -16,6 +16,7 @@ from chainrule.bridges.checks import (
     check_flags,
     check_gradients,
     check_not_meta,
+    check_order,
     check_params,
     is_flag,
     outside_inference_mode,
@@ -130,6 +131,7 @@ class TorchBridge(torch.optim.Optimizer):
         rounding: str | None = None,
         **group_defaults: Any,
     ):
+        check_order(chain, params)
         check_choice("TorchBridge", "engine", engine, ("torch", "xla"))
         check_choice("TorchBridge", "rounding", rounding, (None, "stochastic"))
         if compile and engine == "xla":

@@ -37,6 +37,47 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return (x.conj() * x).real if jnp.iscomplexobj(x) else x * x
 
 
+@jax.custom_jvp
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0, where it has none.
+
+    What an atom takes the root of is 0 only where a gradient always was, and there an infinite derivative times a zero
+    one would be NaN: gradients through an update (meta-learning) would be lost to one dead entry.
+
+    >>> jax.grad(root)(4.0).item(), jax.grad(root)(0.0).item()
+    (0.25, 0.0)
+    """
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _(primals, tangents):
+    y = root(*primals)
+    return y, tangents[0] * jnp.where(y > 0, 0.5 / jnp.where(y > 0, y, 1), 0)
+
+
+@jax.custom_jvp
+def share(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x / y for 0 <= x <= y, with derivative 0 where y is but a floor that keeps 0 / 0 from being NaN.
+
+    >>> float(share(1.0, 4.0)), jax.grad(share, argnums=(0, 1))(1.0, 4.0)[1].item()
+    (0.25, -0.0625)
+    >>> jax.grad(share, argnums=1)(0.0, 1e-38).item()
+    0.0
+    """
+    return x / y
+
+
+@share.defjvp
+def _(primals, tangents):
+    x, y = primals
+    quotient = share(x, y)
+    is_floor = y <= 4 * float(jnp.finfo(jnp.float32).tiny)
+    # Not by y^-2, which overflows long before 1 / y does.
+    slope = jnp.where(is_floor, 0, 1 / jnp.where(is_floor, 1, y))
+    return quotient, slope * (tangents[0] - quotient * tangents[1])
+
+
 # ---- sums ------------------------------------------------------------------------------------
 
 
@@ -77,13 +118,13 @@ def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
 
 def _variance_share(x: jax.Array, y: jax.Array, c: Any) -> jax.Array:
     signal = up(x) * up(x)
-    return jnp.sum(signal / (signal + (own_scalar(c, x) * up(y) + own_scalar(0, x))))
+    return jnp.sum(share(signal, signal + (own_scalar(c, x) * up(y) + own_scalar(0, x))))
 
 
 def _square_share(x: jax.Array, y: jax.Array, c: Any) -> jax.Array:
     # min(x^2 / y, c) / c: the scalar stands outside the sum.
-    shares = jnp.minimum(up(x) * up(x) / jnp.maximum(up(y), own_scalar(0, x)), own_scalar(c, x))
-    return jnp.sum(shares) / c
+    shares = share(up(x) * up(x), jnp.maximum(up(y), own_scalar(0, x)))
+    return jnp.sum(jnp.minimum(shares, own_scalar(c, x))) / c
 
 
 def _magnitude(x: jax.Array, *_: Any) -> jax.Array:
@@ -232,7 +273,7 @@ def tier2(
     direction = (1 / x["mu_correction"]) * momentum
     if nu is not None:
         nu = ema(x["b2"], nu, abs_sq(g))
-        direction = direction / (jnp.sqrt(nu / x["nu_correction"]) + x["eps"])
+        direction = direction / (root(nu / x["nu_correction"]) + x["eps"])
     elif denominator == "magnitude":
         direction = direction / (jnp.abs(g) + x["eps"])
     if parameter is not None:

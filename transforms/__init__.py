@@ -1,5 +1,6 @@
 """The atoms: small pure gradient transformations, one a file, and the algebra that composes them."""
 
+from chainrule.transforms import _flax
 from chainrule.transforms._chain import chain, named_chain, posted
 from chainrule.transforms._live import LiveState, hyperparams, live, set_hyperparams
 from chainrule.transforms._metrics import metrics, state_bytes
@@ -104,3 +105,5 @@ __all__ = [
     "tiered_state",
     "zero_nonfinite",
 ]
+
+_flax.register()

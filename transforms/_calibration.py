@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from chainrule.transforms._numerics import root
+
 _LEAST_STD = 0.01
 _PERCENTILES = (10, 50, 90)
 
@@ -124,7 +126,7 @@ class Calibration(NamedTuple):
             return (1 - weight) * ordered[..., low] + weight * ordered[..., high]
 
         percentiles = jnp.stack([percentile(q) for q in _PERCENTILES], axis=-1)
-        mean, std = jnp.mean(samples, axis=-1), jnp.std(samples, axis=-1)
+        mean, std = jnp.mean(samples, axis=-1), root(jnp.var(samples, axis=-1))
         tau = mean if self.center == "mean" else percentiles[..., 1]
         if self.tau_clip_range is not None:
             tau = jnp.clip(tau, *self.tau_clip_range)

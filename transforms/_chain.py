@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import optax
 
+from chainrule.transforms._checks import check_link
 from chainrule.transforms._per_parameter import PerParameter
 
 _MOMENTS = ("mu", "nu", "trace")
@@ -121,6 +122,9 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     Returns:
       A `optax.GradientTransformationExtraArgs`.
 
+    Raises:
+      TypeError: a link is no gradient transformation.
+
     >>> import chainrule, jax.numpy as jnp, optax
     >>> tx = chainrule.chain(optax.scale_by_adam(), chainrule.transforms.cautious(), optax.scale(-1e-3))
     >>> params = {"w": jnp.ones(3)}
@@ -128,6 +132,8 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     >>> updates["w"].round(5).tolist()
     [-0.0015..., 0.0015..., -0.0]
     """
+    for i, link in enumerate(links):
+        check_link("chain", f"links[{i}]", link)
     return _with_roads(lambda links: optax.chain(*links.values()), dict(enumerate(links)))
 
 
@@ -144,12 +150,19 @@ def named_chain(
 
     Raises:
       ValueError: two links have one name.
+      TypeError: something is no pair of a name and a gradient transformation.
 
     >>> import jax.numpy as jnp
     >>> tx = named_chain(("adam", optax.scale_by_adam()), ("rate", optax.scale(-1e-3)))
     >>> list(tx.init(jnp.ones(2)))
     ['adam', 'rate']
     """
+    for link in links:
+        if not isinstance(link, tuple) or len(link) != 2 or not isinstance(link[0], str):
+            raise TypeError(
+                f"named_chain: `links` must be pairs of a name and a gradient transformation, got {link!r}"
+            )
+        check_link("named_chain", repr(link[0]), link[1])
     names = [name for name, _ in links]
     if len(names) != len(set(names)):
         raise ValueError(f"named_chain: names must be unique, got {names}")

@@ -138,11 +138,61 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[object, ..
         raise ValueError(f"{owner}: `{name}` must be one of {listed}, got {value!r}")
 
 
-def check_params(owner: str, params: optax.Params, *, real: bool = False) -> None:
-    """Raises `TypeError` if a leaf of `params` is not floating point or complex (`real`: not
-    floating point)."""
-    allowed = jnp.floating if real else jnp.inexact
+def check_link(owner: str, argument: str, link: Any) -> None:
+    """Raises `TypeError`, which says what to write, if `link` is no gradient transformation.
+
+    >>> check_link("chain", "links[0]", optax.scale(0.1))
+    >>> check_link("chain", "links[0]", optax.scale_by_adam)
+    Traceback (most recent call last):
+      ...
+    TypeError: chain: `links[0]` must be a gradient transformation, got the function `scale_by_adam` itself; call it:
+    `scale_by_adam(...)`
+    """
+    if hasattr(link, "init") and hasattr(link, "update"):
+        return
+    kind = type(link)
+    if isinstance(link, (list, tuple)) or hasattr(link, "__next__"):
+        got = f"a {kind.__name__}; make one of its links: `chainrule.chain(*links)`"
+    elif hasattr(link, "param_groups"):
+        got = (
+            f"the torch optimizer {kind.__name__}; give a chain, such as `chainrule.chains.adam()` or "
+            "`optax.sgd(0.1)`, and drive the parameters with `chainrule.TorchBridge(chain, model.parameters())`"
+        )
+    elif callable(link):
+        name = getattr(link, "__name__", kind.__name__)
+        got = f"the function `{name}` itself; call it: `{name}(...)`"
+    elif link is None:
+        got = "None; the link that does nothing is `optax.identity()`"
+    else:
+        got = f"{link!r}; give an atom, a chain or any transformation of optax"
+    raise TypeError(f"{owner}: `{argument}` must be a gradient transformation, got {got}")
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (numbers.Number, np.generic)) or hasattr(leaf, "dtype")
+
+
+def check_arrays(owner: str, params: optax.Params) -> None:
+    """Raises `TypeError` if a leaf of `params` is no array: a model may hold functions among its leaves."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not _is_array(leaf):
+            raise TypeError(
+                f"{owner}: parameter {jax.tree_util.keystr(path) or 'tree'} is no array, got {leaf!r}; leave out what "
+                "is not trained, as `equinox.filter(model, equinox.is_inexact_array)` or `optax.masked` do"
+            )
+
+
+def check_params(
+    owner: str, params: optax.Params, *, real: bool = False, only_arrays: bool = True
+) -> None:
+    """Raises `TypeError` if a leaf of `params` is not floating point or complex (`real`: not
+    floating point); what is no array passes without `only_arrays`."""
+    allowed = jnp.floating if real else jnp.inexact
+    if only_arrays:
+        check_arrays(owner, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not _is_array(leaf):
+            continue
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, allowed):
             raise TypeError(

@@ -1,5 +1,6 @@
 """Hyperparameters that live in the state: float32 arrays by name, set between steps without a recompile."""
 
+import contextlib
 import functools
 import inspect
 import numbers
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.transforms._checks import check_bounds, check_params
+from chainrule.transforms._checks import check_bounds, check_link, check_params
 from chainrule.transforms._numerics import increment
+from chainrule.transforms._trees import where_updated
 from chainrule.transforms._words import bind
 
 
@@ -57,6 +59,9 @@ def live(
     check their bounds there, and again while tracing, with the arrays of the state for arguments.
     The final updates are cast to the dtype of the gradients.
 
+    Where all arguments are given by name and every number as an array, as `optax.inject_hyperparams` gives them, they
+    belong to the caller: `LiveState.hyperparams` is empty.
+
     A weight decay that is given as the number 0 asks for no parameters: an update without them
     leaves the decay out. If it is set to another number later, such an update is an error; under
     `jit`, where a number cannot be looked at, it goes on without the decay.
@@ -92,8 +97,9 @@ def live(
                 if name in static:
                     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.number):
                         raise TypeError(
-                            f"{owner}: `{name}` is structure and cannot be an array; with "
-                            f"`optax.inject_hyperparams` give static_args={static}"
+                            f"{owner}: `{name}` is structure and cannot be an array, which "
+                            f"`optax.inject_hyperparams` makes of it; the numbers of `{owner}` are live without it "
+                            f"(`chainrule.set_hyperparams`), or give it static_args={static}"
                         )
                     structure[name] = value
                 elif callable(value):
@@ -103,11 +109,18 @@ def live(
                 else:
                     structure[name] = value
             check_bounds(owner, **bound.arguments)
+            if "inner" in bound.arguments:
+                check_link(owner, "inner", bound.arguments["inner"])
+            # So `optax.inject_hyperparams` calls it, whose own state holds the numbers; held here too, `optax.tree.get`
+            # would find each twice.
+            ruled = set(kwargs) == set(signature.parameters) and all(
+                isinstance(value, jax.Array) for value in numeric.values()
+            )
             # Built here once for the errors; a schedule is not evaluated until there is a count.
             factory(**structure, **numeric, **{name: jnp.float32(0.5) for name in schedules})
 
             def init(params):
-                check_params(owner, params)
+                check_params(owner, params, only_arrays=False)
                 count = jnp.zeros((), jnp.int32)
                 # Copies: a state may be donated, and an array is its caller's.
                 values = {name: jnp.array(value, jnp.float32) for name, value in numeric.items()}
@@ -122,15 +135,18 @@ def live(
                 }
                 # The numbers as they were given, not as arrays: a default may derive a shape from one.
                 links = factory(**structure, **(values | numeric))
+                if ruled:
+                    values, given = {}, {}
                 return LiveState(count, values, links.init(params), given)
 
             def update(updates, state, params=None, **extra_args):
-                _check_structure(owner, updates, params)
-                values, given = _latest(state, numeric)
+                params = _matched(owner, updates, params)
+                values, given = _latest(state, {} if ruled else numeric)
                 for name, schedule in schedules.items():
                     values[name] = jnp.asarray(schedule(state.count), jnp.float32)
                 taken = values if params is not None else _without_decay(owner, values, numeric)
-                links = optax.with_extra_args_support(factory(**structure, **taken))
+                links = factory(**structure, **(numeric if ruled else taken))
+                links = optax.with_extra_args_support(links)
                 new, inner_state = links.update(updates, state.inner_state, params, **extra_args)
                 new = jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates)
                 inner_state = jax.tree.map(_in_dtype_of, state.inner_state, inner_state)
@@ -186,11 +202,15 @@ def _in_dtype_of(old: Any, new: Any) -> Any:
     )
 
 
-def _check_structure(owner: str, updates: Any, params: Any) -> None:
+def _matched(owner: str, updates: Any, params: Any) -> Any:
+    """`params` where there are updates, which must be in their shapes."""
     if params is None:
-        return
+        return None
     got, expected = jax.tree.structure(updates), jax.tree.structure(params)
     if got != expected:
+        with contextlib.suppress(ValueError):  # of another structure altogether
+            params = where_updated(updates, params)
+    if got != jax.tree.structure(params):
         raise ValueError(
             f"{owner}: the gradients must have the structure of the parameters, {expected}, got {got}"
         )
@@ -201,6 +221,7 @@ def _check_structure(owner: str, updates: Any, params: Any) -> None:
                 f"{owner}: the gradient of {jax.tree_util.keystr(path) or 'the parameter'} has shape "
                 f"{jnp.shape(update)}, the parameter has shape {jnp.shape(param)}"
             )
+    return params
 
 
 def _owners(state: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:

@@ -11,6 +11,8 @@ from chainrule.native.forms import abs_sq as abs_sq
 from chainrule.native.forms import ema as ema
 from chainrule.native.forms import inner as inner
 from chainrule.native.forms import own_scalar as own_scalar
+from chainrule.native.forms import root as root
+from chainrule.native.forms import share as share
 from chainrule.native.forms import square_norm as square_norm
 from chainrule.native.forms import up as up
 
@@ -46,7 +48,7 @@ def norm(x: jax.Array) -> jax.Array:
     >>> norm(jnp.array([[3.0, -4.0]])).item()
     5.0
     """
-    return jnp.sqrt(square_norm(x))
+    return root(square_norm(x))
 
 
 def finite(x: jax.Array, max_abs: Any) -> jax.Array:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from chainrule.transforms._trees import ANY, is_masked, is_placeholder
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,8 @@ class PerParameter:
     def full(cls, value: Any, params: Any, dtype: Any = jnp.float32) -> "PerParameter":
         """The same number for each leaf of `params`."""
         structure = jax.tree.structure(params)
-        return cls(jnp.full((structure.num_leaves,), value, dtype), structure)
+        values = jnp.full((structure.num_leaves,), value, dtype)
+        return cls(values, ANY if is_placeholder(params) else structure)
 
     def tree(self) -> Any:
         """A tree of scalars like the parameters."""
@@ -43,12 +46,28 @@ class PerParameter:
         """Other numbers, in the dtype of these."""
         return dataclasses.replace(self, values=values.astype(self.values.dtype))
 
-    def check(self, owner: str, structure: Any) -> None:
-        """Raises `ValueError` if `structure` is not that of the parameters."""
-        if structure != self.structure:
+    def match(self, owner: str, updates: Any) -> list[bool]:
+        """For each leaf of `updates`, masked ones too, whether there is a number for it.
+
+        The leaves of `updates` may lack the boxes that those of the parameters had: `flax.nnx.Optimizer` gives
+        `nnx.Param` to `init` and arrays to `update`.
+
+        Raises:
+          ValueError: `updates` has not the structure of the parameters.
+        """
+        parameters = jax.tree.unflatten(self.structure, range(self.structure.num_leaves))
+        own, theirs = (
+            jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)[0]
+            for tree in (parameters, updates)
+        )
+        if len(own) != len(theirs) or any(
+            path[: len(bare)] != bare for (path, _), (bare, _) in zip(own, theirs, strict=True)
+        ):
             raise ValueError(
-                f"{owner}: the updates must have the structure of the parameters, {self.structure}, got {structure}"
+                f"{owner}: the updates must have the structure of the parameters, {self.structure}, got "
+                f"{jax.tree.structure(updates)}"
             )
+        return [not is_masked(leaf) for _, leaf in own]
 
 
 def stacked(scalars: Sequence[jax.Array]) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from chainrule.transforms._trees import path_name
+from chainrule.transforms._trees import is_placeholder, path_name
 
 
 class Selections:
@@ -153,6 +153,8 @@ def _selected(where: str, members: Sequence[_Member], tree: Any) -> Any:
 
 
 def _by_booleans(where: str, selection: Any, tree: Any) -> Any:
+    if is_placeholder(tree):
+        return tree
     # JAX warns of other iterables where it takes them for leaves.
     is_tree = not isinstance(selection, (Iterator, KeysView, ValuesView))
     for chosen in jax.tree.leaves(selection) if is_tree else [selection]:

@@ -34,10 +34,10 @@ from chainrule.transforms._checks import (
     require,
     zeros_like,
 )
-from chainrule.transforms._numerics import bias_correction, ema, own_scalar, up
+from chainrule.transforms._numerics import bias_correction, ema, own_scalar, share, up
 from chainrule.transforms._per_parameter import PerParameter, stacked
 from chainrule.transforms._sums import sums
-from chainrule.transforms._trees import map_unmasked, unmasked_leaves
+from chainrule.transforms._trees import leaves_beside, map_unmasked
 from chainrule.transforms._words import checked_words
 
 _REMEDY = (
@@ -207,10 +207,13 @@ def agar_confidence(
             kept["mu"] = optax.tree.cast_like(mu, state.mu)
             kept["nu"] = optax.tree.cast_like(nu, state.nu)
         if source == "direction":
-            mu, nu = updates, jax.tree.map(lambda _: jnp.float32(1), updates)
+            ms = jax.tree.leaves(updates)
+            vs = [jnp.float32(1)] * len(ms)
         else:
-            mu = require(owner, "mu", mu, _REMEDY)
-            nu = require(owner, "nu", nu, _REMEDY)
+            ms, vs = (
+                leaves_beside(owner, name, updates, require(owner, name, tree, _REMEDY))
+                for name, tree in (("mu", mu), ("nu", nu))
+            )
 
         scale = jnp.float32(1)  # of nu, so that m^2 / (scale v) is the wanted ratio
         if debias != (source == "direction"):
@@ -218,7 +221,6 @@ def agar_confidence(
             scale = bias_correction(b1, count) ** 2 / bias_correction(b2, count)
             scale = 1 / scale if source == "direction" else scale
 
-        ms, vs = (unmasked_leaves(updates, tree) for tree in (mu, nu))
         sizes = np.array([m.size for m in ms], np.int32)
         total = max(int(sizes.sum()), 1)
 
@@ -284,4 +286,4 @@ def _default_steps(b1: Any) -> int:
 def _share_sum(m: jax.Array, v: jax.Array, scale: Any, eps: Any) -> jax.Array:
     """The sum of s / (s + n + eps), where s = m^2 and the noise n = max(scale v - s, eps)."""
     s, scale, eps = up(m) * up(m), own_scalar(scale, m), own_scalar(eps, m)
-    return jnp.sum(s / (jnp.maximum(scale * up(v), s + eps) + eps))
+    return jnp.sum(share(s, jnp.maximum(scale * up(v), s + eps) + eps))

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.transforms._checks import check_bounds, check_choice, require
+from chainrule.transforms._checks import check_arrays, check_bounds, check_choice, require
 from chainrule.transforms._numerics import up
-from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._trees import leaves_beside, map_to_other_shapes, map_unmasked
 from chainrule.transforms._words import checked_words
 
 
@@ -77,7 +77,9 @@ def cautious(
     check_choice("cautious", "normalizer", normalizer, ("clamped_mean", "mean", "count", "none"))
 
     def init(params):
-        return CautiousState(jax.tree.map(lambda _: jnp.ones((), jnp.float32), params))
+        check_arrays("cautious", params)
+        ones = map_to_other_shapes(lambda _: jnp.ones((), jnp.float32), params)
+        return CautiousState(ones)
 
     def update(updates, state, params=None, *, grad=None, **extra_args: Any):
         del state, params, extra_args
@@ -110,6 +112,7 @@ def cautious(
                 return 1 / jnp.where(mean > 0, mean + eps, 1)
             return size / (mean * size + 1) if normalizer == "count" else 1
 
+        leaves_beside("cautious", "grad", updates, grad)
         kept = map_unmasked(agreeing, updates, grad)
         means = map_unmasked(fraction, kept)
         new = map_unmasked(

@@ -22,6 +22,7 @@ import optax
 from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, require
 from chainrule.transforms._numerics import increment, up
+from chainrule.transforms._trees import leaves_beside
 from chainrule.transforms._words import checked_words
 
 _EPS = 1e-12
@@ -147,9 +148,16 @@ def gradient_gate(
             grad,
             "compose with `chainrule.chain`, or pass `grad=gradients` to `update`",
         )
+        grads = leaves_beside("gradient_gate", "grad", updates, grad)
         leaves, treedef = jax.tree.flatten(updates)
         own = (0,) * len(leaves) if tiers is None else tiers
         synced = own if synced_tiers is None else synced_tiers
+        if len(own) != len(leaves):
+            raise ValueError(
+                f"gradient_gate: the earlier `tiered_state` has {len(own)} tensors, the updates have {len(leaves)}; "
+                "put `gradient_gate` beside it, both inside or both outside of `optax.partition`, `optax.masked` or "
+                "`optax.flatten`"
+            )
         highest = max((*own, *synced), default=0)
         if highest >= len(scales):
             raise ValueError(
@@ -157,7 +165,7 @@ def gradient_gate(
                 f"tiers up to {highest}"
             )
         count = increment(state.count)
-        gated = [g for g, tier in zip(jax.tree.leaves(grad), own, strict=True) if tier <= tier_max]
+        gated = [g for g, tier in zip(grads, own, strict=True) if tier <= tier_max]
 
         raw, signal = state.raw, state.signal
         scale = jnp.ones((), jnp.float32)

@@ -14,6 +14,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._numerics import increment, up
+from chainrule.transforms._trees import map_to_other_shapes
 from chainrule.transforms._words import checked_words
 
 
@@ -67,7 +68,7 @@ def grokfast_ma(
 
     def init(params):
         check_params("grokfast_ma", params)
-        window = jax.tree.map(
+        window = map_to_other_shapes(
             lambda p: jnp.zeros((window_size, *jnp.shape(p)), state_dtype or jnp.result_type(p)),
             params,
         )

@@ -8,6 +8,8 @@ included; so does this atom behind a whole optimizer, but before `decoupled_weig
 leaves decay alone.
 """
 
+import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -15,16 +17,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
-from chainrule.transforms._numerics import ema, finite, increment, up
+from chainrule.transforms._checks import (
+    check_arrays,
+    check_bounds,
+    check_choice,
+    require,
+    zeros_like,
+)
+from chainrule.transforms._numerics import ema, finite, increment, root, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._selection import select
 from chainrule.transforms._sums import sums
-from chainrule.transforms._trees import is_masked, map_unmasked, unmasked_leaves
+from chainrule.transforms._trees import is_masked, leaves_beside, map_unmasked
 from chainrule.transforms._words import checked_words
 
 _NORM_FLOOR = 1e-8  # the least norm that the cosine divides by, as in the repository
 _PRNG = "threefry2x32"
+_LEAVE_OUT = 'leave it out with `exclude`, or use moment="own"'
 _PASS = "use `chainrule.chain` in place of `optax.chain`, pass it to"
 
 
@@ -113,6 +122,7 @@ def momentum_alignment_mask(
     def init(params) -> Any:
         excluded = select(owner, "exclude", exclude, params)
         included = jax.tree.map(lambda out, p: optax.MaskedNode() if out else p, excluded, params)
+        check_arrays(owner, included)
         key = seed if isinstance(seed, jax.Array) else jax.random.key(seed, impl=_PRNG)
 
         return MomentumAlignmentMaskState(
@@ -135,11 +145,17 @@ def momentum_alignment_mask(
             remedy = f'{_PASS} `update(..., {moment}=...)`, name another `moment`, or moment="own"'
             moments = require(owner, moment, extra_args.get(moment), remedy)
 
-        included = state.alignment.tree()  # an excluded parameter is masked in it
-        mus = jax.tree.leaves(map_unmasked(lambda _, mu, g: kept(mu, g), included, moments, grad))
-        grads = unmasked_leaves(included, grad)
+        leaves, structure = jax.tree.flatten(updates, is_leaf=is_masked)
+        included = state.alignment.match(owner, updates)  # an excluded parameter has no number
+
+        passing = zip(leaves, included, strict=True)
+        own = [u if has_factor else optax.MaskedNode() for u, has_factor in passing]
+        beside = functools.partial(
+            leaves_beside, owner, updates=jax.tree.unflatten(structure, own), remedy=_LEAVE_OUT
+        )
+        grads, mus = beside("grad", tree=grad), beside(moment, tree=moments)
         product, mu_square, g_square = sums("alignment", mus, grads)
-        lengths = (jnp.maximum(jnp.sqrt(x), _NORM_FLOOR) for x in (mu_square, g_square))
+        lengths = (jnp.maximum(root(x), _NORM_FLOOR) for x in (mu_square, g_square))
         cosine = (product / math.prod(lengths)).astype(jnp.float32)
         cosine = jnp.where(jnp.isfinite(cosine), cosine, 0)  # or s_t would be NaN for ever
         alignment = ema(alignment_ema, state.alignment.values, jax.nn.sigmoid(cosine / tau))
@@ -148,17 +164,19 @@ def momentum_alignment_mask(
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_PRNG), state.count)
             draws = (jax.random.uniform(key, cosine.shape) < mask_prob).astype(jnp.float32)
         else:
-            draws = jnp.array(unmasked_leaves(included, mask), jnp.float32)
-        structure = state.alignment.structure
-        factors = jax.tree.unflatten(structure, unstacked(alignment * draws))
-        drawn = jax.tree.unflatten(structure, unstacked(draws))
+            given = itertools.compress(structure.flatten_up_to(mask), included)
+            draws = jnp.array(list(given), jnp.float32)
 
-        def scaled(factor, m, u):
+        def scaled(u, factor, m):
             # Zero, not 0 u, where the update is dropped: its NaN are dropped with it.
-            return u if is_masked(factor) else jnp.where(m > 0, factor * up(u), 0).astype(u.dtype)
+            return jnp.where(m > 0, factor * up(u), 0).astype(u.dtype)
 
-        new = jax.tree.map(scaled, factors, drawn, updates, is_leaf=is_masked)
-        return new, MomentumAlignmentMaskState(
+        factors = zip(unstacked(alignment * draws), unstacked(draws), strict=True)
+        new = [
+            scaled(u, *next(factors)) if has_factor else u
+            for u, has_factor in zip(leaves, included, strict=True)
+        ]
+        return jax.tree.unflatten(structure, new), MomentumAlignmentMaskState(
             count=increment(state.count),
             key=state.key,
             alignment=state.alignment.replace(alignment),
@@ -166,13 +184,5 @@ def momentum_alignment_mask(
             mask_rate=jnp.sum(draws) / len(draws) if len(draws) else state.mask_rate,
             own=None if state.own is None else optax.tree.cast_like(moments, state.own),
         )
-
-    def kept(mu, g):
-        if is_masked(mu):
-            raise ValueError(
-                f"{owner}: no earlier link keeps `{moment}` of a parameter of shape {g.shape}; "
-                'leave it out with `exclude`, or use moment="own"'
-            )
-        return mu
 
     return optax.GradientTransformationExtraArgs(init, update)

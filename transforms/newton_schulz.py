@@ -20,7 +20,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params
 from chainrule.transforms._gram_iteration import Triple, iterate
-from chainrule.transforms._numerics import abs_sq, up
+from chainrule.transforms._numerics import abs_sq, root, up
 from chainrule.transforms._trees import path_name
 from chainrule.transforms._words import checked_words
 
@@ -140,7 +140,7 @@ def newton_schulz(
         x = matrices
         if dtype is not None:
             x = x.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype)
-        norm = jnp.sqrt(jnp.sum(abs_sq(x), axis=(-2, -1), keepdims=True))
+        norm = root(jnp.sum(abs_sq(x), axis=(-2, -1), keepdims=True))
         divisor = norm + eps if eps_scope == "added" else jnp.maximum(norm, eps)
         x = x / jnp.where(norm == 0, 1, divisor).astype(x.dtype)
         x = up(iterate(x, triples, gram))

@@ -13,7 +13,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, require_params
 from chainrule.transforms._numerics import inner, norm, up
-from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._trees import map_unmasked, where_updated
 from chainrule.transforms._words import checked_words
 
 
@@ -59,14 +59,17 @@ def orthograd(
         def project(g, p):
             if g.size <= 1:
                 return g
-            square = inner(p, p) + eps
-            along = inner(p, g) / jnp.where(square > 0, square, 1)
+            square = inner(p, p)
+            # Divided by something, and the result not taken, where there is nothing to project on: gradients through
+            # this update are finite.
+            some = square > 0
+            along = jnp.where(some, inner(p, g) / jnp.where(some, square + eps, 1), 0)
             rest = up(g) - along * up(p)
             length, residue = norm(g), norm(rest)
             parallel = residue <= rtol * length
             scale = jnp.where(parallel, 0, length / jnp.where(parallel, 1, residue + eps))
             return (scale * rest).astype(g.dtype)
 
-        return map_unmasked(project, updates, params), state
+        return map_unmasked(project, updates, where_updated(updates, params)), state
 
     return optax.GradientTransformation(init, update)

@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from chainrule.native import forms
 from chainrule.transforms._chain import posted
-from chainrule.transforms._checks import check_choice
+from chainrule.transforms._checks import check_choice, check_link
+from chainrule.transforms._per_parameter import PerParameter
+from chainrule.transforms._trees import is_placeholder
 from chainrule.transforms._words import checked_words
 
 
@@ -144,6 +147,7 @@ def quantized_state(
 
     Raises:
       ValueError: an argument outside its range.
+      TypeError: `inner` is no gradient transformation.
 
     >>> tx = quantized_state(optax.scale_by_adam(), bits=8, block=16)
     >>> state = tx.init(jnp.zeros(64))
@@ -158,20 +162,27 @@ def quantized_state(
     check_choice("quantized_state", "smaller", smaller, ("keep", "quantize"))
     if block is not None and block < 1:
         raise ValueError(f"quantized_state: `block` must be at least 1, got {block}")
+    check_link("quantized_state", "inner", inner)
     inner = optax.with_extra_args_support(inner)
     if bits is None:
         return inner
     stochastic = rounding == "stochastic"
 
-    def held(path: tuple[Any, ...], x: Any) -> bool:
+    def named(path: tuple[Any, ...]) -> bool:
         names = {getattr(entry, "name", None) for entry in path}
-        if fields is not None and not names & set(fields):
+        return fields is None or bool(names & set(fields))
+
+    def held(path: tuple[Any, ...], x: Any) -> bool:
+        # The numbers of a vector belong to different parameters: they share no scale.
+        if isinstance(x, PerParameter) or not named(path):
             return False
         large = smaller == "quantize" or block is None or x.size >= block
         return x.ndim > 0 and x.size > 0 and large and jnp.issubdtype(x.dtype, jnp.floating)
 
     def encode(state: Any, key: jax.Array | None) -> Any:
-        leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_quantized)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            state, is_leaf=lambda x: isinstance(x, (PerParameter, Quantized))
+        )
         keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
         encoded = [
             x if _is_quantized(x) or not held(path, x) else quantize(x, bits, block or x.size, k)
@@ -181,7 +192,14 @@ def quantized_state(
 
     def init(params) -> Any:
         key = jax.random.PRNGKey(seed) if stochastic else None
-        return QuantizedState(key, encode(inner.init(params), None))
+        state = inner.init(params)
+        if is_placeholder(params):  # codes are not in the shapes of the parameters
+            state = jax.tree_util.tree_map_with_path(
+                lambda path, x: np.zeros(()) if is_placeholder(x) and named(path) else x,
+                state,
+                is_leaf=is_placeholder,
+            )
+        return QuantizedState(key, encode(state, None))
 
     def update(updates, state, params=None, **extra_args) -> Any:
         key, now = jax.random.split(state.key) if stochastic else (None, None)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chainrule.transforms._checks import check_arrays
 from chainrule.transforms._layers import named_like, vocabulary
 from chainrule.transforms._selection import select
 from chainrule.transforms._trees import path_name
@@ -108,6 +109,7 @@ class Routing:
             `"adam"` or `None`.
           TypeError: an `exclude` of another kind.
         """
+        check_arrays("Routing", tree)
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         shapes = [tuple(np.shape(leaf)) for _, leaf in leaves]
         excluded = jax.tree.leaves(select("Routing", "exclude", self.exclude, tree))

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
+from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
-from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
+from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, root, up
 from chainrule.transforms._words import checked_words
 
 
@@ -91,11 +91,12 @@ def scale_by_adam(
         )
 
     def init(params) -> Any:
-        nu_params = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.real(p).dtype), params)
+        check_params("scale_by_adam", params)
+        real = jax.tree.map(lambda p: jnp.zeros((), jnp.result_type(p)).real.dtype, params)
         return ScaleByAdamState(
             count=jnp.zeros((), jnp.int32),
             mu=None if b1 is None else zeros_like("scale_by_adam", params, mu_dtype),
-            nu=zeros_like("scale_by_adam", nu_params, nu_dtype),
+            nu=jax.tree.map(lambda p, d: jnp.zeros_like(p, nu_dtype or d), params, real),
         )
 
     def update(updates, state, params=None, **_) -> Any:
@@ -130,9 +131,9 @@ def scale_by_adam(
 
         def direction(u, mu, nu):
             if eps_scope == "raw":
-                denominator = (jnp.sqrt(nu + eps_root) + eps) / jnp.sqrt(correction)
+                denominator = (root(nu + eps_root) + eps) / jnp.sqrt(correction)
             else:
-                denominator = jnp.sqrt(nu / correction + eps_root) + eps
+                denominator = root(nu / correction + eps_root) + eps
             return (first(u, mu) / denominator).astype(gradient(u).dtype)
 
         previous = updates if state.mu is None else state.mu

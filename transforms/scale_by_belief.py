@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
-from chainrule.transforms._numerics import bias_correction, ema, increment, up
+from chainrule.transforms._numerics import bias_correction, ema, increment, root, up
 from chainrule.transforms._words import checked_words
 
 DEVIATIONS = ("unbiased", "raw")
@@ -114,7 +114,7 @@ def scale_by_belief(
 
         def direction(g, mu, nu):
             mean = mu * (1 / c1)
-            return (mean / (jnp.sqrt(mean * mean + nu * (1 / c2)) + eps)).astype(g.dtype)
+            return (mean / (root(mean * mean + nu * (1 / c2)) + eps)).astype(g.dtype)
 
         mu = jax.tree.map(lambda g, mu: ema(b1, mu, g), updates, state.mu)
         nu = jax.tree.map(second, updates, mu, state.nu)

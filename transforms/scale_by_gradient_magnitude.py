@@ -14,7 +14,7 @@ import optax
 from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import ema, increment, up
-from chainrule.transforms._trees import map_unmasked
+from chainrule.transforms._trees import leaves_beside, map_to_other_shapes, map_unmasked
 from chainrule.transforms._words import checked_words
 
 
@@ -63,7 +63,8 @@ def scale_by_gradient_magnitude(
     def init(params):
         check_params("scale_by_gradient_magnitude", params)
         return ScaleByGradientMagnitudeState(
-            jnp.zeros((), jnp.int32), jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params)
+            jnp.zeros((), jnp.int32),
+            map_to_other_shapes(lambda _: jnp.zeros((), jnp.float32), params),
         )
 
     def mean_magnitude(g):
@@ -85,6 +86,7 @@ def scale_by_gradient_magnitude(
             mean = mean_magnitude(g)
             return jnp.where(state.count == 0, mean, ema(decay, old, mean)).astype(jnp.float32)
 
+        leaves_beside("scale_by_gradient_magnitude", "grad", updates, grad)
         magnitudes = map_unmasked(magnitude, updates, grad, state.magnitude)
         new = jax.tree.map(lambda u, c: (c * up(u)).astype(u.dtype), updates, magnitudes)
         return new, ScaleByGradientMagnitudeState(increment(state.count), magnitudes)

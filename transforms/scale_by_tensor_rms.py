@@ -80,7 +80,8 @@ def scale_by_tensor_rms(
         correction = bias_correction(decay, count) + debias_eps
 
         leaves, structure = jax.tree.flatten(updates)
-        state.mean_square.check("scale_by_tensor_rms", structure)
+        if structure != state.mean_square.structure:
+            state.mean_square.match("scale_by_tensor_rms", updates)
 
         def mean_square(u):
             if isinstance(u, MomentumLeaf):
@@ -92,7 +93,8 @@ def scale_by_tensor_rms(
         new, old = stacked([mean_square(u) for u in leaves]), up(state.mean_square.values)
         squares = jnp.where(jnp.isfinite(new), ema(decay, old, new), old)
         # No finite gradient yet: there is no scale, and eps alone would make a step of any size.
-        scales = jnp.where(squares > 0, 1 / (jnp.sqrt(squares / correction) + eps), 0)
+        seen = squares > 0
+        scales = jnp.where(seen, 1 / (jnp.sqrt(jnp.where(seen, squares, 1) / correction) + eps), 0)
         carry = np.array([isinstance(u, MomentumLeaf) for u in leaves])
         if carry.any():
             given = [

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
-from chainrule.transforms._numerics import up
+from chainrule.transforms._numerics import share, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import means
-from chainrule.transforms._trees import unmasked_leaves
+from chainrule.transforms._trees import leaves_beside
 from chainrule.transforms._words import checked_words
 from chainrule.transforms.scale_by_belief import DEVIATIONS, corrections
 
@@ -104,19 +104,23 @@ def snr_confidence(
         )
         c1, c2 = corrections(b1, b2, count, deviation)
         tiny = float(jnp.finfo(jnp.float32).tiny)
-        mus, nus = (unmasked_leaves(updates, tree) for tree in (mu, nu))
+        mus, nus = (
+            leaves_beside(owner, name, updates, tree) for name, tree in (("mu", mu), ("nu", nu))
+        )
         (agar,) = means("variance_share", mus, nus, c1 * c1 / c2)
         # The factors of all tensors are computed side by side: a kernel for each would cost as much
         # as a small tensor's.
         abar = jnp.where(jnp.isfinite(agar), agar, jnp.float32(0))
-        trust = (c_min + (1 - c_min) * abar) ** robustness
+        base = c_min + (1 - c_min) * abar
+        some = base > 0
+        trust = jnp.where(some, jnp.where(some, base, 1) ** robustness, robustness == 0)
         # Multiplied by: XLA would turn a / b / c into a / (b c), which is 0 / 0 for small b and c.
-        inverse = 1 / jnp.maximum(abar + eps, tiny)
+        inverse = share(jnp.float32(1), jnp.maximum(abar + eps, tiny))
 
         def scaled(u, m, v, trust, inverse):
             signal = (up(m) * (1 / c1)) ** 2
-            share = signal / jnp.maximum(signal + up(v) * (1 / c2), tiny)
-            return (up(u) * trust * jnp.clip(share * inverse, rel_floor, 1)).astype(u.dtype)
+            part = share(signal, jnp.maximum(signal + up(v) * (1 / c2), tiny))
+            return (up(u) * trust * jnp.clip(part * inverse, rel_floor, 1)).astype(u.dtype)
 
         leaves, structure = jax.tree.flatten(updates)
         columns = zip(leaves, mus, nus, unstacked(trust), unstacked(inverse), strict=True)

@@ -18,14 +18,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.transforms._checks import check_params
+from chainrule.transforms._checks import check_link, check_params
 from chainrule.transforms._metrics import state_bytes
 from chainrule.transforms._numerics import increment
-from chainrule.transforms._trees import path_name
+from chainrule.transforms._trees import ANY, is_placeholder, path_name, where_updated
 from chainrule.transforms._words import checked_words
 from chainrule.transforms.quantized_state import decode
 from chainrule.transforms.tier_policy import TierMemory, TierPolicy, tier_signals
@@ -125,6 +126,8 @@ def tiered_state(
       COSMIC, https://github.com/Kranium2002/COSMIC
     """
     policy = TierPolicy() if policy is None else policy
+    for tier, tx in tiers.items():
+        check_link("tiered_state", f"tiers[{tier}]", tx)
     if not tiers or min(tiers) < 0:
         raise ValueError(
             f"tiered_state: `tiers` must have keys of 0 or greater, got {sorted(tiers)}"
@@ -142,12 +145,13 @@ def tiered_state(
         check_params("tiered_state", params)
         leaves = jax.tree.leaves(params)
         assignment = Assignment((lowest,) * len(leaves), policy, transforms)
-        state = TieredState(
-            assignment,
-            jnp.zeros((), jnp.int32),
-            tuple(transforms[lowest].init(leaf) for leaf in leaves),
-            jax.tree.map(jnp.asarray, policy.memory(len(leaves))),
-        )
+        count = jnp.zeros((), jnp.int32)
+        memory = jax.tree.map(jnp.asarray, policy.memory(len(leaves)))
+        if is_placeholder(params):  # the states of single tensors are no trees like the parameters
+            anything: Any = np.zeros(())
+            return TieredState(Assignment(ANY, ANY, None), count, anything, memory)
+        inner = tuple(transforms[lowest].init(leaf) for leaf in leaves)
+        state = TieredState(assignment, count, inner, memory)
         bound = _budget(policy, leaves)
         if bound is not None and policy.budget_counts == "state" and state_bytes(state) > bound:
             raise ValueError(
@@ -169,7 +173,9 @@ def tiered_state(
             tier: jnp.where(full_sync, synced, tier) if synced != tier else tier
             for tier, synced in zip(assignment.tiers, _synced(assignment), strict=True)
         }
-        param_leaves = [None] * len(leaves) if params is None else jax.tree.leaves(params)
+        param_leaves = [None] * len(leaves)
+        if params is not None:
+            param_leaves = jax.tree.leaves(where_updated(updates, params))
         # Extra arguments in the shape of the gradients are handed out tensor by tensor.
         split = {
             k: treedef.flatten_up_to(v)
@@ -191,7 +197,7 @@ def tiered_state(
 
 def _budget(policy: TierPolicy, params: list[Any]) -> int | None:
     if policy.budget_ratio is not None:
-        return int(policy.budget_ratio * sum(p.nbytes for p in params))
+        return int(policy.budget_ratio * sum(p.size * p.dtype.itemsize for p in params))
     return policy.budget_bytes
 
 
@@ -258,6 +264,8 @@ def assign(state: Any, tiers: Any, params: optax.Params) -> Any:
     Raises:
       ValueError: another number of tiers than parameters, or a tier that the chain has not.
     """
+    if is_placeholder(params):
+        return state
     leaves = jax.tree.leaves(params)
     tiers = tuple(int(t) for t in tiers)
 
@@ -287,6 +295,7 @@ def retier(state: Any, grads: optax.Updates, params: optax.Params) -> Any:
     Raises:
       ValueError: the gradients have another number of tensors than a `TieredState`, or forced
       tensors exceed the budget.
+      TypeError: called under `jit` or another transformation of JAX.
 
     >>> import chainrule
     >>> tx = optax.adam(0.1)
@@ -295,6 +304,13 @@ def retier(state: Any, grads: optax.Updates, params: optax.Params) -> Any:
     True
     """
     nodes = _find(state)
+    if nodes and any(
+        isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((nodes, grads, params))
+    ):
+        raise TypeError(
+            "retier: moves tensors between tiers, which changes the shapes of the state, so it cannot be traced; call "
+            "`state = chainrule.retier(state, grads, params)` outside `jit`, before the compiled update"
+        )
     due = [node.assignment.policy.due(int(node.count) + 1) for node in nodes]
     if not any(due):
         return state
@@ -319,7 +335,9 @@ def _parts(state: Any, grads: Any, params: Any, nodes: list[TieredState]) -> lis
 
 def _reassigned(node: TieredState, grads: Any, params: Any, other_bytes: int) -> TieredState:
     assignment, policy, step = node.assignment, node.assignment.policy, int(node.count) + 1
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
+    paths, leaves = zip(
+        *jax.tree_util.tree_leaves_with_path(where_updated(grads, params)), strict=True
+    )
     gradients = jax.tree.leaves(grads)
     if len(gradients) != len(assignment.tiers) or len(leaves) != len(assignment.tiers):
         raise ValueError(

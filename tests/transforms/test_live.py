@@ -284,9 +284,20 @@ def test_inject_hyperparams_rules_a_live_chain(make, settings, static):
     assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize(("make", "settings", "static"), INJECTED.values(), ids=INJECTED.keys())
+def test_the_tools_of_optax_find_an_injected_number_once(make, settings, static):
+    tx = optax.inject_hyperparams(make, static_args=static)(learning_rate=0.5, **settings)
+    _, state = run(tx, PARAMS, GRADS[:1])
+    assert optax.tree.get(state, "learning_rate") == 0.5
+    assert state.inner_state.hyperparams == {}
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.0))
+    assert hyperparams(state)["learning_rate"] == 0
+    assert not any(jnp.any(u) for u in jax.tree.leaves(tx.update(GRADS[1], state, PARAMS)[0]))
+
+
 def test_an_injected_number_that_is_structure_is_an_error():
     tx = optax.inject_hyperparams(chains.muon)(learning_rate=0.5)
-    message = r"muon: `ns_steps` is structure.*static_args=\(.*'ns_steps'.*'routing'"
+    message = r"muon: `ns_steps` is structure.*`chainrule\.set_hyperparams`.*static_args=\(.*'ns_steps'.*'routing'"
     with pytest.raises(TypeError, match=message):
         tx.init(PARAMS)
 

@@ -175,9 +175,7 @@ def test_a_moment_that_is_masked_is_an_error_that_names_the_remedies():
     labels = {"dense": "adam", "scale": "sgd"}
     inner = optax.partition({"adam": optax.adam(1e-3), "sgd": optax.sgd(1e-3)}, labels)
     tx = chain(inner, momentum_alignment_mask())
-    with pytest.raises(
-        ValueError, match=r"no earlier link keeps `mu` of a parameter of shape \(\)"
-    ):
+    with pytest.raises(ValueError, match=r"no earlier link keeps `mu` of .scale.; leave it out"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)
     tx = chain(inner, momentum_alignment_mask(exclude="scale"))
     assert tx.update(GRADS, tx.init(PARAMS), PARAMS)[0]["scale"] != 0
