@@ -1,6 +1,5 @@
 """Hyperparameters that live in the state: float32 arrays by name, set between steps without a recompile."""
 
-import contextlib
 import functools
 import inspect
 import numbers
@@ -208,8 +207,7 @@ def _matched(owner: str, updates: Any, params: Any) -> Any:
         return None
     got, expected = jax.tree.structure(updates), jax.tree.structure(params)
     if got != expected:
-        with contextlib.suppress(ValueError):  # of another structure altogether
-            params = where_updated(updates, params)
+        params = where_updated(updates, params)
     if got != jax.tree.structure(params):
         raise ValueError(
             f"{owner}: the gradients must have the structure of the parameters, {expected}, got {got}"

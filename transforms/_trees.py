@@ -63,14 +63,20 @@ def map_to_other_shapes(f: Callable[..., Any], params: Any) -> Any:
 def where_updated(updates: Any, params: Any) -> Any:
     """`params` with `None` where `updates` has it: what gets no gradient is no parameter.
 
-    So one may pass a whole Equinox model, of which some leaves are functions, as optax lets one do.
+    So one may pass a whole Equinox model, of which some leaves are functions, as optax lets one do. Parameters of
+    another structure stay as they are, for the caller to refuse.
 
     >>> where_updated({"w": 1.0, "f": None}, {"w": 2.0, "f": abs})
     {'f': None, 'w': 2.0}
     """
-    return jax.tree.map(
-        lambda u, p: None if u is None else p, updates, params, is_leaf=lambda x: x is None
-    )
+
+    def taken(u, p):
+        return None if u is None else p
+
+    try:
+        return jax.tree.map(taken, updates, params, is_leaf=lambda x: x is None)
+    except ValueError:
+        return params
 
 
 def map_unmasked(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:

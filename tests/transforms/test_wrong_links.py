@@ -168,7 +168,7 @@ def test_around_the_link_that_keeps_the_gradient_flatten_works():
 
 
 def test_a_gate_inside_a_partition_sees_its_own_gradients():
-    gate = chain(optax.scale_by_sign(), transforms.gradient_gate(0, 0.2, 0, 1))
+    gate = chain(optax.scale_by_sign(), transforms.gradient_gate(warmup_steps=0, update_interval=1))
     tx = chain(partitioned(gate))
     updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     alone, _ = gate.update(PARAMS["dense"], gate.init(PARAMS["dense"]))
