@@ -64,3 +64,16 @@ def finite(x: jax.Array, max_abs: Any) -> jax.Array:
     if jnp.iscomplexobj(x):
         return (x / jnp.maximum(jnp.abs(x) / max_abs, 1)).astype(x.dtype)
     return jnp.clip(up(x), -max_abs, max_abs).astype(x.dtype)
+
+
+HUGE = 2.0**48
+"""A magnitude of which 10^9 squares have a sum in float32."""
+
+
+def clamped(x: jax.Array) -> jax.Array:
+    """`x` with its magnitudes, infinite ones too, at most `HUGE`; NaN stays.
+
+    >>> clamped(jnp.array([1.0, jnp.inf])).tolist() == [1.0, HUGE]
+    True
+    """
+    return jnp.clip(up(x), -HUGE, HUGE)

@@ -22,12 +22,10 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
-from chainrule.transforms._numerics import bias_correction, ema, finite, increment, up
+from chainrule.transforms._numerics import HUGE, bias_correction, ema, finite, increment, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
 from chainrule.transforms._sums import means
 from chainrule.transforms._words import checked_words
-
-_HUGE = 2.0**48  # entries from here on, in a tensor whose mean square overflows, are why it does
 
 
 class AdaptiveBeta1State(NamedTuple):
@@ -66,7 +64,7 @@ def adaptive_beta1(
     debias: bool = True,
     debias_eps: jax.typing.ArrayLike = 0.0,
     nonfinite: str = "skip",
-    max_abs: jax.typing.ArrayLike | None = _HUGE,
+    max_abs: jax.typing.ArrayLike | None = HUGE,
     state_dtype: Any = None,
     stat_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformation:
@@ -180,7 +178,7 @@ def adaptive_beta1(
         if not residual and nonfinite == "skip":
             # The scale of `scale_by_tensor_rms` leaves the gradient out too, so what overflowed must not move anything.
             safe = [
-                jnp.where(is_bad & (jnp.abs(up(g)) >= _HUGE), 0, g)
+                jnp.where(is_bad & (jnp.abs(up(g)) >= HUGE), 0, g)
                 for g, is_bad in zip(safe, unstacked(bad), strict=True)
             ]
         mu = [ema(*each) for each in zip(unstacked(b1), mus, safe, strict=True)]

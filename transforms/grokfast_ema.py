@@ -4,6 +4,7 @@ r"""Grokfast's exponential filter: adds the slow part of the gradient to it.
 
 Source: Lee et al., "Grokfast: Accelerated Grokking by Amplifying Slow Gradients", 2024, algorithm 2, and its
 repository, where the average starts at the first gradient, ema_1 = g_1. `start="zero"` is the form of KerasOptimizers.
+Departure: what is not finite is left out of the average, in which it would stay for ever.
 """
 
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ def grokfast_ema(
 
     $$u_t = g_t + \lambda\,\bar g_t, \qquad \bar g_t = \alpha\,\bar g_{t-1} + (1 - \alpha)\,g_t$$
 
+    An entry that is NaN or infinite passes, visible to the links after, and is left out of the average.
+
     Args:
       alpha: decay of the average, in [0, 1).
       lamb: how much of the average is added, at least 0.
@@ -69,11 +72,15 @@ def grokfast_ema(
         zeros = zeros_like("grokfast_ema", params, state_dtype)
         return GrokfastEmaState(jnp.zeros((), jnp.int32), zeros)
 
+    def taken_in(decay, old, g):
+        # What is not finite would stay in the average for ever.
+        return jnp.where(jnp.isfinite(g), ema(decay, old, g), up(old))
+
     def update(updates, state, params=None):
         del params
         # Decay 0 once puts the first gradient into the average.
         decay = jnp.where(state.count == 0, 0.0, alpha) if start == "first" else alpha
-        averages = jax.tree.map(lambda old, g: ema(decay, old, g), state.ema, updates)
+        averages = jax.tree.map(lambda old, g: taken_in(decay, old, g), state.ema, updates)
         new = jax.tree.map(lambda g, slow: (up(g) + lamb * slow).astype(g.dtype), updates, averages)
         stored = optax.tree.cast_like(averages, state.ema)
         return new, GrokfastEmaState(increment(state.count), stored)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
-from chainrule.transforms._numerics import increment, up
+from chainrule.transforms._numerics import finite, increment, up
 from chainrule.transforms._trees import map_to_other_shapes
 from chainrule.transforms._words import checked_words
 
@@ -39,7 +39,8 @@ def grokfast_ma(
 
     $$u_t = g_t + \frac{\lambda}{w} \sum_{i=t-w+1}^{t} g_i$$
 
-    The state holds `window_size` gradients; `grokfast_ema` does nearly the same with one.
+    The state holds `window_size` gradients; `grokfast_ema` does nearly the same with one. An entry that is NaN or
+    infinite passes, visible to the links after, and counts as zero in the mean.
 
     Args:
       window_size: w, the number of gradients kept, an integer of at least 1; a structure, not live.
@@ -84,7 +85,9 @@ def grokfast_ma(
         def amplified(g, window):
             return (up(g) + gain * jnp.sum(up(window), axis=0)).astype(g.dtype)
 
-        window = jax.tree.map(lambda w, g: w.at[slot].set(g.astype(w.dtype)), state.window, updates)
+        window = jax.tree.map(
+            lambda w, g: w.at[slot].set(finite(g, None).astype(w.dtype)), state.window, updates
+        )
         return jax.tree.map(amplified, updates, window), GrokfastMaState(count, window)
 
     return optax.GradientTransformation(init, update)

@@ -8,7 +8,8 @@ r"""Adam's direction with the second moment taken of the gradient's deviation fr
 Source: the CASMO repository, commit e81a36e. Departure: there d_t = g_t - mu_{t-1} from the first
 step on (`deviation="raw"`). As mu_0 = 0, the first deviation is the whole gradient, and a constant
 gradient passes for half noise. optax's `scale_by_belief` deviates from mu_t and leaves mu_hat^2 out
-of the denominator.
+of the denominator. And gradients count with a magnitude of at most 2^48: one square that overflows
+would make the share of signal, inf / inf, NaN.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
-from chainrule.transforms._numerics import bias_correction, ema, increment, root, up
+from chainrule.transforms._numerics import bias_correction, clamped, ema, increment, root, up
 from chainrule.transforms._words import checked_words
 
 DEVIATIONS = ("unbiased", "raw")
@@ -109,14 +110,14 @@ def scale_by_belief(
         weight = weight / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
 
         def second(g, mu, nu):
-            d = seen * up(g) - mu
+            d = seen * clamped(g) - mu
             return b2 * up(nu) + weight * (d * d)
 
         def direction(g, mu, nu):
             mean = mu * (1 / c1)
             return (mean / (root(mean * mean + nu * (1 / c2)) + eps)).astype(g.dtype)
 
-        mu = jax.tree.map(lambda g, mu: ema(b1, mu, g), updates, state.mu)
+        mu = jax.tree.map(lambda g, mu: ema(b1, mu, clamped(g)), updates, state.mu)
         nu = jax.tree.map(second, updates, mu, state.nu)
         new = jax.tree.map(direction, updates, mu, nu)
         stored = optax.tree.cast_like((mu, nu), (state.mu, state.nu))
