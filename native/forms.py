@@ -62,8 +62,8 @@ def share(x: jax.Array, y: jax.Array) -> jax.Array:
 
     >>> float(share(1.0, 4.0)), jax.grad(share, argnums=(0, 1))(1.0, 4.0)[1].item()
     (0.25, -0.0625)
-    >>> jax.grad(share, argnums=1)(0.0, 1e-38).item()
-    0.0
+    >>> jax.grad(share, argnums=1)(0.0, 1e-38).item() == 0
+    True
     """
     return x / y
 
