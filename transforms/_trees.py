@@ -147,8 +147,15 @@ def _shapes(tree: Any) -> str:
 def path_name(path: tuple[Any, ...]) -> str:
     """The keys of a leaf's path joined by slashes.
 
+    The name that a box of Flax (`nnx.Param`, `nn.Partitioned`) has for what is in it is left out: `nnx.Optimizer` gives
+    boxes to `init` and bare arrays to `update`, and a leaf must have one name.
+
     >>> tree = {"dense": [1.0, 2.0]}
     >>> [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['dense/0', 'dense/1']
     """
+    attribute = jax.tree_util.GetAttrKey
+    above = path[-2:-1]
+    if path[-1:] == (attribute("value"),) and above and not isinstance(above[0], attribute):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")

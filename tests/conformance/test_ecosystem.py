@@ -141,6 +141,18 @@ def test_nnx_optimizer_is_the_transformation(case):
     assert_close(nnx_step(nnx.Optimizer, case.make()), by_hand(case.make()))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: chains.magma(chains.adam(), mask_prob=0.5, exclude="bias$"),
+        lambda: chains.muon(routing=transforms.Routing(exclude="^dense/kernel$")),
+    ],
+    ids=["magma", "muon"],
+)
+def test_nnx_leaves_have_one_name_in_their_boxes_and_out_of_them(make):
+    assert_close(nnx_step(nnx.Optimizer, make()), by_hand(make()))
+
+
 @pytest.mark.parametrize("make", [chains.stam_lite, lambda: chains.magma(chains.adam())])
 def test_nnx_model_and_optimizer(make):
     assert_close(nnx_step(nnx.ModelAndOptimizer, make()), by_hand(make()))
