@@ -28,7 +28,7 @@ class LiveState(NamedTuple):
     """Each numeric argument of the chain by name, float32 (a schedule: its value at the last update)."""
     inner_state: optax.OptState
     """The state of the links."""
-    given: dict[str, jax.Array]
+    given: dict[str, jax.Array] = {}  # noqa: RUF012 -- never written; states pickled without it load
     """float32: the arrays that the chain was last built with, each as `"given_" + name`; else empty."""
 
 
