@@ -86,10 +86,20 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
     borrowed = [r for r, _ in copies if r < len(program.placeholders)]
     empty = [None] * (len(slots) - len(program.placeholders) - len(constants))
     write = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+    compiled = [call for call in calls if isinstance(call, _CompiledCall)]
+    moves, turns = _watched(compiled, program)
+    memory: list[Any] = []
 
     @torch.no_grad()
     def step(inputs: Sequence[Tensor]) -> None:
         env: list[Any] = [*inputs, *constants, *empty]
+        # The same tensors may have other memory, or the same in another order: `p.data = ...`
+        found = [*map(Tensor.data_ptr, map(env.__getitem__, moves))]
+        found += map(Tensor.is_contiguous, map(env.__getitem__, turns))
+        if found != memory:
+            memory[:] = found
+            for call in compiled:
+                call.forget()
         kept = {r: env[r].clone() for r in borrowed}
         for call in calls:
             call(env)
@@ -97,6 +107,19 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
             write([env[old] for _, old in copies], [kept.get(r, env[r]) for r, _ in copies])
 
     return step
+
+
+def _watched(calls: Sequence["_CompiledCall"], program: Program) -> tuple[list[int], list[int]]:
+    """Slots of the tensors that calls remember: those of which they keep a view, which is good while the address is the
+    same; and those that could lie in their memory in another order (strided, or transposed), in the same shape."""
+    slots = sorted({call.inputs[j] for call in calls for j in call.seen})
+    shapes = {slot: program.values[program.placeholders[slot]].shape for slot in slots}
+
+    def may_turn(shape: torch.Size) -> bool:
+        dims = [d for d in shape if d != 1]
+        return len(shape) == 1 or len(set(dims)) < len(dims)
+
+    return [i for i in slots if len(shapes[i]) > 1], [i for i in slots if may_turn(shapes[i])]
 
 
 def _compiles(piece: Piece, program: Program) -> bool:
@@ -156,23 +179,27 @@ class _CompiledCall:
         renewed = {piece.inputs.index(old) for _, old in piece.renews}
         self.others = [j for j in arrays if j not in renewed]
         # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
+        self.renewed = [j for j in arrays if j in renewed]
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.forget()
+
+    def forget(self) -> None:
         none = torch.empty(0, device="cpu")
-        self.seen = {j: (none, none, 0) for j in arrays if j in renewed}
+        self.seen = dict.fromkeys(self.renewed, (none, none))
 
     def __call__(self, env: list[Any]) -> None:
         given = [env[i] for i in self.inputs]
         copies = []
-        for j, (known, ready, address) in self.seen.items():
+        for j, (known, ready) in self.seen.items():
             x = given[j]
-            # The same tensor may have other memory: `p.data = ...`
-            if not x.is_contiguous():
+            if x is known:
+                given[j] = ready
+            elif x.is_contiguous():
+                given[j] = self.ready(x)
+                self.seen[j] = x, given[j]
+            else:
                 given[j] = self.ready(x.contiguous())
                 copies.append((x, given[j]))
-            elif x is known and x.data_ptr() == address:
-                given[j] = ready
-            else:
-                given[j] = self.ready(x)
-                self.seen[j] = x, given[j], x.data_ptr()
         for j in self.others:
             given[j] = self.ready(given[j].contiguous())
         results = self.program(given)
@@ -186,7 +213,7 @@ class _CompiledCall:
             env[slot] = result.view(shape) if result.ndim else result
 
     def ready(self, x: Tensor) -> Tensor:
-        return x if self.shapes is None else x.view(-1)
+        return x if self.shapes is None or x.ndim == 1 else x.view(-1)
 
 
 def _plain(piece: Piece, program: Program, large: bool) -> Callable[[list[Any]], Sequence[Tensor]]:
