@@ -15,6 +15,7 @@ from chainrule.bridges.checks import autocast_off, check_flags
 from chainrule.bridges.layout import Slot, live_leaves, slots
 from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.convert import physical_shape
+from chainrule.bridges.lowering.release import dissolve_with
 from chainrule.bridges.lowering.runtime import InPlace, make_step
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.program import (
@@ -219,6 +220,7 @@ class GroupTree:
         self._init: Lowered | None = None
         if self.options.engine == "torch":
             self._init = lower(self._initial, params, device=self.device)
+            dissolve_with(self._init, self._init.graph)
             initial = jax.tree.unflatten(self._init.out_tree, self._init.out_avals)
         else:
             with x64_if_wide(params):
@@ -263,6 +265,7 @@ class GroupTree:
                 device=self.device,
                 compiled=self.options.compile,
             )
+            dissolve_with(lowered, lowered.graph)
             return lowered, jax.tree.unflatten(lowered.out_tree, lowered.out_avals)
 
         def trace_xla(state: BridgeState):

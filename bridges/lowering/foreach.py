@@ -28,6 +28,7 @@ from chainrule.bridges.lowering.pieces import (
 )
 from chainrule.bridges.lowering.program import Lowered
 from chainrule.bridges.lowering.recompute import recompute
+from chainrule.bridges.lowering.release import dissolve_with
 
 Step = Callable[[Sequence[Tensor]], None]
 _Call = Callable[[list[Any], Sequence[int]], Any]
@@ -115,6 +116,7 @@ def foreach_step(lowered: Lowered, targets: Sequence[int], device: torch.device)
             news = [kept[r] if r in kept else env[r] for r, _ in left]
             torch._foreach_copy_([env[old] for _, old in left], news)
 
+    dissolve_with(step, lowered.graph)
     return step
 
 
@@ -149,6 +151,15 @@ def _flat(x: Tensor) -> Tensor | None:
     """A tensor as a vector in the order of its memory; None if it has gaps."""
     ordered = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
     return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+def _given(value: Any, number: dict[fx.Node, int], at: int, lists: list[Any]) -> Any:
+    """An argument of a node of the piece `at` of those that run, with the results so far for nodes."""
+    if isinstance(value, fx.Node):
+        return lists[number[value]][at]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_given(v, number, at, lists) for v in value)
+    return value
 
 
 class _Batch:
@@ -347,7 +358,7 @@ class _Batch:
         """What a foreach call takes for an operand: a list of tensors, a number or numbers, or a 0-d tensor."""
         if not isinstance(arg, fx.Node):
             return lambda lists: arg
-        k = self.number[arg]
+        k, host = self.number[arg], self.host
         if self.values[arg].ndim > 0:
             return operator.itemgetter(k)
         if (
@@ -355,26 +366,19 @@ class _Batch:
         ):  # CUDA's form with one tensor reads it on the host
             return operator.itemgetter(k)
         if len(set(self.columns[k])) == 1:
-            return lambda lists: lists[k][0].item() if self.host else lists[k][0]
+            return lambda lists: lists[k][0].item() if host else lists[k][0]
         return lambda lists: [x.item() for x in lists[k]]
 
     def _one_by_one(self, node: fx.Node) -> _Call:
         column = self.columns[self.number[node]]
         numbers = [{n: k for k, n in enumerate((*p.inputs, *p.nodes))} for p in self.pieces]
 
-        def given(value: Any, i: int, at: int, lists: list[Any]) -> Any:
-            if isinstance(value, fx.Node):
-                return lists[numbers[i][value]][at]
-            if isinstance(value, (tuple, list)):
-                return type(value)(given(v, i, at, lists) for v in value)
-            return value
-
         def step(lists: list[Any], pieces: Sequence[int]) -> Any:
             results = []
             for at, i in enumerate(pieces):
                 n = column[i]
-                kwargs = {name: given(a, i, at, lists) for name, a in n.kwargs.items()}
-                args = [given(a, i, at, lists) for a in n.args]
+                kwargs = {k: _given(a, numbers[i], at, lists) for k, a in n.kwargs.items()}
+                args = [_given(a, numbers[i], at, lists) for a in n.args]
                 results.append(n.target(*args, **kwargs))  # pyright: ignore
             return results
 

@@ -38,6 +38,7 @@ from chainrule.bridges.lowering.pieces import (
 )
 from chainrule.bridges.lowering.program import Lowered
 from chainrule.bridges.lowering.recompute import recompute
+from chainrule.bridges.lowering.release import dissolve_with
 
 Step = Callable[[Sequence[Tensor]], None]
 
@@ -106,6 +107,7 @@ def compiled_step(lowered: Lowered, targets: Sequence[int], device: torch.device
         if copies:
             write([env[old] for _, old in copies], [kept.get(r, env[r]) for r, _ in copies])
 
+    dissolve_with(step, lowered.graph)
     return step
 
 

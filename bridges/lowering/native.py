@@ -24,6 +24,7 @@ from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.kernel import buffers, kernel_call, run_tier2
 from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.program import Lowered
+from chainrule.bridges.lowering.release import dissolve, dissolve_with
 from chainrule.bridges.lowering.scalars import scalar_step
 from chainrule.bridges.lowering.simplify import drop_dead, unbind_vectors
 from chainrule.native import _kernel, forms
@@ -77,6 +78,7 @@ def kernel_step(
     fakes = fake_values(dataclasses.replace(lowered, graph=module), device)
     moves = _moves(module.graph, fakes, targets)
     if not moves:
+        dissolve(module)
         return build(lowered, targets, device)
 
     factors = list(dict.fromkeys(f for m in moves for p in m.numbers for f in p))
@@ -103,6 +105,7 @@ def kernel_step(
         for call in calls:
             call(inputs, values)
 
+    dissolve_with(step, module)
     return step
 
 

@@ -105,28 +105,35 @@ def cut(graph: fx.Graph, targets: Sequence[int], values: dict[fx.Node, Any]) -> 
 
 def fake_values(lowered: Lowered, device: torch.device) -> dict[fx.Node, Any]:
     """A fake tensor for every node of a program."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    values: dict[fx.Node, Any] = {}
+    run = _Propagate(lowered.graph)
+    run.device = device
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        run.run(*map(run.fake, lowered.in_avals))
+    return run.values
 
-    def fake(aval: Any) -> torch.Tensor:
-        return torch.empty(physical_shape(aval), dtype=torch_dtype(aval.dtype), device=device)
 
-    class Propagate(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            if n.op == "call_function" and n.target in HOST:
-                items: dict[Any, fx.Node] = {user.args[1]: user for user in n.users}
-                count = max(items, default=-1) + 1
-                values[n] = [
-                    fake(items[i].meta["aval"]) if i in items else None for i in range(count)
-                ]
-            else:
-                values[n] = super().run_node(n)
-            return values[n]
+class _Propagate(fx.Interpreter):
+    """Runs a graph on fake tensors and keeps all of them."""
 
-    with mode, torch.no_grad():
-        inputs = [fake(aval) for aval in lowered.in_avals]
-        Propagate(lowered.graph).run(*inputs)
-    return values
+    device: torch.device
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.values: dict[fx.Node, Any] = {}
+
+    def fake(self, aval: Any) -> torch.Tensor:
+        return torch.empty(physical_shape(aval), dtype=torch_dtype(aval.dtype), device=self.device)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.target in HOST:
+            items: dict[Any, fx.Node] = {user.args[1]: user for user in n.users}
+            count = max(items, default=-1) + 1
+            self.values[n] = [
+                self.fake(items[i].meta["aval"]) if i in items else None for i in range(count)
+            ]
+        else:
+            self.values[n] = super().run_node(n)
+        return self.values[n]
 
 
 def is_apart(node: Any, values: dict[fx.Node, Any]) -> bool:
@@ -268,6 +275,19 @@ def reduces_all(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     return node.target in FULL_REDUCTIONS and is_array(values[node.args[0]])  # pyright: ignore
 
 
+def _described(value: Any, node: fx.Node, number: dict[fx.Node, int], size: int | None) -> Any:
+    """A hashable description of an argument of `node`; a number that is `size` is the size, whatever it is."""
+    if isinstance(value, fx.Node):
+        return ("node", number[value])
+    if isinstance(value, (tuple, list)):
+        return tuple(_described(v, node, number, size) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _described(v, node, number, size)) for k, v in value.items())
+    if size is not None and is_size(value, node, size):
+        return "size"
+    return (type(value).__name__, repr(value))
+
+
 def _kind(nodes, inputs, outputs, renews, values, shape) -> Any:
     """A hashable description of a piece, without its shape if one is given."""
     number = {n: i for i, n in enumerate((*inputs, *nodes))}
@@ -276,15 +296,7 @@ def _kind(nodes, inputs, outputs, renews, values, shape) -> Any:
         size *= length
 
     def described(value: Any, node: fx.Node) -> Any:
-        if isinstance(value, fx.Node):
-            return ("node", number[value])
-        if isinstance(value, (tuple, list)):
-            return tuple(described(v, node) for v in value)
-        if isinstance(value, dict):
-            return tuple((k, described(v, node)) for k, v in value.items())
-        if shape is not None and is_size(value, node, size):
-            return "size"
-        return (type(value).__name__, repr(value))
+        return _described(value, node, number, None if shape is None else size)
 
     def body(node: fx.Node) -> Any:
         args: Any = node.args
@@ -322,23 +334,23 @@ def body_of(piece: Piece, values: dict[fx.Node, Any]) -> Any:
     array = next((n for n in (*piece.inputs, *piece.nodes) if is_array(values[n])), None)
     size = values[array].numel() if piece.flat and array is not None else 0
 
+    # No closure that calls itself: it would be a cycle, and hold each call's tensors until the collector comes.
+    def given(value: Any, node: fx.Node, env: dict[fx.Node, Any], again: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return env[value]
+        if isinstance(value, (tuple, list)):
+            return type(value)(again(v, node, env, again) for v in value)
+        if size and array in env and is_size(value, node, size):
+            return env[array].numel()
+        return value
+
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         env: dict[fx.Node, Any] = dict(zip(piece.inputs, inputs, strict=True))
-
-        def given(value: Any, node: fx.Node) -> Any:
-            if isinstance(value, fx.Node):
-                return env[value]
-            if isinstance(value, (tuple, list)):
-                return type(value)(given(v, node) for v in value)
-            if size and array in env and is_size(value, node, size):
-                return env[array].numel()
-            return value
-
         for node in piece.nodes:
-            args = tuple(given(a, node) for a in node.args)
+            args = tuple(given(a, node, env, given) for a in node.args)
             if piece.flat and reduces_all(node, values):
                 args = (args[0], (0,), *args[2:])
-            kwargs = {k: given(v, node) for k, v in node.kwargs.items()}
+            kwargs = {k: given(v, node, env, given) for k, v in node.kwargs.items()}
             env[node] = node.target(*args, **kwargs)  # pyright: ignore
         return [env[n] for n in piece.outputs]
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.pieces import POINTWISE
 from chainrule.bridges.lowering.program import Lowered
+from chainrule.bridges.lowering.release import dissolve_with
 from chainrule.native import _kernel
 
 _TYPES = {torch.float32: "f", torch.int32: "i", torch.bool: "b"}
@@ -75,6 +76,8 @@ def scalar_step(
                 [kept[p] if p in kept else memory[p] for p, _ in copied],
             )
 
+    for module in plan.modules:
+        dissolve_with(step, module)
     return step
 
 
@@ -130,6 +133,7 @@ class _Plan:
 
     def __init__(self, lowered: Lowered, values: dict[fx.Node, Any]):
         self.values, self._module = values, lowered.graph
+        self.modules: list[fx.GraphModule] = []
         nodes = list(lowered.graph.graph.nodes)
         self.inputs = [node for node in nodes if node.op == "placeholder"]
         self.position = {node: i for i, node in enumerate(self.inputs)}
@@ -341,7 +345,8 @@ class _Plan:
         for node in nodes:
             new[node] = graph.node_copy(node, new.__getitem__)
         graph.output(tuple(new[x] for x in exported))
-        run = fx.GraphModule(self._module, graph).forward
+        self.modules.append(fx.GraphModule(self._module, graph))
+        run = self.modules[-1].forward
         return run, [self.position[x] for x in given], [self._view(x, words) for x in scalars]
 
     def _view(self, node: fx.Node, words: np.ndarray) -> Tensor:

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -305,3 +307,41 @@ def test_a_shallow_copy_shares_the_state_as_torchs_do() -> None:
     step(other)
     assert other.state is bridge.state and other.param_groups is bridge.param_groups
     assert bridge.state[net.weight]["count"] == 2
+
+
+# ---- dropped -------------------------------------------------------------------------------
+
+
+def left_for_the_collector(make: Any, count: int, compile: bool) -> int:
+    """Objects that only the cyclic collector frees when a bridge over `count` tensors is dropped."""
+    params = [nn.Parameter(torch.ones(3, 2)) for _ in range(count)]
+    bridge = TorchBridge(make(), params, compile=compile)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    bridge.step()
+    bridge.explain()
+    state = weakref.ref(next(iter(bridge.state[params[0]].values())))
+    gc.collect()
+    gc.disable()
+    try:
+        del bridge
+        assert state() is None
+        return gc.collect()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("make", "compile"),
+    [
+        (lambda: optax.adamw(0.1), False),
+        (lambda: optax.sgd(0.1, momentum=0.9), True),
+        (lambda: chains.stam(0.1), False),
+        (lambda: chains.cosmic(0.1), False),
+    ],
+    ids=["adamw", "sgd-compiled", "stam", "cosmic"],
+)
+def test_a_dropped_bridge_is_gone(make: Any, compile: bool) -> None:
+    # The classes that torch makes for its graph modules remain: some for each program, none for each tensor.
+    few, many = (left_for_the_collector(make, count, compile) for count in (12, 36))
+    assert many <= few
