@@ -71,7 +71,7 @@ def _statistics(_: Params, operands: Sequence[Tensor]) -> list[Tensor]:
 
 def _sums(params: Params, operands: Sequence[Any]) -> list[Tensor]:
     kind: str = dict(params)["kind"]
-    c = torch.as_tensor(operands[0])
+    c = torch.as_tensor(operands[0], device="cpu")
     tensors = [t.contiguous() for t in operands[1:]]  # held while the kernel reads them
     tables = []
     for i in range(c.numel()):  # one, but under `vmap`, which gives all operands its axes
