@@ -170,11 +170,6 @@ def scale_by_dual_ema(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _tensors(tree: Any) -> list[Any]:
-    """The tensors of a moment, those in codes whole."""
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Quantized))
-
-
 def _format(x: Any) -> tuple[int, int] | None:
     return (x.bits, x.block) if isinstance(x, Quantized) else None
 
@@ -190,7 +185,8 @@ def blended_step(
       numbers: arguments of `chainrule.native.xla.tier2`.
     """
     trees = {"updates": updates, "mu": state.mu, "mu_long": state.mu_long, "nu": state.nu}
-    old = {name: _tensors(tree) for name, tree in trees.items() if tree is not None}
+    structure = jax.tree.structure(updates)  # tensors in codes are subtrees beside their gradients
+    old = {name: structure.flatten_up_to(tree) for name, tree in trees.items() if tree is not None}
     new: dict[str, list[Any]] = {name: list(tensors) for name, tensors in old.items()}
     alike: dict[Any, list[int]] = {}
     for i, m in enumerate(old["mu"]):
@@ -214,10 +210,5 @@ def blended_step(
         for name in old:
             for i, tensor in zip(members, results[name], strict=True):
                 new[name][i] = tensor
-    after = {
-        name: jax.tree.unflatten(
-            jax.tree.structure(trees[name], is_leaf=lambda x: isinstance(x, Quantized)), tensors
-        )
-        for name, tensors in new.items()
-    }
+    after = {name: jax.tree.unflatten(structure, tensors) for name, tensors in new.items()}
     return after.pop("updates"), state._replace(**after)
