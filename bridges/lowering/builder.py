@@ -84,6 +84,13 @@ def place_of(eqn: Equation) -> Place:
     return _PLACES[traceback]
 
 
+class Target(NamedTuple):
+    """Where a program will run, which decides what is left to the compiled kernel."""
+
+    device: str  # the type of the device
+    compiled: bool  # by a compiler that fuses operations, instead of one by one
+
+
 class Shared(NamedTuple):
     """What a graph and its sub-graphs (branches, loop bodies) have in common."""
 
@@ -102,6 +109,7 @@ class Builder:
     def __init__(self, shared: Shared):
         self.shared = shared
         self.device = shared.device
+        self.target = Target(shared.device.type, shared.compiled)
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.place = Place("", "")

@@ -18,7 +18,8 @@ from jax.extend import core
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Target, Value
+from chainrule.bridges.lowering.kernel import runs_in_kernel
 
 _LINEAR_ALGEBRA = {"svd", "qr", "eigh", "cholesky", "triangular_solve", "lu"}
 _CHEAP_PRODUCT = 2**20  # multiply-adds of a dot_general that a `cond` may evaluate in vain
@@ -41,12 +42,12 @@ def _jaxprs(eqn: Equation) -> list[core.Jaxpr]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _heavy(jaxpr: core.Jaxpr) -> bool:
+def _heavy(jaxpr: core.Jaxpr, target: Target) -> bool:
     """Whether evaluating ``jaxpr`` in vain would cost more than asking the host."""
     equations: list[Equation] = list(jaxpr.eqns)
     for eqn in equations:
         name = eqn.primitive.name
-        if name in ("while", "ffi_call") or name in _LINEAR_ALGEBRA:
+        if name == "while" or name in _LINEAR_ALGEBRA or runs_in_kernel(eqn, target):
             return True
         if name == "scan" and _eqn_size(eqn) > _UNROLLED:
             return True
@@ -55,7 +56,7 @@ def _heavy(jaxpr: core.Jaxpr) -> bool:
             depth = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
             if depth * math.prod(eqn.outvars[0].aval.shape) > _CHEAP_PRODUCT:
                 return True
-        if any(_heavy(j) for j in _jaxprs(eqn)):
+        if any(_heavy(j, target) for j in _jaxprs(eqn)):
             return True
     return False
 
@@ -81,7 +82,7 @@ def _cond(b: Builder, eqn: Equation, index: Value, *operands: Value) -> Sequence
     if not isinstance(index, fx.Node):
         chosen = branches[min(max(int(np.real(_number(index))), 0), len(branches) - 1)]
         return b.inline(chosen.jaxpr, chosen.consts, operands)
-    if any(_heavy(branch.jaxpr) for branch in branches):
+    if any(_heavy(branch.jaxpr, b.target) for branch in branches):
         modules = [b.module(branch) for branch in branches]
         node = b.emit(ops.branch, index, modules, _tensors(b, operands, eqn.invars[1:]))
         return b.items(node, len(eqn.outvars))

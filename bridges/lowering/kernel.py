@@ -2,7 +2,7 @@
 
 Where the kernel runs, a primitive is one operation, which runs the same arithmetic as its foreign call in XLA through
 the kernel's other door, on torch memory: `kernel_call` returns new tensors, as XLA does; `run_tier2` works in place.
-Elsewhere a primitive is the operations of its form. `_runs_in_kernel` decides.
+Elsewhere a primitive is the operations of its form. `runs_in_kernel` decides.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Value
+from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Target, Value
 from chainrule.native import _kernel, forms
-from chainrule.native.primitives import OPERATIONS, Operation, step_of
+from chainrule.native.primitives import OPERATIONS, step_of
 
 Params = tuple[tuple[str, Any], ...]
 """The parameters of a primitive, hashable."""
@@ -99,15 +99,17 @@ def kernel_call(name: str, params: Params, operands: Sequence[Any]) -> list[Tens
     return _CALLS[name](params, operands)
 
 
-def _runs_in_kernel(b: Builder, operation: Operation, avals: Sequence[Any], params: Any) -> bool:
-    """Whether a bridge leaves a primitive to the kernel: on the CPU, but for sums that a compiler fuses.
+def runs_in_kernel(eqn: Equation, target: Target) -> bool:
+    """Whether a bridge leaves an equation to the kernel: on the CPU, but for sums that a compiler fuses.
 
     The sums of magnitudes stay, because the kernel makes all the rest of the step that reads them.
     """
-    name = operation.primitive.name
-    if name not in _CALLS or b.device.type != "cpu" or not operation.fits(avals, params):
+    name, params = eqn.primitive.name, eqn.params
+    if name not in _CALLS or target.device != "cpu":
         return False
-    fused = name == "chainrule_sums" and b.shared.compiled and params["kind"] != "magnitude"
+    if not OPERATIONS[name].fits([v.aval for v in eqn.invars], params):
+        return False
+    fused = name == "chainrule_sums" and target.compiled and params["kind"] != "magnitude"
     return not fused or params["kernel"] == "native"
 
 
@@ -122,7 +124,7 @@ def _primitive(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     name = eqn.primitive.name
     avals = [v.aval for v in eqn.invars]
     params: Params = tuple(eqn.params.items())
-    if _runs_in_kernel(b, OPERATIONS[name], avals, eqn.params):
+    if runs_in_kernel(eqn, b.target):
         plain = (bool, int, float)
         given = [
             x if isinstance(x, plain) else b.tensor(x, a)

@@ -453,7 +453,7 @@ class _Calls(TorchDispatchMode):
 def test_a_step_waits_for_no_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU there is nothing to wait for; this is the program that an accelerator runs.
     monkeypatch.setattr(foreach, "reads_are_free", lambda device: False)
-    monkeypatch.setattr(kernel, "_runs_in_kernel", lambda *_: False)
+    monkeypatch.setattr(kernel, "runs_in_kernel", lambda *_: False)
     net = model()
     bridge = TorchBridge(make(), net.parameters())
     train(net, bridge, range(1))

@@ -141,8 +141,14 @@ def test_what_follows_the_kernel_may_be_anything(then: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch() -> None:
-    _, bridge = run(chains.cosmic(policy=ALL_TIERS, weight_decay=0.1))
+@pytest.mark.parametrize("tensors", [6, 300])
+def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch(tensors: int) -> None:
+    """With 300 tensors a table of the gate's statistics would be work, if it were not made in a branch."""
+    chain = chains.cosmic(policy=ALL_TIERS, weight_decay=0.1)
+    if tensors == 6:
+        _, bridge = run(chain)
+    else:
+        bridge = TorchBridge(chain, [nn.Parameter(torch.ones(3)) for _ in range(tensors)])
     (tree,) = bridge._trees
     assert tree is not None and tree.lowered is not None
     seen = []

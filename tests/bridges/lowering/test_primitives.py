@@ -20,6 +20,7 @@ from tests import bounds
 from chainrule.bridges.lowering import lower, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.convert import physical_shape
 from chainrule.bridges.lowering.table import TABLE
+from chainrule.native.primitives import OPERATIONS
 
 INF, NAN = np.inf, np.nan
 INT = np.iinfo(np.int32)
@@ -438,7 +439,7 @@ ALIASES = {
     # what the random primitives expand to
     "iota_2x32_shape", "threefry2x32",
     # the compiled kernel: tests/bridges/test_torch_kernel.py
-    "ffi_call",
+    *OPERATIONS,
 }  # fmt: skip
 
 
