@@ -97,8 +97,10 @@ class Buffers {
         !py::isinstance<py::str>(triple[2])) {
       throw py::type_error(where + ": a triple is (pointer: int, length: int, dtype: str)");
     }
-    const auto pointer = triple[0].cast<std::uintptr_t>();
-    const auto length = triple[1].cast<std::int64_t>();
+    // Python's integers have no bounds: -1 and an error set where one does not fit.
+    const auto pointer = PyLong_AsUnsignedLongLong(triple[0].ptr());
+    const auto length = PyErr_Occurred() != nullptr ? -1 : PyLong_AsLongLong(triple[1].ptr());
+    PyErr_Clear();
     if (length < 0 || (pointer == 0 && length > 0)) {
       throw py::value_error(where + ": needs a length of at least 0 and a pointer that is not null");
     }
@@ -125,7 +127,11 @@ class Numbers {
   Numbers(const py::object& value, const char* name, std::size_t tensors, double low, double high,
           bool low_excluded = false) {
     if (py::isinstance<py::float_>(value) || py::isinstance<py::int_>(value)) {
-      values_.push_back(value.cast<double>());
+      values_.push_back(PyFloat_AsDouble(value.ptr()));
+      if (PyErr_Occurred() != nullptr) {  // an integer beyond the largest float
+        PyErr_Clear();
+        values_.back() = kInfinity;
+      }
     } else {
       const auto array = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(value);
       if (!array) throw py::type_error(std::string(name) + ": expected a number or one for each tensor");

@@ -2,7 +2,8 @@
 //
 // A handler takes a (tensors, k) float32 table of numbers, then its roles one after another, each with
 // all tensors. What it writes are results, and those that update an operand must share its memory
-// (input_output_aliases); the wrappers in xla.py see to shapes and dtypes.
+// (input_output_aliases). The wrappers in xla.py name what is wrong with shapes and dtypes; a handler that
+// is called without them refuses what it would read or write beyond the end of.
 #include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -35,6 +37,14 @@ Buffer buffer_of(const ffi::AnyBuffer& b) {
   return {size > 0 ? b.untyped_data() : nothing, size, element};
 }
 
+enum class Holds { floats, singles, bytes };
+
+bool holds_of(ffi::DataType type, Holds holds) {
+  if (holds == Holds::bytes) return type == ffi::DataType::U8;
+  const bool half = type == ffi::DataType::BF16 || type == ffi::DataType::F16;
+  return type == ffi::DataType::F32 || (half && holds == Holds::floats);
+}
+
 // XLA takes large results fresh from the system, and touching them page by page for the first time costs
 // several times what the step does: 42 ms against 7 ms for 80 MB, measured.
 void prefer_huge_pages(const Buffer& buffer) {
@@ -54,33 +64,58 @@ class Roles {
   Roles(ffi::RemainingArgs& operands, ffi::RemainingRets& results, std::int64_t tensors)
       : operands_(operands), results_(results), tensors_(static_cast<std::size_t>(tensors)) {}
 
-  std::vector<Buffer> operand(bool present = true) {
+  std::vector<Buffer> operand(bool present = true, Holds holds = Holds::floats) {
     std::vector<Buffer> role(tensors_);
     for (std::size_t i = 0; present && i < tensors_; ++i) {
       const auto buffer = operands_.get<ffi::AnyBuffer>(next_operand_++);
       complete_ = complete_ && buffer.has_value();
-      if (buffer.has_value()) role[i] = buffer_of(*buffer);
+      if (buffer.has_value()) role[i] = take(*buffer, holds);
     }
     return role;
   }
 
   // Written from scratch.
-  std::vector<Buffer> result() {
-    const std::vector<Buffer> role = next_results(true);
+  std::vector<Buffer> result(Holds holds = Holds::floats) {
+    const std::vector<Buffer> role = next_results(true, holds);
     for (const Buffer& buffer : role) prefer_huge_pages(buffer);
     return role;
   }
   // An operand that the next result updates in place.
-  std::vector<Buffer> updated(bool present = true) {
-    const std::vector<Buffer> before = operand(present), after = next_results(present);
+  std::vector<Buffer> updated(bool present = true, Holds holds = Holds::floats) {
+    const std::vector<Buffer> before = operand(present, holds), after = next_results(present, holds);
     for (std::size_t i = 0; i < tensors_; ++i) {
       aliased_ = aliased_ && before[i].data == after[i].data && before[i].size == after[i].size;
     }
     return after;
   }
 
+  // The tensors of a role, where it is there, have these sizes.
+  template <class Expected>
+  void require_sizes(const std::vector<Buffer>& role, Expected expected) {
+    for (std::size_t i = 0; i < role.size(); ++i) {
+      require(role[i].data == nullptr || role[i].size == expected(i));
+    }
+  }
+
+  void require_sizes(const std::vector<Buffer>& role, const std::vector<Buffer>& like) {
+    require_sizes(role, [&like](std::size_t i) { return like[i].size; });
+  }
+
+  void require_codes(const std::vector<Buffer>& codes, const std::vector<Buffer>& scales,
+                     const std::vector<Buffer>& values, std::int64_t block, std::int32_t bits) {
+    require(block >= 1 && (bits == 4 || bits == 8));
+    if (!fits_) return;
+    require_sizes(codes, [&](std::size_t i) { return packed_size(values[i].size, bits); });
+    require_sizes(scales, [&](std::size_t i) {
+      return block_count(values[i].size, std::min(block, std::max<std::int64_t>(values[i].size, 1)));
+    });
+  }
+
+  void require(bool fits) { fits_ = fits_ && fits; }
+
   // To be asked before anything is written.
   ffi::Error problem() const {
+    if (!fits_) return ffi::Error::InvalidArgument("chainrule: an operand or a result of a wrong size or dtype");
     if (!complete_ || next_operand_ != operands_.size() || next_result_ != results_.size()) {
       return ffi::Error::InvalidArgument("chainrule: wrong number of operands or results");
     }
@@ -89,20 +124,25 @@ class Roles {
   }
 
  private:
-  std::vector<Buffer> next_results(bool present) {
+  std::vector<Buffer> next_results(bool present, Holds holds) {
     std::vector<Buffer> role(tensors_);
     for (std::size_t i = 0; present && i < tensors_; ++i) {
       auto buffer = results_.get<ffi::AnyBuffer>(next_result_++);
       complete_ = complete_ && buffer.has_value();
-      if (buffer.has_value()) role[i] = buffer_of(**buffer);
+      if (buffer.has_value()) role[i] = take(**buffer, holds);
     }
     return role;
+  }
+
+  Buffer take(const ffi::AnyBuffer& buffer, Holds holds) {
+    require(holds_of(buffer.element_type(), holds));
+    return buffer_of(buffer);
   }
 
   ffi::RemainingArgs& operands_;
   ffi::RemainingRets& results_;
   std::size_t tensors_, next_operand_ = 0, next_result_ = 0;
-  bool complete_ = true, aliased_ = true;
+  bool complete_ = true, aliased_ = true, fits_ = true;
 };
 
 Loop loop_on(ffi::ThreadPool& pool) {
@@ -147,15 +187,24 @@ std::vector<Tier2> tier2_tensors(const Table& table, Denominator denominator,
   return tensors;
 }
 
+void require_step(Roles& roles, const Table& table, const std::vector<Buffer>& gradients,
+                  const std::vector<const std::vector<Buffer>*>& others) {
+  roles.require(table.dimensions()[1] == static_cast<std::int64_t>(std::size(kTier2Numbers)));
+  for (const auto* role : others) roles.require_sizes(*role, gradients);
+}
+
 // Operands: table, gradients, mu, [mu_long], [nu], [parameters]. Results: updates, mu, [mu_long], [nu].
 ffi::Error tier2(ffi::ThreadPool pool, Table table, ffi::RemainingArgs operands, ffi::RemainingRets results,
                  std::string_view denominator_name, bool has_long, bool has_parameters) {
   Roles roles(operands, results, table.dimensions()[0]);
-  const auto denominator = static_cast<Denominator>(index_of(kDenominatorNames, denominator_name));
+  const int number = index_of(kDenominatorNames, denominator_name);
+  roles.require(number >= 0);
+  const auto denominator = static_cast<Denominator>(number);
   const bool has_nu = denominator == Denominator::root;
   const auto gradients = roles.operand(), updates = roles.result();
   const auto mu = roles.updated(), mu_long = roles.updated(has_long), nu = roles.updated(has_nu);
   const auto parameters = roles.operand(has_parameters);
+  require_step(roles, table, gradients, {&updates, &mu, &mu_long, &nu, &parameters});
   if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
   auto tensors = tier2_tensors(table, denominator, gradients, nu, parameters, updates);
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -178,12 +227,18 @@ ffi::Error tier2_quantized(ffi::ThreadPool pool, Table table, ffi::RemainingArgs
                            bool has_parameters, std::int64_t block, std::int32_t bits,
                            bool start_at_gradient) {
   Roles roles(operands, results, table.dimensions()[0]);
-  const auto denominator = static_cast<Denominator>(index_of(kDenominatorNames, denominator_name));
+  const int number = index_of(kDenominatorNames, denominator_name);
+  roles.require(number >= 0);
+  const auto denominator = static_cast<Denominator>(number);
   const bool has_nu = denominator == Denominator::root;
   const auto gradients = roles.operand(), updates = roles.result();
-  const auto codes = roles.updated(), scales = roles.updated();
-  const auto long_codes = roles.updated(has_long), long_scales = roles.updated(has_long);
+  const auto codes = roles.updated(true, Holds::bytes), scales = roles.updated(true, Holds::singles);
+  const auto long_codes = roles.updated(has_long, Holds::bytes);
+  const auto long_scales = roles.updated(has_long, Holds::singles);
   const auto nu = roles.updated(has_nu), parameters = roles.operand(has_parameters);
+  require_step(roles, table, gradients, {&updates, &nu, &parameters});
+  roles.require_codes(codes, scales, gradients, block, bits);
+  roles.require_codes(long_codes, long_scales, gradients, block, bits);
   if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
   const auto steps = tier2_tensors(table, denominator, gradients, nu, parameters, updates);
   std::vector<Tier2Quantized> tensors(steps.size());
@@ -204,6 +259,11 @@ ffi::Error tier1(ffi::ThreadPool pool, Table table, Magnitudes old_magnitudes,
   Roles roles(operands, results, table.dimensions()[0]);
   const auto gradients = roles.operand(), updates = roles.result();
   const auto parameters = roles.operand(has_parameters);
+  const std::int64_t count = table.dimensions()[0];
+  roles.require(table.dimensions()[1] == static_cast<std::int64_t>(std::size(kTier1Numbers)) &&
+                old_magnitudes.dimensions()[0] == count && magnitudes->dimensions()[0] == count);
+  roles.require_sizes(updates, gradients);
+  roles.require_sizes(parameters, gradients);
   if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
   std::vector<Tier1> tensors(gradients.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -221,16 +281,24 @@ ffi::Error tier1(ffi::ThreadPool pool, Table table, Magnitudes old_magnitudes,
   return ffi::Error::Success();
 }
 
-// Operands: gradients. Result: a row of mean |g|, mean g^2, variance and max |g| for each.
-ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result<Table> table) {
-  std::vector<Buffer> gradients;
+// All operands of a call that takes nothing else; nothing if one is no tensor of floats.
+std::optional<std::vector<Buffer>> floats_of(const ffi::RemainingArgs& operands) {
+  std::vector<Buffer> tensors;
   for (std::size_t i = 0; i < operands.size(); ++i) {
     const auto buffer = operands.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return buffer.error();
-    gradients.push_back(buffer_of(*buffer));
+    if (!buffer.has_value() || !holds_of(buffer->element_type(), Holds::floats)) return std::nullopt;
+    tensors.push_back(buffer_of(*buffer));
   }
+  return tensors;
+}
+
+// Operands: gradients. Result: a row of mean |g|, mean g^2, variance and max |g| for each.
+ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Result<Table> table) {
+  const auto gradients = floats_of(operands);
+  const bool fits = table->dimensions()[0] == static_cast<std::int64_t>(operands.size()) && table->dimensions()[1] == 4;
+  if (!gradients || !fits) return ffi::Error::InvalidArgument("chainrule: wrong shape or dtype of statistics");
   float* row = table->typed_data();
-  for (const Statistics& s : run_statistics(gradients, loop_on(pool))) {
+  for (const Statistics& s : run_statistics(*gradients, loop_on(pool))) {
     for (const double value : {s.mean_magnitude, s.mean_square, s.variance, s.peak}) {
       *row++ = static_cast<float>(value);
     }
@@ -242,24 +310,27 @@ ffi::Error statistics(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::Re
 // `vmap` gave every operand.
 ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs operands, 
                 ffi::Result<ffi::AnyBuffer> result, std::string_view name) {
+  const auto misfit = [] { return ffi::Error::InvalidArgument("chainrule: wrong shape or dtype of sums"); };
   const int number = index_of(kSumNames, name);
   if (number < 0) return ffi::Error::InvalidArgument("chainrule: an unknown kind of sums");
   const auto kind = static_cast<SumKind>(number);
+  const auto whole = floats_of(operands);
+  if (!whole) return misfit();
   const auto axes = result->dimensions();
-  const std::size_t tensors = operands.size() / (is_of_pairs(kind) ? 2 : 1);
+  const std::size_t tensors = whole->size() / (is_of_pairs(kind) ? 2 : 1);
   const bool fits = c.element_type() == ffi::DataType::F32 &&
                     result->element_type() == ffi::DataType::F32 && axes.size() >= 2 &&
                     axes[axes.size() - 1] == sum_count(kind) &&
                     axes[axes.size() - 2] == static_cast<std::int64_t>(tensors);
-  if (!fits) return ffi::Error::InvalidArgument("chainrule: wrong shape of sums");
+  if (!fits) return misfit();
   std::int64_t batch = 1;
   for (std::size_t i = 0; i + 2 < axes.size(); ++i) batch *= axes[i];
-  std::vector<Buffer> whole;
-  for (std::size_t i = 0; i < operands.size(); ++i) {
-    const auto buffer = operands.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) return buffer.error();
-    whole.push_back(buffer_of(*buffer));
+  bool same = static_cast<std::int64_t>(c.element_count()) == batch && whole->size() % (is_of_pairs(kind) ? 2 : 1) == 0;
+  for (std::size_t i = 0; same && i < whole->size(); ++i) {
+    same = (*whole)[i].size == (*whole)[i % std::max<std::size_t>(tensors, 1)].size &&
+           (batch == 0 || (*whole)[i].size % batch == 0);
   }
+  if (!same) return misfit();
   const auto part = [batch](const Buffer& buffer, std::int64_t index) {
     const std::int64_t size = buffer.size / batch, offset = index * size * element_size(buffer.element);
     return Buffer{static_cast<char*>(buffer.data) + offset, size, buffer.element};
@@ -267,8 +338,8 @@ ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs opera
   std::vector<Summands> pairs;
   for (std::int64_t index = 0; index < batch; ++index) {
     for (std::size_t i = 0; i < tensors; ++i) {
-      const Buffer y = is_of_pairs(kind) ? part(whole[tensors + i], index) : Buffer{};
-      pairs.push_back({part(whole[i], index), y, static_cast<const float*>(c.untyped_data())[index]});
+      const Buffer y = is_of_pairs(kind) ? part((*whole)[tensors + i], index) : Buffer{};
+      pairs.push_back({part((*whole)[i], index), y, static_cast<const float*>(c.untyped_data())[index]});
     }
   }
   float* out = static_cast<float*>(result->untyped_data());
@@ -282,7 +353,9 @@ ffi::Error sums(ffi::ThreadPool pool, ffi::AnyBuffer c, ffi::RemainingArgs opera
 ffi::Error quantize(ffi::ThreadPool pool, Keys keys, ffi::RemainingArgs operands,
                     ffi::RemainingRets results, std::int64_t block, std::int32_t bits, bool stochastic) {
   Roles roles(operands, results, keys.dimensions()[0]);
-  const auto values = roles.operand(), codes = roles.result(), scales = roles.result();
+  const auto values = roles.operand(), codes = roles.result(Holds::bytes), scales = roles.result(Holds::singles);
+  roles.require(keys.dimensions()[1] == 2);
+  roles.require_codes(codes, scales, values, block, bits);
   if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
   std::vector<Requantize> tensors(values.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -298,7 +371,9 @@ ffi::Error quantize(ffi::ThreadPool pool, Keys keys, ffi::RemainingArgs operands
 ffi::Error dequantize(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
                       std::int64_t block, std::int32_t bits) {
   Roles roles(operands, results, static_cast<std::int64_t>(results.size()));
-  const auto codes = roles.operand(), scales = roles.operand(), values = roles.result();
+  const auto codes = roles.operand(true, Holds::bytes), scales = roles.operand(true, Holds::singles);
+  const auto values = roles.result();
+  roles.require_codes(codes, scales, values, block, bits);
   if (const ffi::Error problem = roles.problem(); problem.failure()) return problem;
   std::vector<Requantize> tensors(values.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
