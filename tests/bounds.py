@@ -16,6 +16,9 @@ of threads, so what passes here passes on another processor. To compare, take th
 | `stepped(steps)`        | the largest entry so far   | 12 roundings a step from the gradient to the update          |
 | `halved(dtype, steps)`  | the largest entry so far   | a state and an update kept in `dtype`, rounded at every step |
 | `live(decay)`           | 1 - decay                  | a decay that is itself a float32 number                      |
+| `corrected(decay)`      | 1 - decay**t               | ... whose power is subtracted from 1 in float32, as in optax |
+| `shrunk(eps, size)`     | the entry                  | an eps in a denominator, which the formula leaves out        |
+| `iterated(s, triples)`  | (absolute)                 | Newton-Schulz: rounding errors grow by the polynomial's slope|
 | `difference(step)`      | the derivative's scale     | central differences in float64: truncation and cancellation  |
 | `sampled(n, deviation)` | (absolute)                 | the mean of n independent draws: six standard errors         |
 | `RECORDED`, `RECORDED_*`| movement, see `replay.py`  | what every restatement of the recordings met                 |
@@ -29,6 +32,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 from scipy import special
 
 
@@ -95,8 +99,40 @@ def halved(dtype: Any, steps: int = 1) -> float:
 
 
 def live(decay: float) -> float:
-    """Relative error of 1 - decay, or of 1 - decay**t, for a decay rounded to float32."""
+    """Relative error of 1 - decay, for a decay that is itself a float32 number."""
     return unit() * decay / (1 - decay)
+
+
+def corrected(decay: float) -> float:
+    """Relative error of 1 - decay**t computed as it stands in float32, as optax does: of decay, and of its power."""
+    return 3 * live(decay)
+
+
+def shrunk(eps: float, size: float) -> float:
+    """Relative effect of an eps added to a denominator of at least `size`, where the formula leaves it out."""
+    return eps / size
+
+
+def iterated(s: Any, triples: Any, dtype: Any = "float32") -> float:
+    """Largest difference in an entry after the steps x -> a x + (b + c x x^T) x x^T x on singular values `s` <= 1.
+
+    A step adds n u max|p| for each of its four products, p its polynomial, and multiplies the error that it finds by
+    at most the largest |p'| or |p / s| between the least and the largest singular value.
+    """
+    s = np.asarray(s, np.float64)
+    low, high, error = s.min(), s.max(), s.size * unit(dtype)
+    for a, b, c in triples:
+        x = np.linspace(low, high, 1001)
+        y, slope = a * x + b * x**3 + c * x**5, a + 3 * b * x**2 + 5 * c * x**4
+        growth = max(np.abs(slope).max(), np.abs(a + b * x**2 + c * x**4).max())
+        error = growth * error + 4 * s.size * unit(dtype) * np.abs(y).max()
+        low, high = y.min(), y.max()
+    return 2 * float(error)
+
+
+def near(expected: Any, relative: float = ELEMENTWISE) -> Any:
+    """What `==` holds to within a relative tolerance: numbers, lists and dictionaries of them."""
+    return pytest.approx(expected, rel=relative, abs=0.0)
 
 
 def difference(step: float) -> float:
@@ -110,11 +146,16 @@ def sampled(n: int, deviation: float) -> float:
 
 
 RECORDED = 2.5e-5
+# Quotients and products of recorded moments, each of them off by as much: agar, confidence, gates, b1.
+RECORDED_STATISTIC = 4 * RECORDED
 RECORDED_BF16 = 0.08  # Newton-Schulz in bfloat16: of the movement over a run
 RECORDED_BF16_MATRIX = 0.2  # ... of the largest entry of one matrix
 RECORDED_BF16_RANK_ONE = (
     0.7  # ... whose other singular values are rounding errors that each step multiplies
 )
+
+# A float32 lane of the kernel's sums adds at most 32 entries of a tile; lanes are added in pairs, tiles in float64.
+KERNEL_TERMS = 32 + 5
 
 # Denormal results may be flushed to zero.
 FLUSHED = float(np.finfo(np.float32).tiny)

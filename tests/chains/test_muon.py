@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import bounds
 import chainrule
 from chainrule import chains
 from chainrule.transforms import (
@@ -17,6 +18,7 @@ from chainrule.transforms import (
     scale_by_adam,
 )
 from harness import assert_close, random_tree, run
+from reference.muon import COEFFICIENTS
 
 SHAPES = {
     "conv": {"bias": (5,), "kernel": (3, 3, 2, 5)},
@@ -24,6 +26,10 @@ SHAPES = {
     "head": (4, 7),
     "hidden": (4, 6),
 }
+
+
+# Of a Gaussian matrix of these shapes, whose least singular value is more than a twentieth of its norm.
+ORTHOGONALISED = bounds.iterated(np.linspace(0.05, 1, 5), COEFFICIENTS["keller_jordan"])
 
 
 def trees(steps=3):
@@ -39,7 +45,9 @@ def test_each_leaf_is_updated_by_its_own_links_alone():
     for name, link in {"hidden": muon, "head": adam, "embedding": adam}.items():
         alone, _ = run(link, params[name], [g[name] for g in grads])
         for whole, part in zip(updates, alone, strict=True):
-            np.testing.assert_allclose(whole[name], part, rtol=1e-5, atol=1e-7)
+            assert_close(
+                whole[name], part, ORTHOGONALISED if name == "hidden" else bounds.stepped(3)
+            )
 
 
 def test_caution_compares_each_group_with_its_own_gradient():
@@ -51,7 +59,8 @@ def test_caution_compares_each_group_with_its_own_gradient():
         "embedding": chain(scale_by_adam(0.9, 0.95, 1e-10), cautious("mean")),
     }.items():
         alone, _ = run(link, params[name], [g[name] for g in grads])
-        np.testing.assert_allclose(updates[-1][name], -alone[-1], rtol=1e-5, atol=1e-7)
+        bound = ORTHOGONALISED if name == "hidden" else bounds.stepped(3)
+        assert_close(updates[-1][name], -alone[-1], bound)
         assert np.all(updates[-1][name] * grads[-1][name] <= 0)
     kept = {k: v for k, v in chainrule.metrics(state).items() if k.startswith("kept_fraction")}
     assert len(jax.tree.leaves(kept)) == len(jax.tree.leaves(params))
@@ -62,8 +71,12 @@ def test_decay_of_all_and_decay_of_the_rest():
     grads = jax.tree.map(jnp.zeros_like, params)
     tx = chains.muon(0.1, weight_decay=0.2, adam_lr_ratio=0.5, adam_weight_decay=0.4)
     updates, _ = run(tx, params, [grads])
-    np.testing.assert_allclose(updates[0]["hidden"], -0.02 * params["hidden"], rtol=1e-6)
-    np.testing.assert_allclose(updates[0]["embedding"], -0.04 * params["embedding"], rtol=1e-6)
+    np.testing.assert_allclose(
+        updates[0]["hidden"], -0.02 * params["hidden"], rtol=bounds.ELEMENTWISE
+    )
+    np.testing.assert_allclose(
+        updates[0]["embedding"], -0.04 * params["embedding"], rtol=bounds.ELEMENTWISE
+    )
 
 
 def test_mask_says_what_decays():
@@ -81,7 +94,7 @@ def test_a_kernel_is_orthogonalised_as_its_dims_say():
     tx = chains.muon(1.0, weight_decay=None, dims="hwio", coefficients="classical", ns_steps=14)
     updates, _ = run(tx, params, grads)
     kernel = np.asarray(updates[0]["conv"]["kernel"]).reshape(18, 5)
-    np.testing.assert_allclose(kernel.T @ kernel, np.eye(5), atol=1e-4)
+    np.testing.assert_allclose(kernel.T @ kernel, np.eye(5), rtol=0, atol=2 * ORTHOGONALISED)
 
 
 def test_one_moment_a_matrix_and_two_for_the_rest():

@@ -19,10 +19,10 @@ import numpy as np
 import optax
 import pytest
 
+import bounds
 from tests.golden.not_followed import reason_not_to_follow
 
 FOLDER = Path(os.environ.get("CHAINRULE_GOLDEN_DIR", Path(__file__).parent))
-TOLERANCE = 2.5e-5
 
 
 class Recording:
@@ -159,7 +159,7 @@ def assert_follows(
     rec: Recording,
     variant: str,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float = bounds.RECORDED,
     skip: tuple[str, ...] = (),
 ) -> None:
     """Holds parameters after every step, (T, ...), to the recorded ones, tensor by tensor."""

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import bounds
 from chainrule.chains.cosmic import PRESETS, cosmic
 from chainrule.transforms import TierPolicy, dequantize, quantize, retier, tier_signal
 from tests.golden.replay import assert_follows, cases, recording
@@ -133,7 +134,9 @@ def follow(case, run, **options):
         gates[:, index] = [row[2] for row in rows]
     np.testing.assert_array_equal(tiers, rec.log(variant, "tier"))
     if spec.get("use_fused", True):  # unfused measures the gate on the momentum
-        np.testing.assert_allclose(gates, rec.log(variant, "gate_scale"), rtol=1e-4)
+        np.testing.assert_allclose(
+            gates, rec.log(variant, "gate_scale"), rtol=bounds.RECORDED_STATISTIC
+        )
     assert_follows(trajectory, rec, variant)
 
 
@@ -148,14 +151,19 @@ def test_signal_and_packing(case):
     kind, _, name = case.variant.partition("/")
     x = data.get(f"x/{name}", np.zeros(0))  # the empty tensor is not stored
     if kind == "tier_signal":
-        np.testing.assert_allclose(tier_signal(x), data[case.variant], rtol=1e-12)
+        np.testing.assert_allclose(
+            tier_signal(x), data[case.variant], rtol=bounds.summed(x.size, "float64")
+        )
         return
     packed = quantize(jnp.asarray(x), 4, x.size if kind == "pack" else int(kind[len("blocks") :]))
     codes, scale, unpacked = (data[f"{case.variant}/{part}"] for part in ("q", "scale", "unpacked"))
     np.testing.assert_array_equal(packed.codes, codes)
-    np.testing.assert_allclose(packed.scale, np.ravel(scale), rtol=1e-6)
+    np.testing.assert_allclose(packed.scale, np.ravel(scale), rtol=bounds.ELEMENTWISE)
     np.testing.assert_allclose(
-        np.ravel(dequantize(packed)), np.ravel(unpacked), rtol=1e-6, atol=1e-45
+        np.ravel(dequantize(packed)),
+        np.ravel(unpacked),
+        rtol=bounds.ELEMENTWISE,
+        atol=bounds.FLUSHED,
     )
 
 
@@ -187,7 +195,7 @@ def hold_bytes(case, run, **options):
                 assert np.abs(differ).max(initial=0) <= 1
                 assert np.count_nonzero(differ) <= 0.01 * differ.size
                 scale = rec.data[f"{variant}/{key}_scale/{name}"][row]
-                np.testing.assert_allclose(held.scale, scale, rtol=1e-5, atol=1e-7)
+                np.testing.assert_allclose(held.scale, scale, rtol=bounds.RECORDED)
 
 
 def unpack(codes):

@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bounds
 from chainrule import chains
 from chainrule.transforms import Routing, newton_schulz
-from tests.golden.replay import TOLERANCE, assert_follows, cases, recording, replay
-
-BF16_TOLERANCE = 0.08
-SINGLE_BF16_TOLERANCE = 0.2
-RANK_ONE_BF16_TOLERANCE = 0.7
+from tests.golden.replay import assert_follows, cases, recording, replay
 
 
 def only_matrices(tree):
@@ -152,7 +149,9 @@ def test_follows(case):
     )
     params = {name: run.params[paths[name]] for name in rec.names}
     half = spec.get("ns_dtype") == "bfloat16"
-    assert_follows(params, rec, variant, tolerance=BF16_TOLERANCE if half else TOLERANCE)
+    assert_follows(
+        params, rec, variant, tolerance=bounds.RECORDED_BF16 if half else bounds.RECORDED
+    )
 
 
 @pytest.mark.parametrize("case", cases(["keras_ns"]))
@@ -165,8 +164,8 @@ def test_single_matrices(case):
     got, _ = tx.update(x, tx.init(x))
     error = np.abs(np.asarray(got) - data[key]).max(initial=0) / max(np.abs(data[key]).max(), 1e-3)
     if np.linalg.matrix_rank(data[f"x/{name}"]) > 1 or min(x.shape) == 1:
-        assert error <= (TOLERANCE if half == "f32" else SINGLE_BF16_TOLERANCE)
+        assert error <= (bounds.RECORDED if half == "f32" else bounds.RECORDED_BF16_MATRIX)
     elif half == "bf16":
-        assert error <= RANK_ONE_BF16_TOLERANCE
+        assert error <= bounds.RECORDED_BF16_RANK_ONE
     else:  # the other singular values are rounding errors, which each step multiplies by its slope
-        assert error <= 3 * np.finfo(np.float32).eps * 3.4445 ** int(steps)
+        assert error <= 6 * bounds.unit() * 3.4445 ** int(steps)

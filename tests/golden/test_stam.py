@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import bounds
 from chainrule import chains
 from tests.golden.replay import assert_follows, cases, columns, recording, replay
 
@@ -72,9 +73,9 @@ def test_follows(case):
         give_params=not spec["params_none"],
     )
     assert_follows(run.params, rec, variant)
-    half = "state_dtype" in spec  # one unit of rounding in the stored scalar
+    # A scalar that is kept in half precision may fall on either side of a tie.
+    kept = bounds.gamma(3, "bfloat16") if "state_dtype" in spec else 0.0
+    bound = bounds.RECORDED_STATISTIC + kept
     for name, field in LOGS[spec["algo"]].items():
         got = columns(getattr(run.logs, field).tree(), rec.names).astype(np.float64)
-        np.testing.assert_allclose(
-            got, rec.log(variant, name), rtol=1e-2 if half else 2e-4, atol=1e-6, err_msg=name
-        )
+        np.testing.assert_allclose(got, rec.log(variant, name), rtol=bound, atol=0, err_msg=name)

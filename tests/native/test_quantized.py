@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import bounds
 from chainrule.native import _kernel
+from harness import assert_close
 from reference import kernel as oracle
 
 GOLDEN = Path(os.environ.get("CHAINRULE_GOLDEN_DIR", Path(__file__).parent.parent / "golden"))
@@ -44,7 +46,7 @@ def test_codes_are_the_formula_s_and_a_round_trip_is_within_half_a_quantum(block
         expected = oracle.quantize(x, block=block, bits=bits)
         np.testing.assert_array_equal(s, expected.scales)
         np.testing.assert_array_equal(c, expected.packed)
-        np.testing.assert_allclose(y, expected.values, rtol=1e-6)
+        np.testing.assert_allclose(y, expected.values, rtol=bounds.ELEMENTWISE)
         quantum = np.repeat(s, block)[: x.size]
         assert (np.abs(x - y) <= 0.5001 * quantum).all()
 
@@ -139,16 +141,14 @@ def test_tier2_over_codes_equals_requantising_by_hand(dtype, block, start, bits)
                 stored = np.empty(x.size, np.float32)
                 _kernel.dequantize([codes[0][i]], [codes[1][i]], [stored], block=block, bits=bits)
                 size = expected.scales.max(initial=0.0)
-                np.testing.assert_allclose(
-                    codes[1][i], expected.scales, rtol=1e-5, atol=1e-6 * size
-                )
-                off = (
-                    np.abs(stored - expected.values) > 1e-5 * np.abs(expected.values) + 1e-5 * size
-                )
+                bound = bounds.stepped(t + 1)
+                np.testing.assert_allclose(codes[1][i], expected.scales, rtol=0, atol=bound * size)
+                levels = {4: 7, 8: 127}[bits]
+                off = np.abs(stored - expected.values) > bound * levels * size
                 assert off.sum() <= 5 + x.size // 100
                 held[name][i] = stored.astype(np.float64)
     for a, b in zip(p, by_hand, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        assert_close(a, b, bounds.stepped(3))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,9 @@ def test_recorded_tier_signals(primitives):
         signal = mean + 0.1 * np.sqrt(square)
         signal *= 1 + 0.25 * min(variance / (mean**2 + 1e-12), 8)
         signal *= 1 + 0.1 * min(peak / (mean + 1e-12), 8)
-        np.testing.assert_allclose(signal, primitives[key], rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(
+            signal, primitives[key], rtol=bounds.summed(x.size, "float64"), atol=bounds.FLUSHED
+        )
 
 
 CODED = ["ema_short_q", "ema_short_scale", "ema_long_q", "ema_long_scale"]
@@ -246,5 +248,5 @@ def test_recorded_codes_step_by_step(variant):
             recorded = data[f"{variant}/p/{name}"][t].reshape(-1)
             movement = np.abs(recorded - data[f"{variant}/p/{name}"][0].reshape(-1)).max()
             scale = max(movement, 0.1 * np.abs(recorded).max(), 1e-3)
-            assert np.abs(p - recorded).max() <= 2.5e-5 * scale
+            assert np.abs(p - recorded).max() <= bounds.RECORDED * scale
             p = recorded.copy()

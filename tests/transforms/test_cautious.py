@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bounds
 import chainrule
 from chainrule.transforms import cautious, chain, metrics, scale_by_adam, zero_nonfinite
 
 U = jnp.array([1.0, -2.0, 3.0, -4.0, 0.0, 5.0, 6.0, -7.0])
 G = jnp.array([1.0, -1.0, -1.0, 1.0, 1.0, 0.0, 0.5, 2.0])
 KEPT = np.array([1, 1, 0, 0, 0, 0, 1, 0])
+# optax computes 1 - b2**t in float32, and adds eps to a root of at least 0.5.
+ADAM = bounds.stepped(1) + bounds.corrected(0.999) / 2 + bounds.shrunk(1e-8, 0.5)
 
 
 def apply(tx, u, g):
@@ -32,7 +35,7 @@ def apply(tx, u, g):
 )
 def test_the_factor_of_each_normalizer(settings, factor):
     updates, state = apply(cautious(**settings), U, G)
-    np.testing.assert_allclose(updates, U * KEPT * factor, rtol=1e-6)
+    np.testing.assert_allclose(updates, U * KEPT * factor, rtol=bounds.ELEMENTWISE)
     assert metrics(state)["kept_fraction"] == 3 / 8
 
 
@@ -50,13 +53,13 @@ def test_kept_entries_descend_and_their_sum_is_preserved(seed, size):
     assert np.all(np.asarray(updates * g) >= 0)
     scaled, state = apply(cautious(), u, g)
     if state.kept_fraction > 0:
-        np.testing.assert_allclose(scaled * state.kept_fraction, updates, rtol=1e-5)
+        np.testing.assert_allclose(scaled * state.kept_fraction, updates, rtol=bounds.summed(size))
 
 
 def test_after_the_learning_rate_it_is_negated():
     before, _ = apply(cautious(), U, G)
     after, _ = apply(cautious(negated=True), -0.1 * U, G)
-    np.testing.assert_allclose(after, -0.1 * before, rtol=1e-6)
+    np.testing.assert_allclose(after, -0.1 * before, rtol=bounds.ELEMENTWISE)
 
 
 @pytest.mark.parametrize("normalizer", ["clamped_mean", "mean", "count", "none"])
@@ -76,7 +79,7 @@ def test_complex_entries_agree_by_the_real_part_of_the_product():
     g = jnp.array([1 + 0j, -1 + 0j, 1j])
     updates, state = apply(cautious("none"), u, g)
     np.testing.assert_array_equal(updates, jnp.array([1 + 1j, 0, 2j]))
-    np.testing.assert_allclose(state.kept_fraction, 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(state.kept_fraction, 2 / 3, rtol=bounds.ELEMENTWISE)
 
 
 def test_zero_size_leaves_stay_finite():
@@ -90,7 +93,7 @@ def test_a_bad_raw_gradient_that_was_made_safe_does_not_return():
     tx = chain(zero_nonfinite(), scale_by_adam(), cautious())
     g = jnp.array([1.0, jnp.nan, -1.0])
     updates, _ = tx.update(g, tx.init(g))
-    np.testing.assert_allclose(updates, [1.5, 0.0, -1.5], rtol=1e-5)
+    np.testing.assert_allclose(updates, [1.5, 0.0, -1.5], rtol=bounds.stepped(1))
 
 
 def test_without_a_gradient_the_error_names_the_remedies():
@@ -99,7 +102,7 @@ def test_without_a_gradient_the_error_names_the_remedies():
         ValueError, match=r"cautious: needs `grad`.*chainrule\.chain.*grad=gradients"
     ):
         tx.update(G, tx.init(G))
-    np.testing.assert_allclose(tx.update(G, tx.init(G), grad=G)[0], jnp.sign(G) * 8 / 7, rtol=1e-5)
+    np.testing.assert_allclose(tx.update(G, tx.init(G), grad=G)[0], jnp.sign(G) * 8 / 7, rtol=ADAM)
 
 
 def test_in_a_partition_the_raw_gradient_is_whole_and_the_updates_are_masked():
@@ -110,5 +113,5 @@ def test_in_a_partition_the_raw_gradient_is_whole_and_the_updates_are_masked():
     )
     grads = {"x": G, "y": G}
     updates, _ = tx.update(grads, tx.init(grads))
-    np.testing.assert_allclose(updates["x"], jnp.sign(G) * 8 / 7, rtol=1e-5)
+    np.testing.assert_allclose(updates["x"], jnp.sign(G) * 8 / 7, rtol=ADAM)
     np.testing.assert_array_equal(updates["y"], G)

@@ -6,11 +6,15 @@ import numpy as np
 import optax
 import pytest
 
+import bounds
 from chainrule.transforms import chain, metrics, momentum_alignment_mask, scale_by_adam
 from harness import random_tree
 
 SHAPES = {"dense": {"bias": (3,), "kernel": (4, 3)}, "scale": ()}
 PARAMS, GRADS = random_tree(SHAPES, 0), random_tree(SHAPES, 1)
+COSINE = bounds.stepped(5) + 2 * bounds.summed(
+    12
+)  # two averages of five steps, three sums of twelve
 
 
 def after_adam(**settings):
@@ -64,10 +68,12 @@ def test_alignment_follows_the_cosine():
     seen, state = steps(after_adam(**settings), 5)
     expected = 0.5 * 0.6**5 + (1 - 0.6**5) / (1 + np.exp(-2.0))
     for leaf in jax.tree.leaves(metrics(state)["alignment"]):
-        np.testing.assert_allclose(leaf, expected, rtol=1e-5)
+        np.testing.assert_allclose(leaf, expected, rtol=bounds.stepped(5))
     alone, _ = steps(optax.scale_by_adam(), 5)
     scaled = jax.tree.map(lambda u: u * expected, alone[-1])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), seen[-1], scaled)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=bounds.stepped(5)), seen[-1], scaled
+    )
 
 
 def test_a_zero_gradient_has_the_cosine_zero():
@@ -100,7 +106,7 @@ def test_its_own_moment_is_adams_first():
         for g in varied:
             _, state = tx.update(g, state, PARAMS)
         cosines.append(metrics(state)["cosine"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *cosines)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=COSINE), *cosines)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,9 @@ def test_it_reads_the_moment_that_is_named(owner, moment):
 
     expected = jax.tree.map(cosine, remembered, GRADS)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state[1].cosine.tree(), expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=COSINE),
+        state[1].cosine.tree(),
+        expected,
     )
 
 
@@ -126,7 +134,7 @@ def test_given_draws_replace_its_own():
     mask = {"dense": {"bias": 1.0, "kernel": 0.0}, "scale": 1.0}
     seen, state = steps(after_adam(mask_prob=0.0), 2, mask=mask)
     assert any_nonzero(seen[-1]).tolist() == [True, False, True]
-    np.testing.assert_allclose(metrics(state)["mask_rate"], 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics(state)["mask_rate"], 2 / 3, rtol=bounds.ELEMENTWISE)
 
 
 @pytest.mark.parametrize(

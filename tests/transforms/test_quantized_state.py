@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import bounds
 import chainrule
 from chainrule.transforms import dequantize, quantize, quantized_state
 from harness import assert_identical, random_tree, run
@@ -31,7 +32,7 @@ def test_a_round_trip_is_the_formula(bits, block):
     q = quantize(jnp.asarray(X), bits, block)
     assert q.codes.size == (-(-X.size // 2) if bits == 4 else X.size)
     assert q.scale.size == -(-X.size // block)
-    np.testing.assert_allclose(dequantize(q), formula(X, bits, block), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(dequantize(q), formula(X, bits, block), rtol=bounds.ELEMENTWISE)
 
 
 def test_two_codes_share_a_byte_the_even_one_below():
@@ -49,7 +50,7 @@ def test_stochastic_rounding_is_right_on_average():
     x = jnp.array([7.0, 0.3, -2.6])
     keys = jax.random.split(jax.random.key(0), 4000)
     back = jax.vmap(lambda key: dequantize(quantize(x, 4, 3, key)))(keys)
-    np.testing.assert_allclose(back.mean(0), x, atol=0.05)
+    np.testing.assert_allclose(back.mean(0), x, atol=bounds.sampled(4000, 0.5))
     assert set(np.unique(back[:, 1])) == {0.0, 1.0}
 
 
@@ -101,4 +102,6 @@ def test_later_links_see_the_moments_decoded():
     tx = quantized_state(chainrule.transforms.scale_by_adam(), 8, 16)
     _, state = run(tx, GRADS[0], GRADS[:2])
     mu = chainrule.transforms.posted(state)["mu"]
-    np.testing.assert_allclose(mu["w"], dequantize(state.inner_state.mu["w"]), rtol=1e-6)
+    np.testing.assert_allclose(
+        mu["w"], dequantize(state.inner_state.mu["w"]), rtol=bounds.ELEMENTWISE
+    )

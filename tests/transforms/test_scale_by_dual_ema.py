@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+import bounds
 from chainrule.transforms import scale_by_dual_ema
 from harness import assert_close, random_tree, run
 
@@ -35,19 +36,23 @@ def test_follows_the_formula(blend, start, debias):
         B1, b1_long=B1_LONG, b2=B2, eps=EPS, blend=blend, start=start, debias=debias
     )
     seen, _ = run(tx, jnp.zeros(6), GRADS)
-    np.testing.assert_allclose(seen, formula(blend, start, debias), rtol=1e-4, atol=1e-6)
+    assert_close(seen, formula(blend, start, debias), bounds.stepped(5))
 
 
 def test_without_a_second_moment_it_is_momentum():
     tx = scale_by_dual_ema(B1, b1_long=B1_LONG, b2=None, blend=0.3)
     seen, state = run(tx, jnp.zeros(6), GRADS)
     assert state.nu is None
-    np.testing.assert_allclose(seen, formula(0.3, with_nu=False), rtol=1e-5, atol=1e-6)
+    assert_close(seen, formula(0.3, with_nu=False), bounds.stepped(5))
 
 
 def test_the_short_ema_alone_is_adam():
     ours, _ = run(scale_by_dual_ema(), jnp.zeros(6), GRADS)
-    assert_close(ours, run(optax.scale_by_adam(), jnp.zeros(6), GRADS)[0])
+    theirs, _ = run(optax.scale_by_adam(), jnp.zeros(6), GRADS)
+    # optax computes 1 - b2**t in float32.
+    assert_close(
+        ours, theirs, bounds.stepped(5) + bounds.corrected(0.999) / 2 + bounds.corrected(0.9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,5 +93,6 @@ def test_the_clock_of_the_chain_takes_large_first_steps():
     late = jnp.int32(1000)
     usual, _ = own.update(g, own.init(g), step=late)
     large, _ = chain.update(g, chain.init(g), step=late)
-    np.testing.assert_allclose(usual, 0.1, rtol=1e-4)
-    np.testing.assert_allclose(large, 0.1 * np.sqrt((1 - 0.999**1000) / 0.001), rtol=1e-4)
+    np.testing.assert_allclose(usual, 0.1, rtol=bounds.stepped(1))
+    root = np.sqrt((1 - 0.999**1000) / 0.001)
+    np.testing.assert_allclose(large, 0.1 * root, rtol=bounds.stepped(1))

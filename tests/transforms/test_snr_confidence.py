@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bounds
 import chainrule
 from chainrule.transforms import chain, scale_by_belief, snr_confidence
 from harness import run
@@ -47,8 +48,12 @@ def test_follows_the_formula(setting, count, deviation):
     names = ("robustness", "c_min", "rel_floor", "eps")
     settings = dict(zip(names, setting, strict=True))
     updates, state = once(UPDATE, count=count, deviation=deviation, **settings)
-    np.testing.assert_allclose(updates, expected(count, deviation, **settings), rtol=2e-5)
-    np.testing.assert_allclose(state.agar.tree(), shares(count, deviation).mean(), rtol=2e-5)
+    np.testing.assert_allclose(
+        updates, expected(count, deviation, **settings), rtol=bounds.stepped(4)
+    )
+    np.testing.assert_allclose(
+        state.agar.tree(), shares(count, deviation).mean(), rtol=bounds.stepped(4)
+    )
 
 
 def test_tensors_are_judged_apart():
@@ -56,10 +61,11 @@ def test_tensors_are_judged_apart():
     mu = {"signal": np.ones(4), "noise": np.full((2, 2), 1e-3), "one": np.float64(-1.0)}
     nu = {"signal": np.full(4, 1e-9), "noise": np.ones((2, 2)), "one": np.float64(0.0)}
     updates, state = once(tree, mu, nu, robustness=1.0, c_min=0.25, eps=0.0)
-    np.testing.assert_allclose(updates["signal"], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(updates["one"], 1.0, rtol=1e-6)
-    np.testing.assert_allclose(updates["noise"], 0.25, rtol=1e-3)
+    np.testing.assert_allclose(updates["signal"], 1.0, rtol=bounds.ELEMENTWISE)
+    np.testing.assert_allclose(updates["one"], 1.0, rtol=bounds.ELEMENTWISE)
     agar = {name: float(x) for name, x in chainrule.metrics(state)["agar"].items()}
+    noise = 0.25 + 0.75 * agar["noise"]
+    np.testing.assert_allclose(updates["noise"], noise, rtol=bounds.ELEMENTWISE)
     assert agar["noise"] < 1e-3 < 0.999 < min(agar["signal"], agar["one"])
 
 
@@ -78,12 +84,12 @@ def test_focus_moves_the_strong_entries_and_holds_the_weak_at_the_floor():
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_scale_of_the_gradients_does_not_matter(scale):
     small, _ = once(UPDATE, scale * MU, scale**2 * NU, eps=0.0)
-    np.testing.assert_allclose(small, once(UPDATE, eps=0.0)[0], rtol=1e-4)
+    np.testing.assert_allclose(small, once(UPDATE, eps=0.0)[0], rtol=bounds.stepped(2))
 
 
 def test_moments_that_never_saw_a_gradient_leave_least_trust():
     updates, state = once(np.ones(3), np.zeros(3), np.zeros(3), robustness=1.0, c_min=0.5)
-    np.testing.assert_allclose(updates, 0.5 * 0.1, rtol=1e-6)
+    np.testing.assert_allclose(updates, 0.5 * 0.1, rtol=bounds.ELEMENTWISE)
     assert state.agar.tree() == 0
 
 
@@ -103,8 +109,8 @@ def test_a_constant_gradient_is_all_signal_and_noise_is_not():
         for kind, grads in (("constant", [g]), ("noise", noise)):
             _, state = run(tx, g, grads)
             seen[deviation, kind] = float(chainrule.metrics(state)["agar"]["w"])
-    assert seen["unbiased", "constant"] == pytest.approx(1)
-    assert seen["raw", "constant"] == pytest.approx(0.5, abs=1e-4)
+    assert seen["unbiased", "constant"] == pytest.approx(1, rel=bounds.summed(300))
+    assert seen["raw", "constant"] == pytest.approx(0.5, rel=bounds.summed(300))
     assert seen["unbiased", "noise"] < 0.12
 
 

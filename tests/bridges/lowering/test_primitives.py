@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend import core
-from tests import bounds
 
+import bounds
 from chainrule.bridges.lowering import lower, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.convert import physical_shape
 from chainrule.bridges.lowering.table import TABLE
