@@ -18,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint types doctest slow golden clients notebooks sanitize bench
+.PHONY: help demo test dev lint types doctest slow golden everywhere versions clients notebooks sanitize bench
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,15 @@ slow: $(VENV)/.dev  ## the tests that `make test` leaves out
 
 golden: $(VENV)/.dev  ## the recordings again, with the XLA flags that users have
 	XLA_FLAGS= $(PYTEST) tests/golden -m "not slow" -n $(WORKERS)
+
+everywhere: $(VENV)/.dev  ## the tests of numbers on other processors' code paths (SETTINGS="avx2 least": some)
+	WORKERS=$(WORKERS) PYTHON_UNDER_TEST=$(BIN)/python .ci/everywhere $(SETTINGS)
+
+versions:  ## the tests without torch on other versions (PYTHON=python3.13 WITH="jax==0.12.0 optax==0.2.8")
+	rm -rf build/versions && $(PYTHON) -m venv build/versions
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[demo]" \
+	  "hypothesis>=6.100" "pytest>=8.2" "pytest-cov>=5" "pytest-xdist>=3.6" $(WITH)
+	build/versions/bin/python -m pytest tests -m "not slow and not clients" -n $(WORKERS)
 
 clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge
 	$(PYTEST) -m clients

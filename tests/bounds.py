@@ -90,6 +90,14 @@ def stepped(steps: int) -> float:
     return gamma(12 * steps)
 
 
+def of_adam(rate: float, steps: int) -> float:
+    """How far apart Adam of torch and of optax may end, absolute: a step is hardly larger than the rate.
+
+    Their 1 - b2**t and 1 - b1**t differ; as much again for what gradients differ by that follow the parameters.
+    """
+    return 2 * steps * rate * (stepped(steps) + corrected(0.999) / 2 + corrected(0.9))
+
+
 def halved(dtype: Any, steps: int = 1) -> float:
     """Error of updates whose gradient, state, parameter and update are rounded to `dtype`, relative to the largest.
 
@@ -186,6 +194,20 @@ UNITS = dict.fromkeys(
 )
 EXACT_UNITS = 4
 FUNCTION = gamma(2 * 24)
+
+# Ten steps of a bridge beside JAX, relative to the movement of the parameters and to the size of a state's entries. In
+# float32: 24 roundings a step, twelve on either side; a state that estimates a curvature is a difference of near
+# things and has lost two digits. In bfloat16 XLA keeps float32 between the operations that it fuses and torch rounds
+# after each: up to 12 roundings of an update, whose state forgets them again, and chains that couple parameters carry
+# some of this to the float32 leaves of a mixed tree.
+MOVEMENT = {"float32": gamma(24 * 10), "bfloat16": gamma(12, "bfloat16")}
+STATE = {"float32": 8 * gamma(24 * 10), "bfloat16": gamma(12, "bfloat16")}
+MIXED = {"float32": gamma(6, "bfloat16"), "bfloat16": gamma(12, "bfloat16")}
+
+
+def of_normals() -> dict[str, float]:
+    """For torch's comparisons: a few products and sums of normal numbers, none larger than 16."""
+    return {"rtol": ELEMENTWISE, "atol": 16 * gamma(4)}
 
 
 def of_functions(primitives: set[str], want: Any) -> np.ndarray:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import bounds
+
 
 def random_tree(shapes: Any, seed: int, dtype: Any = jnp.float32) -> Any:
     """Normal leaves in the given shapes; complex if `dtype` is."""
@@ -63,7 +65,7 @@ def signature_of(tree: Any) -> Any:
     return structure, [aval(x) for x in leaves]
 
 
-def assert_close(actual: Any, expected: Any, rtol: float = 1e-5) -> None:
+def assert_close(actual: Any, expected: Any, rtol: float = bounds.stepped(12)) -> None:
     """Leaf by leaf, within `rtol` of the largest finite entry of the expected leaf."""
     a, e = flat(actual), flat(expected)
     assert a.keys() == e.keys()

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import pytest
 
+import bounds
 import chainrule
 from chainrule import chains, transforms
 from chainrule.transforms import chain
@@ -69,9 +71,9 @@ class Case:
     """Numeric arguments that are not in the table of bounds: any number will do, or `errors` holds their own."""
     zeroes_nonfinite: bool = False
     """NaN and infinite gradients are zeroed and the metric `nonfinite` says so; else the updates or state show them."""
-    half_tolerance: float = 0.05
+    half_tolerance: float = bounds.halved("bfloat16", 3)
     """Largest difference of half precision from float32, relative to the largest entry of a leaf's updates."""
-    tolerance: float = 1e-5
+    tolerance: float = bounds.stepped(12)
     """Largest difference from the reference, relative to the largest entry of a leaf's updates so far."""
 
     def make(self, setting: Settings | None = None) -> optax.GradientTransformationExtraArgs:
@@ -336,8 +338,10 @@ ATOMS: tuple[Case, ...] = (
         # Far from square: small singular values, and their rounding errors, grow some hundredfold.
         shapes={"kernel": (2, 2, 8), "tall": (6, 2), "wide": (2, 6)},
         stateless=True,
-        half_tolerance=0.1,
-        tolerance=1e-4,
+        half_tolerance=bounds.RECORDED_BF16_MATRIX,
+        tolerance=bounds.iterated(
+            np.linspace(0.1, 1, 4), muon_reference.COEFFICIENTS["keller_jordan"]
+        ),
     ),
     Case(
         name="grokfast_ema",
@@ -548,7 +552,7 @@ ATOMS: tuple[Case, ...] = (
         ),
         no_reference="the rounding of a block; replayed nibble by nibble in tests/golden/test_cosmic.py",
         unbounded=("bits", "block", "seed"),
-        half_tolerance=1.0,
+        half_tolerance=1.0,  # an entry of a block may fall between two codes, a quantum apart
     ),
 )
 
@@ -691,7 +695,7 @@ CHAINS: tuple[Case, ...] = (
         ),
         shapes={"conv": {"kernel": (2, 2, 3, 8)}, "dense": {"bias": (3,), "kernel": (5, 2)}},
         needs_params=True,
-        half_tolerance=0.2,
+        half_tolerance=bounds.RECORDED_BF16_MATRIX,
     ),
     Case(
         name="magma",

@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax.extend import core
 
+import bounds
 from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.convert import physical_shape
 from chainrule.bridges.lowering.table import TABLE
@@ -33,9 +34,8 @@ XLA = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0}
 # term is the rounding of the parameter itself. A state entry has STATE x its largest value instead
 # of movement: what estimates curvature is a difference of nearly equal things. Most bfloat16 cases
 # are equal bit for bit; a reciprocal square root may round the other way.
-MOVEMENT = {"float32": 2e-5, "bfloat16": 0.03}
-STATE = {"float32": 1e-4, "bfloat16": 0.03}
-ULPS = {"float32": 4, "bfloat16": 1}
+MOVEMENT, STATE = bounds.MOVEMENT, bounds.STATE
+ULPS = {"float32": bounds.EXACT_UNITS, "bfloat16": 1}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # optax's own
 

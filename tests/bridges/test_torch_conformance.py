@@ -10,6 +10,7 @@ import optax
 import pytest
 import torch
 
+import bounds
 import chainrule
 from chainrule import TorchBridge
 from chainrule.bridges.lowering import foreach, to_jax, to_torch
@@ -21,12 +22,9 @@ STEPS = 10
 SHAPES = {"bias": (5,), "conv": (3, 2, 2, 4), "scale": (), "tall": (8, 4), "wide": (4, 6)}
 BFLOAT16 = ("bias", "tall")  # in the mixed tree
 
-# |difference| <= factor x movement of the tensor (of the state: x its size) + ULPS x eps x max |tensor|. In bfloat16,
-# XLA keeps float32 between the operations that it fuses and torch rounds after each: they agree to a few roundings of
-# the update, 2^-8 each, and chains that couple parameters carry this to the float32 leaves of a mixed tree.
-MOVEMENT, STATE = {"float32": 2e-5, "bfloat16": 0.06}, {"float32": 1e-4, "bfloat16": 0.06}
-MIXED = {"float32": 0.02, "bfloat16": 0.06}
-ULPS = 4
+# |difference| <= factor x movement of the tensor (of the state: x its size) + EXACT_UNITS x eps x max |tensor|.
+MOVEMENT, STATE, MIXED = bounds.MOVEMENT, bounds.STATE, bounds.MIXED
+ULPS = bounds.EXACT_UNITS
 XLA = {"xla_allow_excess_precision": False}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # optax's own

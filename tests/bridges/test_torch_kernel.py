@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+import bounds
 import chainrule
+import harness
 from chainrule import TierPolicy, TorchBridge, chains
 from chainrule.bridges.lowering import lower
 from chainrule.bridges.lowering import native as step_in_kernel
@@ -20,6 +22,7 @@ from chainrule.native import xla
 from chainrule.transforms import scale_by_dual_ema
 
 ALL_TIERS = TierPolicy({2: 0.4, 1: 0.3}, reassignment_interval=3, min_tier_steps=0)
+STEPS = 7
 SHAPES = {"a": (6, 4), "b": (5,), "c": (3, 2, 2), "d": (), "e": (0,), "f": (300,)}
 
 
@@ -40,7 +43,7 @@ def run(chain: Any, make: Any = contiguous, dtype: torch.dtype = torch.float32, 
     torch.manual_seed(0)
     params = {n: nn.Parameter(make(shape).to(dtype)) for n, shape in SHAPES.items()}
     bridge = TorchBridge(chain, params.items(), **options)
-    for t in range(7):
+    for t in range(STEPS):
         for i, (name, p) in enumerate(params.items()):
             p.grad = (make(SHAPES[name]) * 10.0 ** ((i + t) % 3)).to(dtype)
             if t == 4 and name == "b":
@@ -49,17 +52,25 @@ def run(chain: Any, make: Any = contiguous, dtype: torch.dtype = torch.float32, 
     return params, bridge
 
 
-def assert_close(first: Any, second: Any, **tolerance: float) -> None:
+def apart(dtype: str) -> float:
+    """Relative difference of state after the steps: the kernel takes its decays in float32; a half may fall on either
+    side of a tie at every step."""
+    if dtype in ("bfloat16", "float16"):
+        return bounds.gamma(3 * STEPS, dtype)
+    return bounds.stepped(STEPS) + bounds.live(0.9) + bounds.live(0.999)
+
+
+def assert_close(first: Any, second: Any, rate: float = 0.01) -> None:
     (params, bridge), (others, other) = first, second
     for name, p in params.items():
-        torch.testing.assert_close(p, others[name], **tolerance)
+        dtype = str(p.dtype).removeprefix("torch.")
+        moved = 2 * STEPS * rate * apart(dtype)  # updates are hardly larger than twice the rate
+        torch.testing.assert_close(p, others[name], rtol=bounds.gamma(2 * STEPS, dtype), atol=moved)
     mine, theirs = bridge.jax_state(), other.jax_state()
     assert mine.inner_state[0].assignment.tiers == theirs.inner_state[0].assignment.tiers
     for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         if x.dtype != np.uint8:
-            np.testing.assert_allclose(
-                np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=1e-2, atol=1e-4
-            )
+            harness.assert_close(x, y, apart(str(x.dtype)))
 
 
 CHAINS = {
@@ -81,14 +92,16 @@ CHAINS = {
 def test_kernel_is_torch(name: str, compile: bool) -> None:
     settings: dict[str, Any] = {"policy": ALL_TIERS, "learning_rate": 0.01, **CHAINS[name]}
     fast = run(chains.cosmic(**settings), compile=compile)
-    assert_close(fast, run(chains.cosmic(**settings, kernel="xla")), rtol=1e-4, atol=1e-5)
+    assert_close(
+        fast, run(chains.cosmic(**settings, kernel="xla")), 0.1 if name == "schedule" else 0.01
+    )
 
 
 @pytest.mark.parametrize("make", [transposed, strided])
 def test_any_layout(make: Any) -> None:
     settings = {"policy": ALL_TIERS, "weight_decay": 0.1}
     fast, plain = (run(chains.cosmic(0.01, **settings, kernel=k), make) for k in ("auto", "xla"))  # pyright: ignore
-    assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+    assert_close(fast, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -96,7 +109,7 @@ def test_any_dtype(dtype: torch.dtype) -> None:
     fast, plain = (
         run(chains.cosmic(0.01, policy=ALL_TIERS, kernel=k), dtype=dtype) for k in ("auto", "xla")
     )
-    assert_close(fast, plain, rtol=5e-2, atol=5e-2)
+    assert_close(fast, plain)
 
 
 def test_stochastic_rounding_is_left_to_torch() -> None:
@@ -105,7 +118,7 @@ def test_stochastic_rounding_is_left_to_torch() -> None:
         run(c, dtype=torch.bfloat16, rounding="stochastic")
         for c in (chain, chains.cosmic(0.01, policy=ALL_TIERS, kernel="xla"))
     )
-    assert_close(fast, plain, rtol=5e-2, atol=5e-2)
+    assert_close(fast, plain)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -138,7 +151,8 @@ def test_what_follows_the_kernel_may_be_anything(then: Any) -> None:
             bridge.step()
         found.append(params)
     for p, q in zip(*found, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+        moved = 3 * 0.1 * 2 * apart("float32")
+        torch.testing.assert_close(p, q, rtol=bounds.gamma(6), atol=moved)
 
 
 @pytest.mark.parametrize("tensors", [6, 300])

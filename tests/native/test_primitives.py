@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bounds
 from chainrule.native import forms, primitives, xla
 from reference import kernel as oracle
 
@@ -30,7 +31,7 @@ def wide(*trees):
 
 def close(got, expected, scale=1.0):
     """Within the roundings of a dozen float32 operations on numbers up to `scale`."""
-    np.testing.assert_allclose(got, expected, rtol=16 * EPS, atol=16 * EPS * scale)
+    np.testing.assert_allclose(got, expected, rtol=bounds.gamma(32), atol=bounds.gamma(32) * scale)
 
 
 @pytest.mark.parametrize("denominator", ["root", "magnitude", "none"])
@@ -98,7 +99,7 @@ def test_statistics_follow_the_equations(kernel):
     for row, (g,) in zip(table, zip(*wide(draw(1)), strict=True), strict=True):
         # A mean of n terms in float32: n roundings at worst.
         np.testing.assert_allclose(
-            row, oracle.statistics(g), rtol=max(g.size, 4) * EPS, atol=4 * EPS
+            row, oracle.statistics(g), rtol=bounds.summed(g.size), atol=bounds.summed(4)
         )
 
 
@@ -112,7 +113,7 @@ def test_codes_of_the_form_are_those_of_the_kernel(bits):
     for i, x in enumerate(values):
         scales = flat[len(values) + i]
         # XLA divides by the number of levels with a product: one rounding more.
-        np.testing.assert_allclose(scales, in_kernel.scales[i], rtol=2 * EPS)
+        np.testing.assert_allclose(scales, in_kernel.scales[i], rtol=bounds.gamma(4))
         own = [forms.decode(c, scales, x.shape, bits, 5) for c in (flat[i], in_kernel.codes[i])]
         # So a number on the edge between two codes may fall to either.
         steps = np.abs(own[0] - own[1]) / np.max(np.asarray(scales), initial=1e-30)

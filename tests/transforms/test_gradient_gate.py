@@ -25,8 +25,8 @@ def gates(grads, losses=None, **settings):
 
 
 def test_variance_closes_it():
-    assert gates([STEADY], min_scale=0.3) == pytest.approx([1.0])
-    assert gates([NOISY], min_scale=0.3) == pytest.approx([0.3])
+    assert gates([STEADY], min_scale=0.3) == bounds.near([1.0])
+    assert gates([NOISY], min_scale=0.3) == bounds.near([0.3])
 
 
 def test_between_the_bounds_it_falls_in_a_line():
@@ -38,25 +38,25 @@ def test_between_the_bounds_it_falls_in_a_line():
 
 def test_a_change_of_magnitude_closes_it():
     """d = |a - e| / e with e = 0.9 + 0.1 a: 2.5 times the magnitude is 1.35 / 1.15, beyond 1."""
-    assert gates([STEADY, 2.5 * STEADY]) == pytest.approx([1.0, 0.2])
+    assert gates([STEADY, 2.5 * STEADY]) == bounds.near([1.0, 0.2])
     change = 0.9 / 1.1  # of twice the magnitude
-    assert gates([STEADY, 2 * STEADY]) == pytest.approx([1.0, 1 - (change - 0.5) / 0.5 * 0.8])
+    assert gates([STEADY, 2 * STEADY]) == bounds.near([1.0, 1 - (change - 0.5) / 0.5 * 0.8])
 
 
 def test_a_loss_that_jumps_closes_it():
-    assert gates([STEADY] * 3, [1.0, 1.2, 2.0]) == pytest.approx([1.0, 1.0, 0.2])
-    assert gates([STEADY] * 3, [-2.0, -1.9, -1.0]) == pytest.approx([1.0, 1.0, 0.2])
-    assert gates([STEADY] * 2, [-1.0, -2.0]) == pytest.approx([1.0, 1.0])
+    assert gates([STEADY] * 3, [1.0, 1.2, 2.0]) == bounds.near([1.0, 1.0, 0.2])
+    assert gates([STEADY] * 3, [-2.0, -1.9, -1.0]) == bounds.near([1.0, 1.0, 0.2])
+    assert gates([STEADY] * 2, [-1.0, -2.0]) == bounds.near([1.0, 1.0])
 
 
 def test_it_comes_in_after_the_warmup():
-    assert gates([NOISY] * 5, warmup_steps=2) == pytest.approx([1.0, 1.0, 0.6, 0.2, 0.2])
+    assert gates([NOISY] * 5, warmup_steps=2) == bounds.near([1.0, 1.0, 0.6, 0.2, 0.2])
 
 
 def test_it_measures_every_so_many_steps():
     steps = [STEADY, NOISY, NOISY, NOISY, STEADY, STEADY]
     seen = gates(steps, update_interval=3)
-    assert seen == pytest.approx([1.0, 1.0, 0.2, 0.2, 0.2, 1.0])
+    assert seen == bounds.near([1.0, 1.0, 0.2, 0.2, 0.2, 1.0])
 
 
 def test_tiers_have_rates_and_those_above_the_gate_are_open():
@@ -64,9 +64,9 @@ def test_tiers_have_rates_and_those_above_the_gate_are_open():
     grads = {"a": NOISY, "b": NOISY, "c": STEADY}
     ones = dict.fromkeys(grads, jnp.ones(()))
     updates, state = tx.update(ones, tx.init(grads), grad=grads, tiers=(0, 1, 2))
-    assert state.gate_scale == pytest.approx(0.2)
+    assert state.gate_scale == bounds.near(0.2)
     expected = {"a": 0.1, "b": 0.2, "c": 2.0}  # 0.1: min_lr_scale
-    assert {name: u.item() for name, u in updates.items()} == pytest.approx(expected)
+    assert {name: u.item() for name, u in updates.items()} == bounds.near(expected)
 
 
 def test_a_synced_step_takes_the_rate_of_the_higher_tier():
@@ -80,8 +80,8 @@ def test_a_synced_step_takes_the_rate_of_the_higher_tier():
             synced_tiers=(1,),
             full_sync=full_sync,
         )
-        assert state.gate_scale == pytest.approx(0.2)
-        assert updates["w"].item() == pytest.approx(expected)
+        assert state.gate_scale == bounds.near(0.2)
+        assert updates["w"].item() == bounds.near(expected)
 
 
 def test_a_tier_needs_a_rate():
@@ -93,7 +93,7 @@ def test_a_tier_needs_a_rate():
 
 
 def test_a_gradient_that_is_not_finite_opens_it():
-    assert gates([STEADY, STEADY.at[0].set(jnp.nan), STEADY]) == pytest.approx([1.0, 1.0, 1.0])
+    assert gates([STEADY, STEADY.at[0].set(jnp.nan), STEADY]) == bounds.near([1.0, 1.0, 1.0])
 
 
 def test_no_tensor_below_the_gate_is_no_gate():

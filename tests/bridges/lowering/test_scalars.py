@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bounds
 from chainrule.bridges.lowering import lower, ops
 from chainrule.bridges.lowering.pieces import fake_values
 from chainrule.bridges.lowering.scalars import scalar_step
@@ -82,7 +83,7 @@ def test_it_is_torch(function: Callable[..., Any]) -> None:
         expected = lowered(*inputs, *memory)
         step([*inputs, *memory])
         for got, want in zip(memory, expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=2e-7, atol=0)
+            torch.testing.assert_close(got, want, rtol=bounds.gamma(16), atol=0)
             if want.is_floating_point():
                 assert torch.equal(got.signbit(), want.signbit())
 
@@ -221,7 +222,7 @@ def test_an_operation_is_torch_s(name: str) -> None:
     found = apply(name, words)
     if expected.dtype == torch.float32:
         got = torch.from_numpy(found.view(np.float32))
-        torch.testing.assert_close(got, expected, rtol=3e-7, atol=2e-45, equal_nan=True)
+        torch.testing.assert_close(got, expected, rtol=bounds.gamma(8), atol=2e-45, equal_nan=True)
     else:
         np.testing.assert_array_equal(found, as_words(expected.numpy()))
 
