@@ -134,7 +134,7 @@ def test_single_projections(name):
     # One element has no orthogonal part; the reference returns minus the gradient.
     expected = data[f"unit_g/{name}"] if g.size == 1 else data[f"unit_out/{name}"]
     wide, grad = np.float64(np.ravel(w)), np.float64(np.ravel(g))
-    rest = np.linalg.norm(grad - grad @ wide / (wide @ wide or 1.0) * wide) / np.linalg.norm(grad)
-    # What is left of the gradient is off by the rounding of its projection, and is then drawn out to the old length.
-    bound = 4 * bounds.summed(g.size) * np.linalg.norm(grad) / rest
+    left = np.linalg.norm(grad - grad @ wide / (wide @ wide or 1.0) * wide)
+    # What is left of the gradient is off by the rounding of its projection, and is drawn out to the old length with it.
+    bound = 4 * bounds.summed(g.size) * np.linalg.norm(grad) ** 2 / left if left else 0.0
     np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
