@@ -173,9 +173,8 @@ class GroupTree:
         self._bind(self.params, self.head)
         numbered = self.state(range(len(self.slots)))
         self._tiered = next(iter(tiered_states(numbered)), None)  # positions in the place of leaves
-        self._steps: tuple[int, int, int] | None = (
-            None  # id and version of the count's tensor, its value
-        )
+        # The tiers' step count: its tensor, the version that was read, the number.
+        self._steps: tuple[Tensor, int, int] | None = None
         self._checked: list[int] = []
         self._live_tensors: dict[str, Tensor] = {}
         self._filled: dict[str, Any] = {}
