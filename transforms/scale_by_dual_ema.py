@@ -136,24 +136,28 @@ def scale_by_dual_ema(
         else:
             short = blends[0]
 
+        # As the primitive has them: a correction must be that of the decay that the EMA really has.
+        short_decay, long_decay = (jnp.asarray(b, jnp.float32) for b in (b1, b1_long))
+        second_decay = jnp.asarray(0.0 if b2 is None else b2, jnp.float32)
+
         def decay(b):
             # Started at the gradient, an EMA is the gradient after the first update, as one of decay 0 is.
             return b if start == "zero" else jnp.where(state.count == 0, 0.0, b)
 
         corrected = debias == "both" and start == "zero"
-        correct_short = bias_correction(b1, t) if corrected else 1.0
-        correct_long = bias_correction(b1_long, t) if corrected else 1.0
+        correct_short = bias_correction(short_decay, t) if corrected else 1.0
+        correct_long = bias_correction(long_decay, t) if corrected else 1.0
         numbers = {
-            "b1": decay(b1),
-            "b1_long": decay(b1_long),
-            "b2": 0.0 if b2 is None else b2,
+            "b1": decay(short_decay),
+            "b1_long": decay(long_decay),
+            "b2": second_decay,
             "eps": eps,
-            "nu_correction": 1.0 if b2 is None else bias_correction(b2, t),
+            "nu_correction": 1.0 if b2 is None else bias_correction(second_decay, t),
             "denominator": "none" if b2 is None else "root",
             "kernel": kernel,
         }
         if not has_short:  # the long EMA is the only one
-            numbers |= {"b1": decay(b1_long), "mu_correction": correct_long}
+            numbers |= {"b1": decay(long_decay), "mu_correction": correct_long}
             only = state._replace(mu=state.mu_long, mu_long=None)
             new, after = blended_step(updates, only, numbers)
             return new, after._replace(count=count, mu=None, mu_long=after.mu)

@@ -195,7 +195,9 @@ def hold_bytes(case, run, **options):
                 assert np.abs(differ).max(initial=0) <= 1
                 assert np.count_nonzero(differ) <= 0.01 * differ.size
                 scale = rec.data[f"{variant}/{key}_scale/{name}"][row]
-                np.testing.assert_allclose(held.scale, scale, rtol=bounds.RECORDED)
+                # An average that is small by cancellation has the roundings of what it averages.
+                small = bounds.RECORDED * np.max(scale)
+                np.testing.assert_allclose(held.scale, scale, rtol=bounds.RECORDED, atol=small)
 
 
 def unpack(codes):

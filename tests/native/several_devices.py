@@ -13,8 +13,6 @@ from chainrule import chains
 from chainrule.native import forms, xla
 from harness import assert_close
 
-MESH = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-SHARDED = NamedSharding(MESH, PartitionSpec("x"))
 SHAPES = {"kernel": (64, 32), "embedding": (128, 16), "bias": (8,)}
 
 
@@ -31,17 +29,18 @@ def gathered(compiled):
     return [s for s in found if np.prod([int(n) for n in s.split(",") if n]) > 8]
 
 
-def check_chain(name, tx):
+def check_chain(name, tx, mesh):
+    rows = NamedSharding(mesh, PartitionSpec("x"))
     params, grads = tree(0), tree(1)
     state = tx.init(params)
     expected, _ = jax.jit(tx.update)(grads, state, params)
 
     def placed(x):
         whole = x.ndim == 0 or x.shape[0] % 8 or x.size < 64
-        return jax.device_put(x, NamedSharding(MESH, PartitionSpec()) if whole else SHARDED)
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec()) if whole else rows)
 
     sharded = jax.tree.map(placed, state)
-    args = tree(1, SHARDED), sharded, tree(0, SHARDED)
+    args = tree(1, rows), sharded, tree(0, rows)
     compiled = jax.jit(tx.update).lower(*args).compile()
     assert not gathered(compiled), (name, gathered(compiled))
     assert "chainrule_" not in compiled.as_text(), name
@@ -56,26 +55,33 @@ CHAINS = {
     "casmo_snr": chains.casmo_snr(),
     "magma": chains.magma(optax.adamw(1e-3)),
 }
-for name, tx in CHAINS.items():
-    check_chain(name, tx)
-
-# Inside shard_map every device has its own part, and the kernel sums it.
-xs = jax.device_put(jnp.arange(64.0), SHARDED)
 
 
-@jax.jit
-@jax.shard_map(mesh=MESH, in_specs=PartitionSpec("x"), out_specs=PartitionSpec())
-def total(x):
-    return jax.lax.psum(xla.sums("moments", [x])[1], "x")
+def main():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("x"))
+    for name, tx in CHAINS.items():
+        check_chain(name, tx, mesh)
+
+    # Inside shard_map every device has its own part, and the kernel sums it.
+    xs = jax.device_put(jnp.arange(64.0), rows)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec())
+    def total(x):
+        return jax.lax.psum(xla.sums("moments", [x])[1], "x")
+
+    compiled = total.lower(xs).compile()
+    assert "chainrule_sums" in compiled.as_text()
+    np.testing.assert_allclose(compiled(xs), [np.sum(np.arange(64.0) ** 2)], rtol=bounds.summed(64))
+
+    # Sums of sharded arrays outside of it are XLA's.
+    for kind in forms.SUMS:
+        pair = [xs] if kind in forms.OF_ONE else [xs, xs]
+        sharded = jax.jit(lambda *p, k=kind: xla.sums(k, *[[x] for x in p], c=0.5))(*pair)
+        alone = xla.sums(kind, *[[jnp.asarray(np.asarray(x))] for x in pair], c=0.5)
+        np.testing.assert_allclose(np.stack(sharded), np.stack(alone), rtol=bounds.summed(64))
 
 
-compiled = total.lower(xs).compile()
-assert "chainrule_sums" in compiled.as_text()
-np.testing.assert_allclose(compiled(xs), [np.sum(np.arange(64.0) ** 2)], rtol=bounds.summed(64))
-
-# Sums of sharded arrays outside of it are XLA's.
-for kind in forms.SUMS:
-    pair = [xs] if kind in forms.OF_ONE else [xs, xs]
-    sharded = jax.jit(lambda *p, k=kind: xla.sums(k, *[[x] for x in p], c=0.5))(*pair)
-    alone = xla.sums(kind, *[[jnp.asarray(np.asarray(x))] for x in pair], c=0.5)
-    np.testing.assert_allclose(np.stack(sharded), np.stack(alone), rtol=bounds.summed(64))
+if __name__ == "__main__":
+    main()

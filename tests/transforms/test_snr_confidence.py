@@ -109,8 +109,8 @@ def test_a_constant_gradient_is_all_signal_and_noise_is_not():
         for kind, grads in (("constant", [g]), ("noise", noise)):
             _, state = run(tx, g, grads)
             seen[deviation, kind] = float(chainrule.metrics(state)["agar"]["w"])
-    assert seen["unbiased", "constant"] == bounds.near(1, rel=bounds.summed(300))
-    assert seen["raw", "constant"] == bounds.near(0.5, rel=bounds.summed(300))
+    assert seen["unbiased", "constant"] == bounds.near(1, bounds.summed(300))
+    assert seen["raw", "constant"] == bounds.near(0.5, bounds.summed(300))
     assert seen["unbiased", "noise"] < 0.12
 
 
