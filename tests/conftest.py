@@ -1,5 +1,6 @@
 """Settings of every test run: CPU, quick compilation, no window for figures, reproducible hypothesis examples."""
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -8,10 +9,16 @@ import re
 # Before jax or matplotlib is imported anywhere.
 # A test run is mostly XLA compiling small functions that run a few times: three times quicker so, for
 # the same arithmetic. XLA_FLAGS="" runs the tests on what users run; other flags are added to these.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", " ") and (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
-    + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", " ")
+    and (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1 "
+        # jaxlib 0.11 has fusion emitters alone, and stops at a flag that it does not know.
+        + "--xla_cpu_use_fusion_emitters=false "
+        * (tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11))
+        + os.environ.get("XLA_FLAGS", "")
+    )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
