@@ -53,8 +53,7 @@ everywhere: $(VENV)/.dev  ## the tests of numbers on other processors' code path
 
 versions:  ## the tests without torch on other versions (PYTHON=python3.13 WITH="jax==0.12.0 optax==0.2.8")
 	rm -rf build/versions && $(PYTHON) -m venv build/versions
-	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[demo]" \
-	  "hypothesis>=6.100" "pytest>=8.2" "pytest-cov>=5" "pytest-xdist>=3.6" $(WITH)
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,demo]" $(WITH)
 	build/versions/bin/python -m pytest tests -m "not slow and not clients" -n $(WORKERS)
 
 clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge
