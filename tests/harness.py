@@ -1,8 +1,9 @@
 """Trees and runs for the tests of transformations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +66,12 @@ def signature_of(tree: Any) -> Any:
     return structure, [aval(x) for x in leaves]
 
 
+def compiled_once(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit(f)`, of which a second trace is an error."""
+    chex.clear_trace_counter()  # it counts by the place in the source, of all tests
+    return jax.jit(chex.assert_max_traces(f, n=1))
+
+
 def assert_close(actual: Any, expected: Any, rtol: float = bounds.stepped(12)) -> None:
     """Leaf by leaf, within `rtol` of the largest finite entry of the expected leaf."""
     a, e = flat(actual), flat(expected)
@@ -82,8 +89,4 @@ def assert_close(actual: Any, expected: Any, rtol: float = bounds.stepped(12)) -
 
 def assert_identical(actual: Any, expected: Any) -> None:
     """Same structure, dtypes and bits."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    a, e = flat(actual), flat(expected)
-    for path in e:
-        assert a[path].dtype == e[path].dtype, path
-        np.testing.assert_array_equal(a[path], e[path], err_msg=path)
+    chex.assert_trees_all_equal(actual, expected, strict=True)

@@ -86,7 +86,9 @@ def grokfast_ma(
             return (up(g) + gain * jnp.sum(up(window), axis=0)).astype(g.dtype)
 
         window = jax.tree.map(
-            lambda w, g: w.at[slot].set(finite(g, None).astype(w.dtype)), state.window, updates
+            lambda w, g: jnp.asarray(w).at[slot].set(finite(g, None).astype(w.dtype)),
+            state.window,
+            updates,
         )
         return jax.tree.map(amplified, updates, window), GrokfastMaState(count, window)
 

@@ -17,7 +17,7 @@ from chainrule.transforms import (
     scale_by_belief,
     snr_confidence,
 )
-from harness import assert_close, flat, random_tree, run
+from harness import assert_close, compiled_once, flat, random_tree, run
 from reference import adam as adam_reference
 from reference import casmo as casmo_reference
 from reference.steps import as_float64, descent
@@ -170,7 +170,7 @@ def test_every_number_is_live(make, settings):
     if make is chains.casmo_snr:
         given |= {"robustness": 1.0, "rel_floor": 0.5}
     tx = make(**settings)
-    step = jax.jit(tx.update)
+    step = compiled_once(tx.update)
     start = set_hyperparams(tx.init(PARAMS), **given)
     assert set(given) == set(chainrule.hyperparams(start))
     expected, _ = run(jitted(make(**settings, **given)), PARAMS, GRADS)
@@ -180,7 +180,6 @@ def test_every_number_is_live(make, settings):
         assert_close(updates, e)
         params = optax.apply_updates(params, updates)
     step(GRADS[0], tx.init(PARAMS), PARAMS)
-    assert step._cache_size() == 1
 
 
 @both

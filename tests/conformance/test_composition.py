@@ -1,5 +1,6 @@
 """Chains are their links; everything works inside stock optax and inside `chainrule.chain`."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,8 +68,7 @@ def test_it_traces_inside_the_wrappers_of_optax(case, wrap):
     params = random_tree(case.shapes, 0)
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, params, state, params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    assert [u.dtype for u in jax.tree.leaves(updates)] == [p.dtype for p in jax.tree.leaves(params)]
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     assert signature_of(after) == signature_of(state)
 
 

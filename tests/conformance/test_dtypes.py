@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +28,7 @@ def assert_fixed(tx, params, grads):
     state = jax.eval_shape(tx.init, params)
     updates, after = jax.eval_shape(tx.update, grads, state, params)
     assert signature_of(after) == signature_of(state)
-    assert [u.dtype for u in jax.tree.leaves(updates)] == [g.dtype for g in jax.tree.leaves(grads)]
-    assert jax.tree.structure(updates) == jax.tree.structure(grads)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
 
 
 @pytest.mark.parametrize(("of_params", "of_grads"), MIXES, ids=lambda dtype: dtype.__name__)
