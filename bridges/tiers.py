@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from chainrule.bridges.xla_engine import x64_if_wide
 from chainrule.transforms import GradientGateState, TieredState, retier
 
 _logger = logging.getLogger("chainrule.gate")
@@ -47,7 +48,8 @@ def retiered(states: Sequence[Any], grads: Sequence[Any], params: Sequence[Any])
       grads: the gradients of this step, each like its parameters.
       params: the parameters.
     """
-    return list(retier(tuple(states), tuple(grads), tuple(params)))
+    with x64_if_wide(params):
+        return list(retier(tuple(states), tuple(grads), tuple(params)))
 
 
 def _gates(state: Any) -> list[GradientGateState]:

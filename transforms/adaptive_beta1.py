@@ -204,7 +204,9 @@ def adaptive_beta1(
             z = second / scale
             fall_back = ~jnp.isfinite(second) | (second >= fallback_threshold * scale)
         else:
-            z = jnp.maximum(second - first * first, 0) / (second + eps)
+            scale = second + eps
+            scale = jnp.where(scale == 0, 1, scale)  # 0 / 0 has no derivative, wanted or not
+            z = jnp.maximum(second - first * first, 0) / scale
             fall_back = ~jnp.isfinite(z)
         if nonfinite == "skip":
             fall_back |= bad

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 6), "d": (7,)}
 STEPS = 12
 
 
-def cosmic() -> Any:
+def cosmic(**settings: Any) -> Any:
     eager = {
         "min_tier_steps": 0,
         "signal_ema_decay": None,
@@ -29,7 +30,7 @@ def cosmic() -> Any:
         "confirmations": 1,
     }
     policy = TierPolicy({2: 0.25, 1: 0.25}, reassignment_interval=3, warmup_steps=0, **eager)
-    return chains.cosmic(0.01, policy=policy, gate_warmup_steps=4, kernel="xla")
+    return chains.cosmic(0.01, policy=policy, gate_warmup_steps=4, kernel="xla", **settings)
 
 
 def gradients() -> list[dict[str, np.ndarray]]:
@@ -77,6 +78,22 @@ def test_parameters_move_as_in_jax() -> None:
             p.detach().numpy(), want[name], rtol=0, atol=bounds.stepped(len(gradients()))
         )
     assert bridge.metrics()["tier_occupancy"] == chainrule.metrics(state)["tier_occupancy"]
+
+
+def test_moves_keep_the_width_of_float64_parameters() -> None:
+    tx = cosmic(bits=4, block=4)
+    params = {name: nn.Parameter(p.detach().double()) for name, p in parameters().items()}
+    grads = [{name: g.astype(np.float64) for name, g in grad.items()} for grad in gradients()]
+    bridge = TorchBridge(tx, params.items())
+    assert len(set(run(bridge, params, grads))) > 2  # and no warning that float64 is truncated
+
+    with jax.enable_x64(True):
+        want = {name: jnp.ones(shape, jnp.float64) for name, shape in SHAPES.items()}
+        state = tx.init(want)
+        for grad in grads:
+            state = chainrule.retier(state, grad, want)
+            state = tx.update(grad, state, want)[1]
+        chex.assert_trees_all_equal_shapes_and_dtypes(bridge.jax_state(), state)
 
 
 def test_a_resumed_run_finds_its_tiers() -> None:

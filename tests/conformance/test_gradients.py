@@ -63,6 +63,18 @@ def test_away_from_the_corners_they_are_right(atom):
         check_grads(lambda g, p: tx.update(g, state, p)[0], (g, p), order=2, modes=("fwd", "rev"))
 
 
+def test_without_eps_a_signal_of_zero_has_no_slope():
+    tx = transforms.adaptive_beta1(signal="moments", eps=0.0)
+    zero = jnp.zeros(3)
+
+    def value(g):
+        updates, state = tx.update(g, tx.init(zero))
+        return jnp.sum(updates.mu) + state.b1.tree()
+
+    # mu = (1 - b1) g, and b1 is at its base.
+    np.testing.assert_allclose(jax.grad(value)(zero), [0.1] * 3, rtol=bounds.live(0.9))
+
+
 @pytest.mark.parametrize("x", [1e-30, 1.0, 1e30])
 def test_a_root_away_from_zero_has_its_derivative(x):
     np.testing.assert_allclose(jax.grad(root)(x), 0.5 / np.sqrt(x), rtol=bounds.ELEMENTWISE)
