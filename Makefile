@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
+BACKENDS ?= jax torch tensorflow
+# What imports keras has a process for each backend, and no part in the other runs.
+KERAS := $(wildcard src/chainrule/keras_*.py src/chainrule/bridges/keras_*.py)
 
 # Build environments obey the same pins: older pips read the first name there, newer ones the second.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -18,7 +21,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test dev lint types doctest slow golden everywhere versions clients notebooks sanitize bench
+.PHONY: help demo test dev lint types doctest slow golden everywhere versions clients keras notebooks sanitize bench
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,7 +30,8 @@ demo: $(VENV)/.demo  ## train a small network with every chain; table and demo.p
 	$(BIN)/chainrule demo
 
 test: $(VENV)/.test  ## tests and doctests with coverage, without the slow ones
-	$(PYTEST) --doctest-modules src tests -m "not slow and not clients" -n $(WORKERS) \
+	$(PYTEST) --doctest-modules src tests $(KERAS:%=--ignore=%) -m "not slow and not clients and not keras" \
+	  -n $(WORKERS) \
 	  --cov --cov-report=term
 
 dev: $(VENV)/.dev  ## install everything that the targets below need
@@ -40,7 +44,7 @@ types: $(VENV)/.dev  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 doctest: $(VENV)/.dev  ## the docstrings' examples alone
-	$(PYTEST) --doctest-modules src
+	$(PYTEST) --doctest-modules src $(KERAS:%=--ignore=%)
 
 slow: $(VENV)/.dev  ## the tests that `make test` leaves out
 	$(PYTEST) -m slow -n $(WORKERS)
@@ -54,10 +58,16 @@ everywhere: $(VENV)/.dev  ## the tests of numbers on other processors' code path
 versions:  ## the tests without torch on other versions (PYTHON=python3.13 WITH="jax==0.12.0 optax==0.2.8")
 	rm -rf build/versions && $(PYTHON) -m venv build/versions
 	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,demo]" $(WITH)
-	build/versions/bin/python -m pytest tests -m "not slow and not clients" -n $(WORKERS)
+	build/versions/bin/python -m pytest tests -m "not slow and not clients and not keras" -n $(WORKERS)
 
 clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge
 	$(PYTEST) -m clients
+
+keras: $(VENV)/.dev  ## the Keras bridge, one process a backend (BACKENDS="jax torch")
+	for backend in $(BACKENDS); do \
+	  echo "KERAS_BACKEND=$$backend"; \
+	  KERAS_BACKEND=$$backend $(PYTEST) --doctest-modules $(KERAS) tests/bridges/keras || exit 1; \
+	done
 
 notebooks: $(VENV)/.dev  ## execute every notebook
 	$(BIN)/python notebooks/run.py

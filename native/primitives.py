@@ -158,7 +158,10 @@ def _jitted(primitive: core.Primitive, **params: Any) -> Callable[..., Any]:
 
 
 def _on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether a call sees whole arrays: XLA would gather the operands of a foreign call that are sharded."""
+    """Whether a call sees whole arrays, and here: XLA would gather the operands of a foreign call that are sharded, and
+    a program that is exported runs where the kernel may not be."""
+    if ctx.module_context.lowering_parameters.for_export:
+        return False
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.ShardingContext):
         return axes.num_devices == 1

@@ -30,7 +30,8 @@ def test_type_information_is_shipped():
 @pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="TorchBridge needs torch")
 def test_every_public_name_exists():
     for module in (chainrule, chainrule.chains, chainrule.transforms):
-        assert all(hasattr(module, name) for name in module.__all__), module.__name__
+        names = set(module.__all__) - {"KerasBridge", "keras_optimizers"}  # tests/bridges/keras
+        assert all(hasattr(module, name) for name in names), module.__name__
 
 
 def test_the_core_imports_no_other_framework():

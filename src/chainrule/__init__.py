@@ -21,6 +21,8 @@ from chainrule.transforms import (
 )
 
 if TYPE_CHECKING:
+    from chainrule import keras_optimizers
+    from chainrule.bridges.keras_optimizer import KerasBridge
     from chainrule.bridges.torch_optim import TorchBridge
     from chainrule.bridges.torch_routing import torch_routing
 
@@ -28,11 +30,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "JsonFormatter",
+    "KerasBridge",
     "TierPolicy",
     "TorchBridge",
     "chain",
     "chains",
     "hyperparams",
+    "keras_optimizers",
     "metrics",
     "named_chain",
     "retier",
@@ -43,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # torch is an extra: it is imported when what needs it is asked for, not before.
+    # torch and keras are extras: they are imported when what needs them is asked for, not before.
     if name == "TorchBridge":
         from chainrule.bridges.torch_optim import TorchBridge
 
@@ -52,4 +56,12 @@ def __getattr__(name: str) -> Any:
         from chainrule.bridges.torch_routing import torch_routing
 
         return torch_routing
+    if name == "KerasBridge":
+        from chainrule.bridges.keras_optimizer import KerasBridge
+
+        return KerasBridge
+    if name == "keras_optimizers":
+        import chainrule.keras_optimizers as keras_optimizers
+
+        return keras_optimizers
     raise AttributeError(f"module 'chainrule' has no attribute {name!r}")

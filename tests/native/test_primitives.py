@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import bounds
+from chainrule import chains
 from chainrule.native import forms, primitives, xla
 from reference import kernel as oracle
 
@@ -163,3 +164,12 @@ def test_on_several_devices():
     subprocess.run(
         [sys.executable, here / "several_devices.py"], env=environment, check=True, timeout=300
     )
+
+
+def test_an_exported_program_makes_no_foreign_call():
+    """It may run where the kernel is not: in TensorFlow, or from a file."""
+    tx, params = chains.stam(), {"w": jnp.ones((8, 4))}
+    step = jax.jit(tx.update)
+    given = (params, tx.init(params), params)
+    assert "chainrule_sums" in step.lower(*given).as_text()
+    assert "chainrule_sums" not in jax.export.export(step)(*given).mlir_module()

@@ -1,0 +1,11 @@
+"""Tests of the Keras bridge: `make keras` runs them in a process for each backend, which KERAS_BACKEND names."""
+
+import os
+
+BACKEND = os.environ.get("KERAS_BACKEND")
+# Keras reads its backend when it is imported; without one, as in `make test`, nothing here is.
+collect_ignore_glob = [] if BACKEND else ["test_*.py"]
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if BACKEND == "jax":
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
