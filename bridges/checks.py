@@ -97,6 +97,21 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             )
 
 
+def one_device(params: Sequence[Tensor]) -> torch.device:
+    """The device of all parameters of a group.
+
+    Raises:
+      ValueError: there are several.
+    """
+    devices = {p.device for p in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"TorchBridge: a parameter group lies on {' and '.join(sorted(map(str, devices)))}; a chain sees each "
+            "group as one tree, so give every device a group of its own"
+        )
+    return devices.pop()
+
+
 def check_not_meta(params: Sequence[Tensor], owner: str) -> None:
     """Raises `RuntimeError` for parameters on the device `meta`."""
     if params[0].is_meta:

@@ -15,7 +15,7 @@ from typing import Any
 
 import optax
 
-from chainrule.bridges.program import as_transformation
+from chainrule.bridges.step.function import as_transformation
 
 MODULES = (
     *("chainrule", "chainrule.chains", "chainrule.transforms"),

@@ -1,7 +1,5 @@
 """What a chain became in torch, as text."""
 
-from collections import Counter
-
 from torch import Tensor
 
 from chainrule.bridges.group_tree import GroupTree
@@ -28,20 +26,14 @@ def explain_group(index: int, leaves: list[Tensor], tree: GroupTree) -> str:
         f"param group {index}: {len(tree.params)} parameters, {elements:,} elements, {tree.device}"
     ]
     lines.append(
-        f"  hyperparameters: {', '.join(tree.keys)}"
-        + ("; reads the loss" if tree.reads_value else "")
+        f"  hyperparameters: {', '.join(tree.hyperparameters.tensors)}"
+        + ("; reads the loss" if tree.step.reads_value else "")
     )
-    if tree.lowered is None:
-        lines.append("  runs in XLA over DLPack")
-    else:
-        nodes = [n for n in tree.lowered.graph.graph.nodes if n.op == "call_function"]
-        lines.append(f"  {'link':40}{'operations':>12}{'a parameter':>14}")
-        for link, count in Counter(n.meta.get("link") or "(apply updates)" for n in nodes).items():
-            lines.append(f"  {link:40}{count:>12,}{count / len(tree.params):>14.1f}")
+    lines += tree.program.explained(len(tree.params))
     lines.append(f"  {'state':40}{'tensors':>12}{'memory':>14}")
     settable = set(tree.live.values())
     fields: dict[str, list[int]] = {}
-    for i, (slot, leaf) in enumerate(zip(tree.slots, leaves, strict=True)):
+    for i, (slot, leaf) in enumerate(zip(tree.step.slots, leaves, strict=True)):
         if i not in settable:
             fields.setdefault(slot.name, []).append(leaf.nbytes)
     for name, sizes in fields.items():

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.bridges.layout import Slot, live_leaves, slots
 from chainrule.bridges.probing import is_key, settable, wide
-from chainrule.bridges.program import NeedsLossFunction, settled
+from chainrule.bridges.step.settled import NeedsLossFunction, settled
+from chainrule.bridges.step.slots import Slot, live_leaves, slots
 from chainrule.transforms import PerParameter
 
 Struct = jax.ShapeDtypeStruct

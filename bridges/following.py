@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.group_tree import GroupTree
-from chainrule.bridges.lowering.convert import is_key
 from chainrule.bridges.matching import POSITIONS, TREE
+from chainrule.bridges.step.trace import is_key
 
 
 class Known(NamedTuple):
@@ -81,19 +81,19 @@ def check_groups(groups: Sequence[Any]) -> None:
         )
 
 
-def places(groups: Sequence[dict[str, Any]], known: Sequence[Known]) -> list[int | None]:
+def matches(groups: Sequence[dict[str, Any]], known: Sequence[Known]) -> list[int | None]:
     """Which of the known groups each group is: the same dict, one that shares a parameter, or, if there are as many
-    groups as before, the one in its place. None: a new one."""
+    groups as before, the one at its position. None: a new one."""
     left = dict(enumerate(known))
     found: list[int | None] = [None] * len(groups)
 
     def find(is_it: Any) -> None:
         for i, group in enumerate(groups):
             if found[i] is None:
-                place = next((j for j, seen in left.items() if is_it(i, group, j, seen)), None)
-                if place is not None:
-                    found[i] = place
-                    del left[place]
+                match = next((j for j, seen in left.items() if is_it(i, group, j, seen)), None)
+                if match is not None:
+                    found[i] = match
+                    del left[match]
 
     find(lambda i, group, j, seen: group is seen.group)
     find(lambda i, group, j, seen: not set(seen.params).isdisjoint(_tensors(group)))
@@ -186,11 +186,11 @@ def taken_over(
       ValueError: a leaf spans all parameters, and they are not the same any more.
     """
     known = dict(zip(old.homes, before, strict=True))
-    place = {p: i for i, p in enumerate(old.params)}
-    found = [place.get(origin.get(p, p)) for p in new.params]
+    position = {p: i for i, p in enumerate(old.params)}
+    found = [position.get(origin.get(p, p)) for p in new.params]
     survivors = [i for i in found if i is not None]
     taken = list(leaves)
-    for i, (home, slot) in enumerate(zip(new.homes, new.slots, strict=True)):
+    for i, (home, slot) in enumerate(zip(new.homes, new.step.slots, strict=True)):
         if home is None:
             continue
         shared = slot.owner is None

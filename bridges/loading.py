@@ -1,6 +1,6 @@
 """States from elsewhere (a state dict, a run in JAX, torch's Adam) as copies into the state of a group.
 
-Each function checks everything and returns a plan, pairs of a tensor of the state and its new value; nothing has been
+Each function checks everything and returns pairs of a tensor of the state and its new value; nothing has been
 written when it raises.
 """
 
@@ -12,16 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chainrule.bridges.group_tree import GroupTree, check_number, shortest
+from chainrule.bridges.checks import check_flags
+from chainrule.bridges.following import Known
+from chainrule.bridges.group_tree import TIERS, GroupTree
+from chainrule.bridges.hyperparameters import check_number, shortest
 from chainrule.bridges.lowering import to_torch
-from chainrule.bridges.scalars import apart
+from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
+from chainrule.bridges.param_group import Change, Group
+from chainrule.bridges.step.vectors import unstack
 
-Plan: TypeAlias = list[tuple[Tensor, Tensor]]
+Copies: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
-def carry_out(plan: Plan) -> None:
+def carry_out(copies: Copies) -> None:
     """Copies every value into its tensor."""
-    for target, value in plan:
+    for target, value in copies:
         target.copy_(value)
 
 
@@ -70,7 +75,7 @@ def from_state_dict(
     saved: dict[str, Any],
     entries: dict[Tensor, dict[str, Any]],
     where: str,
-) -> Plan:
+) -> Copies:
     """One group of a torch state dict.
 
     Args:
@@ -84,14 +89,14 @@ def from_state_dict(
       TypeError: a hyperparameter is no number.
       ValueError: the state dict is another chain's or has other shapes, or a hyperparameter is out of bounds.
     """
-    for key in tree.keys:
+    for key in tree.hyperparameters.tensors:
         if key not in saved:
             raise ValueError(
                 f"{where} has no `{key}`, a hyperparameter of this chain; is it of another chain?"
             )
-    tree.check_values(saved, where)
+    tree.hyperparameters.check(saved, where)
     label = dict(zip(tree.params, tree.labels, strict=True))
-    shared = {slot.name for slot in tree.slots if slot.owner is None}
+    shared = {slot.name for slot in tree.step.slots if slot.owner is None}
     homes = {home for home in tree.homes if home}
     for p, entry in entries.items():
         for name in entry:
@@ -100,8 +105,8 @@ def from_state_dict(
                 raise ValueError(
                     f"{where}: state entry `{name}` of parameter {label[p]} is none of this chain's: {known}"
                 )
-    plan: Plan = []
-    for slot, home, target in zip(tree.slots, tree.homes, leaves, strict=True):
+    copies: Copies = []
+    for slot, home, target in zip(tree.step.slots, tree.homes, leaves, strict=True):
         if home is None:
             continue
         p, name = home
@@ -124,13 +129,55 @@ def from_state_dict(
                 f"{where}: state entry `{name}` of parameter {label[p]} is {_described(value)}, expected "
                 f"{_described(target)}"
             )
-        plan.append((target, value))
-    return plan
+        copies.append((target, value))
+    return copies
+
+
+def from_group(
+    group: Group,
+    leaves: list[Tensor],
+    saved: dict[str, Any],
+    saved_state: Mapping[Any, Any],
+    where: str,
+) -> tuple[Change, Copies]:
+    """One group of a torch state dict, in the tree that it asks for.
+
+    Args:
+      group: the group.
+      leaves: the leaves of its state.
+      saved: the group in the state dict.
+      saved_state: the state in the state dict.
+      where: how messages begin.
+
+    Returns:
+      The group and the leaves of its state, and what to copy into them.
+
+    Raises:
+      ValueError: the state dict is of other parameters, another chain's, or has other shapes.
+    """
+    check_flags(saved, where)
+    now = group.known.group
+    ids = saved_ids(now, saved, where)
+    new = group._replace(known=Known.of(as_saved(now, saved)))
+    entries = {p: dict(saved_state.get(k) or {}) for k, p in zip(ids, now["params"], strict=True)}
+    tiers = tiers_in(entries.values(), TIERS, where)
+    inside = set(group.members)
+    members = [p for p, entry in entries.items() if entry or p in inside]
+    tree, named = group.tree, is_by_name(new.known.group)
+    fits = tree and len(members) == len(inside) and (tree.tiers, tree.named) == (tiers, named)
+    if members and not fits:
+        tree = new.tree_of(members, tiers)
+        leaves, _ = tree.initial_state()
+    if tree is None:
+        return (new, []), []
+    if tiers is not None and tree.tiers is None:
+        raise ValueError(f"{where} has tiers, this chain has none; is it of another chain?")
+    return (new.with_tree(tree), leaves), from_state_dict(tree, leaves, saved, entries, where)
 
 
 def from_jax(
     tree: GroupTree, leaves: Sequence[Tensor], state: Any, where: str
-) -> tuple[Plan, dict[str, float | int]]:
+) -> tuple[Copies, dict[str, float | int]]:
     """The state of a run in JAX.
 
     Args:
@@ -140,17 +187,17 @@ def from_jax(
       where: how messages begin.
 
     Returns:
-      The plan, and the values of the group's hyperparameters.
+      The copies, and the values of the group's hyperparameters.
 
     Raises:
       ValueError: structure or shapes differ.
     """
-    state, expected = apart(state), tree.state(tree.state_avals)
+    state, expected = unstack(state), tree.state(tree.state_avals)
     got, wanted = jax.tree.structure(state), jax.tree.structure(expected)
     if got != wanted:
         raise ValueError(f"{where}: expected a state of structure {wanted}, got {got}")
     key_of = {leaf: key for key, leaf in tree.live.items()}
-    plan: Plan = []
+    copies: Copies = []
     values: dict[str, float | int] = {}
     for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
         tensor, aval = to_torch(value, tree.device), tree.state_avals[i]
@@ -167,8 +214,8 @@ def from_jax(
             values[key_of[i]] = shortest(tensor)
             check_number(where, key_of[i], values[key_of[i]])
         else:
-            plan.append((leaves[i], tensor))
-    return plan, values
+            copies.append((leaves[i], tensor))
+    return copies, values
 
 
 def _adam_states(node: Any) -> list[Any]:
@@ -185,7 +232,7 @@ def _adam_states(node: Any) -> list[Any]:
     return []
 
 
-def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -> Plan:
+def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -> Copies:
     """Pairs of a tensor of the chain's state and the value that Adam has for it.
 
     Every state with fields `mu`, `nu` and `count` takes over the moments; every `count` of the group the number of
@@ -206,7 +253,7 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
         for state in _adam_states(numbers)
         for ours, theirs in fields.items()
         for leaf in jax.tree.leaves(getattr(state, ours))
-        if tree.slots[leaf].owner is not None
+        if tree.step.slots[leaf].owner is not None
     ]
     if not wanted:
         raise ValueError("load_torch_adam: this chain has no state with `count`, `mu` and `nu`")
@@ -219,9 +266,9 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
             f"load_torch_adam: the parameters of a group have made different numbers of steps, {sorted(steps)}; a "
             "chain has one count a group, so give each its own group"
         )
-    plan = []
+    copies = []
     for leaf, theirs in wanted:
-        owner = tree.slots[leaf].owner
+        owner = tree.step.slots[leaf].owner
         assert owner is not None
         entry = entries[owner]
         if not entry:
@@ -233,13 +280,13 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
                 f"load_torch_adam: `{theirs}` of parameter {tree.labels[owner]} is {got}, expected shape "
                 f"{tuple(leaves[leaf].shape)}"
             )
-        plan.append((leaves[leaf], value))
-    for leaf, slot in enumerate(tree.slots):
+        copies.append((leaves[leaf], value))
+    for leaf, slot in enumerate(tree.step.slots):
         counts = (
             slot.owner is None
             and slot.name.rpartition(".")[2] == "count"
             and leaves[leaf].ndim == 0
         )
         if counts and steps:
-            plan.append((leaves[leaf], torch.tensor(steps.copy().pop(), device="cpu")))
-    return plan
+            copies.append((leaves[leaf], torch.tensor(steps.copy().pop(), device="cpu")))
+    return copies

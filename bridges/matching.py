@@ -2,7 +2,8 @@
 
 A chain sees a group as a dict by name or as a list in order. Both the leaves' order (random draws, tiers) and what a
 chain routes by depend on it, so a state goes on in the tree that it was made in: `param_names` in a group stands for
-the dict, but beside `tree: "positions"`, which says that the names came after.
+the dict, but beside `tree: "positions"`, which says that the names came after. A saved group says so by a tuple of
+names as well, for a flattened distributed checkpoint keeps only the keys that every group has.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,22 @@ TREE, POSITIONS = "tree", "positions"
 
 def is_by_name(group: dict[str, Any]) -> bool:
     """Whether the tree of a group is a dict by name."""
-    return "param_names" in group and group.get(TREE) != POSITIONS
+    names = group.get("param_names")
+    return names is not None and not isinstance(names, tuple) and group.get(TREE) != POSITIONS
+
+
+def marked(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as it is saved."""
+    if group.get(TREE) != POSITIONS:
+        return group
+    return {**group, "param_names": tuple(group["param_names"])}
+
+
+def loaded(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """`group` after a saved one was loaded into it."""
+    known = as_saved(group, saved)
+    fixed = {key: known[key] for key in ("params", "param_names", TREE) if key in known}
+    return {**known, **saved, **fixed}
 
 
 def as_saved(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
@@ -21,9 +37,10 @@ def as_saved(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
 
     Where only one of them has names, these are kept, as in torch.
     """
-    named = {**group, "param_names": group.get("param_names", saved.get("param_names"))}
-    if named["param_names"] is None:
-        del named["param_names"]
+    names = group.get("param_names", saved.get("param_names"))
+    named = {key: value for key, value in group.items() if key != "param_names"}
+    if names is not None:
+        named["param_names"] = list(names)
     if "param_names" in named and not is_by_name(saved):
         return {**named, TREE: POSITIONS}
     named.pop(TREE, None)
@@ -46,6 +63,7 @@ def saved_ids(group: dict[str, Any], saved: dict[str, Any], where: str) -> list[
     [1, 0]
     """
     ids, names, own = saved["params"], saved.get("param_names"), group.get("param_names")
+    names = names and list(names)
     if names is not None and own is not None:
         _check_names(names, own, where)
     if len(ids) != len(group["params"]) or (names is not None and len(names) != len(ids)):
@@ -54,10 +72,8 @@ def saved_ids(group: dict[str, Any], saved: dict[str, Any], where: str) -> list[
         )
     if names is None or own is None:
         return ids
-    if set(ids) == set(
-        names
-    ):  # torch.distributed.checkpoint: names for ids, in the order of this bridge
-        names = ids
+    if set(ids) == set(names):
+        names = ids  # torch.distributed.checkpoint: names for ids, in the order of this bridge
     if names != own and not is_by_name(saved):
         raise ValueError(
             f"{where} was made without names, so its chain knows parameters by their order, {_some(names)}, and "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.bridges.layout import live_leaves
+from chainrule.bridges.step.slots import live_leaves
 
 RATE = "learning_rate"
 

@@ -14,7 +14,7 @@ import bounds
 import chainrule
 from chainrule import TorchBridge
 from chainrule.bridges.lowering import foreach, to_jax, to_torch
-from chainrule.bridges.program import NeedsLossFunction, StateChanges
+from chainrule.bridges.step.settled import NeedsLossFunction, StateChanges
 from optax_cases import ALL, NAMED, OptaxCase
 from registry import CASES, CHAINS, Case
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import bounds
 from chainrule import TorchBridge, chains
-from chainrule.bridges.layout import slots
+from chainrule.bridges.step.slots import slots
 
 ENGINES = ("torch", "xla")
 

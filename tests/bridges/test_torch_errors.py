@@ -15,7 +15,7 @@ import bounds
 import chainrule
 from chainrule import TorchBridge, chains
 from chainrule.bridges.lowering import UnsupportedPrimitive
-from chainrule.bridges.program import NeedsLossFunction, StateChanges
+from chainrule.bridges.step.settled import NeedsLossFunction, StateChanges
 
 PARAMS = {"w": (3, 2), "b": (2,)}
 

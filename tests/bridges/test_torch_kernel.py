@@ -16,6 +16,7 @@ import bounds
 import chainrule
 import harness
 from chainrule import TierPolicy, TorchBridge, chains
+from chainrule.bridges.engines import TorchProgram
 from chainrule.bridges.lowering import lower
 from chainrule.bridges.lowering import native as step_in_kernel
 from chainrule.native import xla
@@ -163,15 +164,15 @@ def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch(tensors: int) -> None
         _, bridge = run(chain)
     else:
         bridge = TorchBridge(chain, [nn.Parameter(torch.ones(3)) for _ in range(tensors)])
-    (tree,) = bridge._trees
-    assert tree is not None and tree.lowered is not None
+    ((*_, tree),) = bridge._groups
+    assert tree is not None and isinstance(tree.program, TorchProgram)
     seen = []
 
     def build(rest: Any, *_: Any) -> Any:
         seen.append(rest)
 
-    targets = tree._targets(len(tree.params), len(tree.state_avals))
-    step_in_kernel.kernel_step(build, tree.lowered, targets, torch.device("cpu"))
+    lowered, targets = tree.program.lowered, tree.step.targets
+    step_in_kernel.kernel_step(build, lowered, targets, torch.device("cpu"))
     assert not seen  # all that is left is small, and runs as it is
 
 

@@ -141,13 +141,13 @@ def test_an_error_before_the_first_write_leaves_the_bridge_as_it_was(
     bridge = TorchBridge(chains.adam(0.01), [{"params": params[:2]}, {"params": params[2:]}])
     give_gradients(params, 0)
     before = content(bridge, params)
-    second: Any = bridge._trees[1]
+    second: Any = bridge._groups[1].tree
 
     def fail(_: Any) -> Any:
         raise RuntimeError("no compiler")
 
     with monkeypatch.context() as patch:
-        patch.setattr(second.run, "_build", fail)
+        patch.setattr(second.program.step, "_build", fail)
         with pytest.raises(RuntimeError, match="no compiler"):
             bridge.step()
     assert equal(content(bridge, params), before)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from chainrule.bridges.scalars import THROUGH
+from chainrule.bridges.step.vectors import THROUGH
 from chainrule.transforms import TieredState, hyperparams
 
 

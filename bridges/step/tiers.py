@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from chainrule.bridges.xla_engine import x64_if_wide
+from chainrule.bridges.step.trace import x64_if_wide
 from chainrule.transforms import GradientGateState, TieredState, retier
 
 _logger = logging.getLogger("chainrule.gate")
@@ -34,9 +34,7 @@ def tiers_of(state: Any) -> tuple[int, ...] | None:
     """
     found = tiered_states(state)
     if len(found) > 1:
-        raise ValueError(
-            "TorchBridge: this chain holds two tiered states; give each its own parameter group"
-        )
+        raise ValueError("this chain holds two tiered states; give each its own parameter group")
     return found[0].assignment.tiers if found else None
 
 

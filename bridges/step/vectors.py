@@ -10,17 +10,17 @@ from chainrule.transforms._per_parameter import stacked
 
 
 class _Through:
-    """The step of a path from `Scalars` to its tree; it has no name."""
+    """The step of a path from `Unstacked` to its tree; it has no name."""
 
     def __str__(self) -> str:
-        return "scalars"
+        return "unstacked"
 
 
 THROUGH = _Through()
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Scalars:
+class Unstacked:
     """What `PerParameter` is in the state that a bridge keeps: a tree of scalars like the parameters."""
 
     def __init__(self, scalars: Any):
@@ -33,29 +33,29 @@ class Scalars:
         return ((THROUGH, self._scalars),), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Scalars":
+    def tree_unflatten(cls, _: None, children: Any) -> "Unstacked":
         return cls(*children)
 
 
-def apart(state: Any) -> Any:
+def unstack(state: Any) -> Any:
     """`state` with its vectors as scalars.
 
     >>> import jax.numpy as jnp
     >>> state = {"b1": PerParameter.full(0.5, {"w": 0.0, "b": 0.0})}
-    >>> sorted(apart(state)["b1"].tree()), together(apart(state))["b1"].values.tolist()
+    >>> sorted(unstack(state)["b1"].tree()), stack(unstack(state))["b1"].values.tolist()
     (['b', 'w'], [0.5, 0.5])
     """
-    return _replaced(state, PerParameter, lambda node: Scalars(node.tree()))
+    return _replaced(state, PerParameter, lambda node: Unstacked(node.tree()))
 
 
-def together(state: Any) -> Any:
-    """`state` with its scalars as vectors: undoes `apart`."""
+def stack(state: Any) -> Any:
+    """`state` with its scalars as vectors: undoes `unstack`."""
 
-    def vector(node: Scalars) -> PerParameter:
+    def vector(node: Unstacked) -> PerParameter:
         leaves, structure = jax.tree.flatten(node.tree())
         return PerParameter(stacked(leaves), structure)
 
-    return _replaced(state, Scalars, vector)
+    return _replaced(state, Unstacked, vector)
 
 
 def _replaced(state: Any, kind: type, new: Any) -> Any:

@@ -1,0 +1,108 @@
+"""What computes the steps of a torch bridge: torch, or JAX on tensors exchanged over DLPack."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import torch
+from torch import Tensor
+
+from chainrule.bridges.checks import autocast_off
+from chainrule.bridges.engine_xla import XlaEngine
+from chainrule.bridges.lowering import Lowered
+from chainrule.bridges.lowering.builder import Shared, build
+from chainrule.bridges.lowering.elementwise import ELEMENTWISE
+from chainrule.bridges.lowering.program import collector_paused
+from chainrule.bridges.lowering.release import dissolve_with
+from chainrule.bridges.lowering.runtime import InPlace, Step, make_step
+from chainrule.bridges.lowering.table import TABLE
+from chainrule.bridges.step.trace import Trace, x64_if_wide
+
+
+class Program(Protocol):
+    """A step for tensors on one device."""
+
+    def ready(self) -> InPlace:
+        """The step as a function of its flat inputs, which writes each output into its target; built, if it was not."""
+        ...
+
+    def explained(self, parameters: int) -> list[str]:
+        """How it runs, as lines of text; `parameters` is their number."""
+        ...
+
+
+class Engine(Protocol):
+    """A way to compute a step."""
+
+    def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> Program:
+        """The program of a step function.
+
+        Args:
+          step: the function of the leaves of (parameters, gradients, state, extras).
+          targets: for every output, the position of the input in whose place it goes.
+          device: of the inputs.
+
+        Raises:
+          UnsupportedPrimitive: the chain needs another engine.
+        """
+        ...
+
+    def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """The leaves of the state that `init` makes for parameters on a device."""
+        ...
+
+
+def engine_named(name: str, compile: bool) -> Engine:
+    """`"torch"` or `"xla"`; `compile` is whether Inductor compiles torch's programs."""
+    return XlaEngine() if name == "xla" else TorchEngine(compile)
+
+
+class TorchProgram:
+    """A step lowered to torch."""
+
+    def __init__(self, lowered: Lowered, step: Step, device: torch.device):
+        self.lowered, self.step, self._device = lowered, step, device
+
+    def ready(self) -> InPlace:
+        return self.step.ready(self._device)
+
+    def explained(self, parameters: int) -> list[str]:
+        nodes = [n for n in self.lowered.graph.graph.nodes if n.op == "call_function"]
+        lines = [f"  {'link':40}{'operations':>12}{'a parameter':>14}"]
+        for link, count in Counter(n.meta.get("link") or "(apply updates)" for n in nodes).items():
+            lines.append(f"  {link:40}{count:>12,}{count / parameters:>14.1f}")
+        return lines
+
+
+class TorchEngine:
+    """Lowers to torch, and runs it op by op or through Inductor."""
+
+    def __init__(self, compile: bool):
+        self._compile = compile
+
+    def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> TorchProgram:
+        lowered = _lowered(step, device, self._compile)
+        return TorchProgram(lowered, make_step(lowered, targets, compile=self._compile), device)
+
+    def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        lowered = _lowered(init, device, compiled=False)
+        with autocast_off(params):
+            leaves = list(lowered(*params))
+        for i in lowered.passthrough:  # a state that starts as the parameters themselves
+            leaves[i] = leaves[i].detach().clone()
+        return leaves
+
+
+def _lowered(step: Trace, device: torch.device, compiled: bool) -> Lowered:
+    shared = Shared(TABLE, frozenset(ELEMENTWISE), device, compiled, {}, {}, {})
+    with collector_paused(), x64_if_wide(step.inputs):
+        graph = build(step.jaxpr, shared)
+    inputs = {n: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    results = graph.graph.output_node().args[0]
+    passthrough = {i: inputs[n] for i, n in enumerate(results) if n in inputs}  # pyright: ignore
+    given, in_tree = jax.tree.flatten(step.inputs)
+    made, out_tree = jax.tree.flatten(step.outputs)
+    lowered = Lowered(graph, in_tree, out_tree, tuple(given), tuple(made), passthrough, device)
+    dissolve_with(lowered, graph)
+    return lowered

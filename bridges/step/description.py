@@ -1,0 +1,131 @@
+"""One step of a chain for parameters of given shapes: what it takes and returns, and where its state belongs.
+
+The flat inputs of a step are the leaves of (parameters, gradients, state, extras), its flat outputs those of
+(parameters, state). Each output takes the place of an input: see `Description.targets`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from chainrule.bridges.step.function import BridgeState, Extras, StepFunction
+from chainrule.bridges.step.settled import settled
+from chainrule.bridges.step.slots import Slot, live_leaves, slots
+from chainrule.bridges.step.tiers import tiered_states, tiers_of
+from chainrule.bridges.step.trace import Struct, Trace, trace
+from chainrule.bridges.step.vectors import unstack
+from chainrule.transforms import TieredState, assign
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A step of a chain, before any framework computes it.
+
+    Attributes:
+      params: the parameters, a tree of structs.
+      init: parameters -> the chain's state at the start.
+      update: the step function, traced with the loss.
+      function: what `update` is a trace of.
+      state: the state, a tree of structs in the dtypes that the step keeps.
+      slots: the home of every leaf of the state.
+      live: name -> the position in the state of every hyperparameter that may be set between steps.
+      reads_value: whether the chain reads the loss if it is given one.
+      tiers: the tier of every parameter, or None if the chain has no tiers.
+      tiered: the chain's state with tiers, with the positions of its leaves in their place; or None.
+    """
+
+    params: Any
+    init: Trace
+    update: Trace
+    function: StepFunction
+    state: BridgeState
+    slots: list[Slot]
+    live: dict[str, int]
+    reads_value: bool
+    tiers: tuple[int, ...] | None
+    tiered: TieredState | None
+
+    @property
+    def targets(self) -> list[int]:
+        """For every flat output of `update` the flat input in whose place it goes."""
+        count = len(jax.tree.leaves(self.params))
+        return [*range(count), *range(2 * count, 2 * count + len(self.slots))]
+
+    def without_value(self) -> Trace:
+        """The step function for a step without a loss.
+
+        Raises:
+          ValueError: the chain cannot do without.
+        """
+        try:
+            return trace(self.function._replace(value=False), *self.update.inputs)
+        except (TypeError, ValueError) as error:  # with a loss the same trace worked
+            raise ValueError(
+                "TorchBridge: this chain reads the loss (`value`); call `step(closure)` with a closure that "
+                "evaluates the model, calls backward and returns the loss"
+            ) from error
+
+
+def describe(
+    chain: optax.GradientTransformation,
+    params: Any,
+    *,
+    rounding: bool = False,
+    tiers: tuple[int, ...] | None = None,
+) -> Description:
+    """Traces a chain for parameters of given shapes.
+
+    Args:
+      chain: the gradient transformation.
+      params: a tree of structs: a dict by name or a list.
+      rounding: whether bfloat16 parameters are rounded stochastically.
+      tiers: of every parameter, for a chain with tiers; None: those that `init` gives.
+
+    Raises:
+      NeedsLossFunction: the chain asks for a function that evaluates the loss.
+      StateChanges: structure or shapes of state or parameters do not stay what they are.
+
+    >>> step = describe(optax.sgd(0.1, momentum=0.9), {"w": Struct((3,), jnp.float32)})
+    >>> [tuple(slot) for slot in step.slots], step.targets
+    ([(0, 'trace')], [0, 2])
+    """
+
+    def initial(params: Any) -> Any:
+        state = chain.init(params)
+        return unstack(state if tiers is None else assign(state, tiers, params))
+
+    init = trace(initial, params)
+    own = Struct((2,), jnp.int32) if rounding else None
+    state = BridgeState(init.outputs, own)
+    live = live_leaves(jax.tree.structure(init.outputs))
+    start = 2 * len(jax.tree.leaves(params))
+    # A hyperparameter that the step does not read is a schedule's last value: not for the user to set.
+    function = StepFunction(chain, "learning_rate" not in live, rounding, value=True)
+    update, state = _traced(function, params, state)
+    used = update.used()
+    live = {name: leaf for name, leaf in live.items() if used[start + leaf]}
+    if not function.multiplier and "learning_rate" not in live:
+        function = function._replace(multiplier=True)
+        update, state = _traced(function, params, state)
+    leaves, structure = jax.tree.flatten(state)
+    places = slots(state.chain, params) + ([Slot(None, "rounding")] if rounding else [])
+    numbered = jax.tree.unflatten(structure, range(len(leaves))).chain
+    tiered = next(iter(tiered_states(numbered)), None)
+    return Description(
+        *(params, init, update, function, state, places, live, used[-1]),
+        *(tiers_of(init.outputs), tiered),
+    )
+
+
+def _traced(function: StepFunction, params: Any, state: BridgeState) -> tuple[Trace, BridgeState]:
+    """The trace of a step, and the structs of a state that keeps its dtypes in it."""
+    scalar = Struct((), jnp.float32)
+
+    def traced(state: BridgeState) -> tuple[Trace, Any]:
+        found = trace(function, params, params, state, Extras(scalar, scalar))
+        return found, found.outputs
+
+    return settled(traced, params, state)

@@ -1,0 +1,34 @@
+"""Parameters that a policy moves between tiers, over all groups of a bridge."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from chainrule.bridges.param_group import Change, Group
+from chainrule.bridges.step.tiers import retiered, tiers_of
+
+
+def between_tiers(
+    groups: Mapping[int, Group], leaves: Mapping[int, list[Tensor]]
+) -> dict[int, Change]:
+    """Groups whose tiers' policy moved parameters: all groups with tiers, which share one budget.
+
+    Args:
+      groups: those that have tiers and a gradient, by their index.
+      leaves: of their states.
+    """
+    trees: dict[int, Any] = {index: group.tree for index, group in groups.items()}
+    states = [tree.jax_state(leaves[index]) for index, tree in trees.items()]
+    grads = [tree.jax_tree([p.grad for p in tree.params]) for tree in trees.values()]
+    params = [tree.jax_tree(tree.params) for tree in trees.values()]
+    changes = {}
+    for (index, tree), new_state in zip(
+        trees.items(), retiered(states, grads, params), strict=True
+    ):
+        group, tiers = groups[index], tiers_of(new_state)
+        if tiers != tree.tiers:
+            group = group.with_tree(group.tree_of(group.members, tiers))
+        own = leaves[index][-1:] if group.options.rounding else []
+        changes[index] = group, [*group.tree.torch_leaves(new_state), *own]  # pyright: ignore
+    return changes
