@@ -182,7 +182,7 @@ class GroupTree:
           KeyError: the optimizer's lacks one.
         """
         # A parameter's hash is a call: one for each, not for each leaf.
-        kept = [state[p] for p in self.keepers]
+        kept = [state.get(p, {}) for p in self.keepers]
         leaves = [kept[entry[0]][entry[1]] if entry else None for entry in self._entries]
         for key, leaf in self.live.items():
             leaves[leaf] = self.hyperparameters.tensors[key]
@@ -239,7 +239,7 @@ class GroupTree:
 
     def _count(self, state: State) -> Tensor:
         home: Any = self.homes[self.step.tiered.count]  # pyright: ignore
-        return state[home[0]][home[1]]
+        return state.get(home[0], {})[home[1]]
 
     def stepped(self, state: State) -> None:
         """Keeps the step count of the tiers on the host: an accelerator need not be waited for at each step."""

@@ -1,7 +1,10 @@
 """A state dict goes on in the tree that it was made in: names, order, and what earlier versions wrote."""
 
 import copy
+import functools
 import importlib.util
+import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,17 @@ from torch.distributed.checkpoint.state_dict import (
 from chainrule import TorchBridge, chains
 
 FIXTURES = Path(__file__).parent / "fixtures"
-_spec = importlib.util.spec_from_file_location("make_states", FIXTURES / "make_states.py")
-assert _spec is not None and _spec.loader is not None
-made: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(made)
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, FIXTURES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+made, pickled = script("make_states"), script("make_pickle")
 
 KINDS = ("named", "unnamed")
 EPS = torch.finfo(torch.float32).eps
@@ -58,6 +68,26 @@ def test_states_of_an_earlier_version_go_on(name: str, kind: str) -> None:
     for key, value in made.values(groups).items():
         bound = steps * (EPS * value.abs() + 10 * 3 * made.RATE * EPS)
         assert (value - old["after"][key]).abs().le(bound).all(), key
+
+
+def test_a_pickle_of_an_earlier_version_goes_on() -> None:
+    saved, after = pickle.loads((FIXTURES / "pickle_da575c7.pkl").read_bytes())
+    params, bridge = pickle.loads(saved)
+    bounded = pickled.STEPS - pickled.SAVED  # as above, with parameters of 1 at a rate of 0.01
+    pickled.run(params, bridge, range(pickled.SAVED, pickled.STEPS))
+    for p, value in zip(params, after, strict=True):
+        bound = bounded * EPS * (1 + 10 * 3 * 0.01)
+        assert (p.detach() - torch.tensor(value)).abs().le(bound).all()
+    assert (bridge.param_groups[0]["lr"], bridge.state[params[0]]["count"].item()) == (0.01, 5)
+
+
+def test_a_pickle_holds_no_class_but_the_bridge() -> None:
+    """What else it held could not move to another file."""
+    params = [nn.Parameter(torch.ones(2))]
+    bridge = TorchBridge(functools.partial(optax.sgd, 0.1), params)
+    opcodes = pickletools.genops(pickle.dumps(bridge, protocol=2))
+    held = {str(argument) for _, argument, _ in opcodes if str(argument).startswith("chainrule")}
+    assert held == {"chainrule.bridges.torch_optim TorchBridge"}
 
 
 # ---- with names and without ----------------------------------------------------------------
@@ -168,5 +198,34 @@ def test_distributed_checkpoint_with_names(flatten: bool, turned: bool) -> None:
         return
     set_optimizer_state_dict(other, resumed, state, options=options)
     train(other, resumed, range(3, 6))
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert p.equal(q)
+
+
+def test_a_flattened_checkpoint_keeps_that_a_state_was_made_by_order() -> None:
+    """Its reader takes from it only those keys of a group that its own optimizer has."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))  # "0.bias" sorts before "0.weight"
+
+    def train(net: nn.Module, optimizer: Any) -> None:
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    first, net, other = model(), model(), model()
+    unnamed = TorchBridge(chains.magma(optax.adamw(0.01)), first.parameters())
+    bridge = TorchBridge(chains.magma(optax.adamw(0.01)), net.named_parameters())
+    bridge.load_state_dict(unnamed.state_dict())
+    assert bridge.param_groups[0]["tree"] == "positions"
+    state = get_optimizer_state_dict(net, bridge, options=options)
+    resumed = TorchBridge(chains.magma(optax.adamw(0.01)), other.named_parameters())
+    set_optimizer_state_dict(other, resumed, state, options=options)
+    assert resumed.param_groups[0]["tree"] == "positions"
+    assert resumed.param_groups[0]["param_names"] == [name for name, _ in net.named_parameters()]
+    train(net, bridge)
+    train(other, resumed)
     for p, q in zip(net.parameters(), other.parameters(), strict=True):
         assert p.equal(q)

@@ -111,14 +111,16 @@ def test_a_resumed_run_finds_its_tiers() -> None:
         assert other[name].equal(params[name])
 
 
-def test_copies_and_pickles_keep_their_tiers() -> None:
+# A move is due at the second step after it, and at the next.
+@pytest.mark.parametrize("cut", [7, 8])
+def test_copies_and_pickles_keep_their_tiers(cut: int) -> None:
     params, grads = parameters(), gradients()
     bridge = TorchBridge(cosmic, params.items())
-    run(bridge, params, grads[:7])
+    run(bridge, params, grads[:cut])
     twins = [copy.deepcopy((params, bridge)), pickle.loads(pickle.dumps((params, bridge)))]
-    seen = run(bridge, params, grads[7:])
+    seen = run(bridge, params, grads[cut:])
     for other, twin in twins:
-        assert run(twin, other, grads[7:]) == seen
+        assert run(twin, other, grads[cut:]) == seen
         for name in params:
             assert other[name].equal(params[name])
 

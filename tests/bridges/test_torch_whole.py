@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule import TorchBridge, chains
 from chainrule.bridges.lowering import native
+from chainrule.transforms import TierPolicy
 
 TORN = r"an earlier step was interrupted while it wrote.*load a checkpoint"
 
@@ -153,6 +154,22 @@ def test_an_error_before_the_first_write_leaves_the_bridge_as_it_was(
     assert equal(content(bridge, params), before)
     bridge.step()
     assert not equal(content(bridge, params), before)
+
+
+def test_a_bad_hyperparameter_of_one_group_moves_no_parameter_of_another() -> None:
+    policy = TierPolicy({2: 1.0}, reassignment_interval=1, warmup_steps=0)
+    params = parameters()
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    bridge = TorchBridge(chains.cosmic(policy=policy), groups)
+    give_gradients(params, 0)
+    before = content(bridge, params)
+    bridge.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match="param group 1"):
+        bridge.step()
+    bridge.param_groups[1]["lr"] = bridge.param_groups[0]["lr"]
+    torch.testing.assert_close(content(bridge, params), before, rtol=0, atol=0, equal_nan=True)
+    bridge.step()
+    assert set(bridge.state[params[0]]["tiers"].tolist()) == {2}
 
 
 # ---- autocast ------------------------------------------------------------------------------
