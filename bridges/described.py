@@ -67,6 +67,21 @@ def described(chain: Any, registered: Lookup = lambda name: None) -> Described:
     return Described(as_transformation(chain), None)
 
 
+def made(factory: str, arguments: dict[str, Any], registered: Lookup) -> Described:
+    """The chain that a factory makes; without a description where an argument is an object of another kind."""
+    description = {"factory": factory, "arguments": arguments}
+    chain = as_transformation(_made(description, registered))
+    return Described(chain, _plain(description) if _is_plain(description) else None)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _plain(value: Any) -> Any:
     """A description in dicts, lists, numbers and strings of its own."""
     if isinstance(value, Mapping):

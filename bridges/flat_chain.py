@@ -53,9 +53,19 @@ class FlatChain:
     """
 
     def __init__(
-        self, chain: optax.GradientTransformation, names: Sequence[str], structs: Sequence[Struct]
+        self,
+        chain: optax.GradientTransformation,
+        names: Sequence[str],
+        structs: Sequence[Struct],
+        scaled: bool = True,
     ):
         """Traces the chain.
+
+        Args:
+          chain: a gradient transformation.
+          names: of the parameters.
+          structs: their shapes and dtypes.
+          scaled: whether the rate multiplies the updates of a chain without a live learning rate.
 
         Raises:
           NeedsLoss: the chain reads the loss.
@@ -63,7 +73,7 @@ class FlatChain:
           ValueError: a pattern among its arguments matches no parameter.
         """
         self.chain = optax.with_extra_args_support(chain)
-        self.names, self.structs = list(names), list(structs)
+        self.names, self.structs, self.scaled = list(names), list(structs), scaled
         self._order = sorted(
             range(len(names)), key=self.names.__getitem__
         )  # as JAX flattens a dict
@@ -173,19 +183,47 @@ class FlatChain:
     # ---- the step --------------------------------------------------------------------------
 
     def direction(
-        self, params: Sequence[Any], grads: Sequence[Any], stored: Sequence[Any], rate: Any
+        self,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        stored: Sequence[Any],
+        rate: Any,
+        moved: Sequence[Any] | None = None,
+        *,
+        missing: tuple[int, ...] = (),
     ) -> tuple[list[Any], list[Any]]:
-        """The updates, and the new stored leaves; a pure JAX function."""
-        tree, by_name = self._tree(params), self._tree(grads)
-        moves, new = self.chain.update(by_name, self.state(stored, rate), tree, grad=by_name)
+        """The updates of the parameters that have a gradient, and the new stored leaves; a pure JAX function.
+
+        Args:
+          params: all parameters.
+          grads: their gradients, without those of `missing`.
+          stored: the stored leaves.
+          rate: float32 scalar.
+          moved: what the chain is given for updates, default the gradients.
+          missing: positions of parameters without a gradient. The chain sees zeros for these, and their part of the
+            state stays as it is.
+        """
+        by_name = self._tree(params)
+        grad = self._with_zeros(params, grads, missing)
+        given = grad if moved is None else self._with_zeros(params, moved, missing)
+        moves, new = self.chain.update(given, self.state(stored, rate), by_name, grad=grad)
         updates: Any = moves
-        if not self.feeds_rate:
+        if self.scaled and not self.feeds_rate:
             updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
         leaves = jax.tree.leaves(new)
         words = [jax.random.key_data(x) if is_key(x.dtype) else x for x in leaves]
-        return [updates[name] for name in self.names], [
-            words[k.leaf].astype(k.dtype) for k in self.stored
-        ]
+        kept = [words[k.leaf].astype(k.dtype) for k in self.stored]
+        if missing:
+            kept = self._kept(stored, kept, missing)
+        return [updates[name] for i, name in enumerate(self.names) if i not in missing], kept
+
+    def _with_zeros(
+        self, params: Sequence[Any], values: Sequence[Any], missing: tuple[int, ...]
+    ) -> Any:
+        rest = iter(values)
+        return self._tree(
+            [jnp.zeros_like(p) if i in missing else next(rest) for i, p in enumerate(params)]
+        )
 
     def step(
         self,
@@ -196,27 +234,12 @@ class FlatChain:
         *,
         missing: tuple[int, ...] = (),
     ) -> tuple[list[Any], list[Any]]:
-        """New parameters and new stored leaves; a pure JAX function.
-
-        Args:
-          params: all parameters.
-          grads: their gradients, without those of `missing`.
-          stored: the stored leaves.
-          rate: float32 scalar.
-          missing: positions of parameters without a gradient. The chain sees zeros for these; they and their part of
-            the state stay as they are.
-        """
-        present = iter(grads)
-        every = [jnp.zeros_like(p) if i in missing else next(present) for i, p in enumerate(params)]
-        updates, new = self.direction(params, every, stored, rate)
-        new_params = [(p + u).astype(p.dtype) for p, u in zip(params, updates, strict=True)]
-        if missing:
-            new_params = [
-                p if i in missing else q
-                for i, (p, q) in enumerate(zip(params, new_params, strict=True))
-            ]
-            new = self._kept(stored, new, missing)
-        return new_params, new
+        """All new parameters and new stored leaves, of the arguments of `direction`; a pure JAX function."""
+        updates, new = self.direction(params, grads, stored, rate, missing=missing)
+        rest = iter(updates)
+        return [
+            p if i in missing else (p + next(rest)).astype(p.dtype) for i, p in enumerate(params)
+        ], new
 
     def _kept(self, old: Sequence[Any], new: Sequence[Any], missing: tuple[int, ...]) -> list[Any]:
         """`new` with what belongs to the missing parameters as it was."""

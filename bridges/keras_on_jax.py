@@ -15,14 +15,14 @@ class JaxStep:
 
     def __init__(self, flat: FlatChain, compile: bool):
         self._flat = flat
-        self._programs: dict[tuple[int, ...], Any] = {}  # by the parameters without a gradient
-        self._direction = jax.jit(flat.direction, inline=True)
+        self._programs: dict[tuple[str, tuple[int, ...]], Any] = {}
 
-    def _program(self, missing: tuple[int, ...]) -> Any:
-        if missing not in self._programs:
-            step = functools.partial(self._flat.step, missing=missing)
-            self._programs[missing] = jax.jit(step, inline=True)
-        return self._programs[missing]
+    def _program(self, name: str, missing: tuple[int, ...]) -> Any:
+        """`FlatChain.step` or `.direction`, for the parameters without a gradient."""
+        if (name, missing) not in self._programs:
+            function = functools.partial(getattr(self._flat, name), missing=missing)
+            self._programs[name, missing] = jax.jit(function, inline=True)
+        return self._programs[name, missing]
 
     def __call__(
         self,
@@ -34,17 +34,34 @@ class JaxStep:
     ) -> None:
         """Writes new parameters and state into the variables `params` and `stored`."""
         values = [v.value for v in params]
-        given = [v for i, v in enumerate(values) if i not in missing]
-        grads = [jnp.asarray(g, v.dtype) for g, v in zip(grads, given, strict=True)]
-        new_params, new = self._program(missing)(values, grads, [v.value for v in stored], rate)
-        for variable, value in zip((*params, *stored), (*new_params, *new), strict=True):
-            variable.assign(value)
+        grads = _alike(grads, values, missing)
+        step = self._program("step", missing)
+        new_params, new = step(values, grads, [v.value for v in stored], rate)
+        _assign((*params, *stored), (*new_params, *new))
 
     def direction(
-        self, params: Sequence[Any], grads: Sequence[Any], stored: Sequence[Any], rate: Any
+        self,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        stored: Sequence[Any],
+        rate: Any,
+        missing: tuple[int, ...],
+        moved: Sequence[Any] | None = None,
     ) -> list[Any]:
         """The updates for values of parameters and gradients; writes the state into the variables `stored`."""
-        updates, new = self._direction(params, grads, [v.value for v in stored], rate)
-        for variable, value in zip(stored, new, strict=True):
-            variable.assign(value)
+        grads = _alike(grads, params, missing)
+        values = [v.value for v in stored]
+        updates, new = self._program("direction", missing)(params, grads, values, rate, moved)
+        _assign(stored, new)
         return updates
+
+
+def _alike(grads: Sequence[Any], values: Sequence[Any], missing: tuple[int, ...]) -> list[Any]:
+    """The gradients in the dtypes of their parameters."""
+    given = [v for i, v in enumerate(values) if i not in missing]
+    return [jnp.asarray(g, v.dtype) for g, v in zip(grads, given, strict=True)]
+
+
+def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -17,24 +17,19 @@ class TensorFlowStep:
 
     def __init__(self, flat: FlatChain, compile: bool):
         self._flat = flat
-        self._programs: dict[tuple[int, ...], Any] = {}  # by the parameters without a gradient
+        self._programs: dict[tuple[str, tuple[int, ...]], Any] = {}
 
-    def _converted(self, function: Any) -> Any:
-        platforms = ("cpu", "cuda") if tf.config.list_physical_devices("GPU") else ("cpu",)
-        converted = jax2tf.convert(
-            function, with_gradient=False, native_serialization_platforms=platforms
-        )
-        return tf.function(converted, autograph=False)
-
-    def _program(self, missing: tuple[int, ...]) -> Any:
-        if missing not in self._programs:
-            step = functools.partial(self._flat.step, missing=missing)
-            self._programs[missing] = self._converted(step)
-        return self._programs[missing]
-
-    @functools.cached_property
-    def _direction(self) -> Any:
-        return self._converted(self._flat.direction)
+    def _program(self, name: str, missing: tuple[int, ...]) -> Any:
+        """`FlatChain.step` or `.direction`, for the parameters without a gradient."""
+        if (name, missing) not in self._programs:
+            platforms = ("cpu", "cuda") if tf.config.list_physical_devices("GPU") else ("cpu",)
+            converted = jax2tf.convert(
+                functools.partial(getattr(self._flat, name), missing=missing),
+                with_gradient=False,
+                native_serialization_platforms=platforms,
+            )
+            self._programs[name, missing] = tf.function(converted, autograph=False)
+        return self._programs[name, missing]
 
     def __call__(
         self,
@@ -45,30 +40,44 @@ class TensorFlowStep:
         missing: tuple[int, ...],
     ) -> None:
         """Writes new parameters and state into the variables `params` and `stored`."""
-        values = [tf.convert_to_tensor(v.value) for v in params]
-        given = [v for i, v in enumerate(values) if i not in missing]
-        grads = [_dense(g, v.dtype) for g, v in zip(grads, given, strict=True)]
-        state = [tf.convert_to_tensor(v.value) for v in stored]
+        values, state = _values(params), _values(stored)
+        grads = _dense(grads, values, missing)
         with wide(self._flat.structs):
-            new_params, new = self._program(missing)(values, grads, state, rate)
-        for variable, value in zip((*params, *stored), (*new_params, *new), strict=True):
-            variable.value.assign(value)
+            new_params, new = self._program("step", missing)(values, grads, state, rate)
+        _assign((*params, *stored), (*new_params, *new))
 
     def direction(
-        self, params: Sequence[Any], grads: Sequence[Any], stored: Sequence[Any], rate: Any
+        self,
+        params: Sequence[Any],
+        grads: Sequence[Any],
+        stored: Sequence[Any],
+        rate: Any,
+        missing: tuple[int, ...],
+        moved: Sequence[Any] | None = None,
     ) -> list[Any]:
         """The updates for values of parameters and gradients; writes the state into the variables `stored`."""
-        state = [tf.convert_to_tensor(v.value) for v in stored]
-        grads = [_dense(g, p.dtype) for g, p in zip(grads, params, strict=True)]
+        given = [list(params), _dense(grads, params, missing), _values(stored), rate]
+        if moved is not None:
+            given.append(list(moved))
         with wide(self._flat.structs):
-            updates, new = self._direction(list(params), grads, state, rate)
-        for variable, value in zip(stored, new, strict=True):
-            variable.value.assign(value)
-        return updates
+            updates, new = self._program("direction", missing)(*given)
+        _assign(stored, new)
+        return list(updates)
 
 
-def _dense(grad: Any, dtype: Any) -> Any:
-    return tf.cast(tf.convert_to_tensor(grad), dtype)
+def _values(variables: Sequence[Any]) -> list[Any]:
+    return [tf.convert_to_tensor(v.value) for v in variables]
+
+
+def _dense(grads: Sequence[Any], values: Sequence[Any], missing: tuple[int, ...]) -> list[Any]:
+    """The gradients as tensors in the dtypes of their parameters; an embedding's may be rows with their indices."""
+    given = [v for i, v in enumerate(values) if i not in missing]
+    return [tf.cast(tf.convert_to_tensor(g), v.dtype) for g, v in zip(grads, given, strict=True)]
+
+
+def _assign(variables: Sequence[Any], values: Sequence[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.value.assign(value)
 
 
 @contextlib.contextmanager

@@ -41,34 +41,27 @@ class TorchStep:
     def __init__(self, flat: FlatChain, compile: bool):
         self._flat, self._compile = flat, compile
         self._programs: dict[Any, InPlace] = {}
-        self._stored = [Struct(k.shape, jnp.dtype(k.dtype)) for k in flat.stored]
 
-    def _program(self, key: Any, device: torch.device) -> InPlace:
-        """The program for parameters without a gradient, by position, or for `"direction"`."""
-        if (key, device) not in self._programs:
-            make = (
-                self._made_direction if key == "direction" else functools.partial(self._made, key)
-            )
-            self._programs[key, device] = make(device)
-        return self._programs[key, device]
-
-    def _made(self, missing: tuple[int, ...], device: torch.device) -> InPlace:
-        params = self._flat.structs
-        grads = [s for i, s in enumerate(params) if i not in missing]
-        structs = (params, grads, self._stored, Struct((), jnp.float32))
-        first = len(params) + len(grads)
-        targets = [*range(len(params)), *range(first, first + len(self._stored))]
-        with wide(params):
-            step = functools.partial(self._flat.step, missing=missing)
-            return in_place(step, structs, targets, device, self._compile)
-
-    def _made_direction(self, device: torch.device) -> InPlace:
-        """Writes the updates into the gradients."""
-        params = self._flat.structs
-        structs = (params, params, self._stored, Struct((), jnp.float32))
-        targets = [*range(len(params), 2 * len(params) + len(self._stored))]
-        with wide(params):
-            return in_place(self._flat.direction, structs, targets, device, self._compile)
+    def _program(
+        self, name: str, missing: tuple[int, ...], device: torch.device, moved: bool = False
+    ) -> InPlace:
+        """`FlatChain.step` or `.direction` in place; a direction is written into the last list of tensors."""
+        key = (name, missing, device, moved)
+        if key not in self._programs:
+            params = self._flat.structs
+            grads = [s for i, s in enumerate(params) if i not in missing]
+            stored = [Struct(k.shape, jnp.dtype(k.dtype)) for k in self._flat.stored]
+            structs = [params, grads, stored, Struct((), jnp.float32), *([grads] if moved else [])]
+            starts = [0, len(params), len(params) + len(grads)]
+            starts.append(starts[2] + len(stored) + 1)
+            new = range(starts[2], starts[2] + len(stored))
+            first = starts[0 if name == "step" else 3 if moved else 1]
+            count = len(params) if name == "step" else len(grads)
+            function = functools.partial(getattr(self._flat, name), missing=missing)
+            with wide(params):
+                targets = [*range(first, first + count), *new]
+                self._programs[key] = in_place(function, structs, targets, device, self._compile)
+        return self._programs[key]
 
     @torch.no_grad()
     def __call__(
@@ -85,24 +78,29 @@ class TorchStep:
         values, state = tensors[: len(params)], tensors[len(params) :]
         given = [v for i, v in enumerate(values) if i not in missing]
         grads = [g.detach().to(v) for g, v in zip(grads, given, strict=True)]
-        self._program(missing, values[0].device)(
-            [*values, *grads, *state, rate.to(values[0].device)]
-        )
+        device = values[0].device
+        self._program("step", missing, device)([*values, *grads, *state, rate.to(device)])
         _write_back(variables, tensors)
 
     @torch.no_grad()
     def direction(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], stored: Sequence[Any], rate: Tensor
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        stored: Sequence[Any],
+        rate: Tensor,
+        missing: tuple[int, ...],
+        moved: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """The updates for values of parameters and gradients; writes the state into the variables `stored`."""
-        state = _tensors(stored)
-        updates = [g.detach().to(p, copy=True) for g, p in zip(grads, params, strict=True)]
-        device = params[0].device
-        self._program("direction", device)(
-            [*(p.detach() for p in params), *updates, *state, rate.to(device)]
-        )
+        state, device = _tensors(stored), params[0].device
+        given = [p for i, p in enumerate(params) if i not in missing]
+        grads = [g.detach().to(p, copy=moved is None) for g, p in zip(grads, given, strict=True)]
+        last = [] if moved is None else [m.detach().clone() for m in moved]
+        program = self._program("direction", missing, device, moved is not None)
+        program([*(p.detach() for p in params), *grads, *state, rate.to(device), *last])
         _write_back(stored, state)
-        return updates
+        return last if moved is not None else grads
 
 
 def _tensors(variables: Sequence[Any]) -> list[Tensor]:

@@ -38,6 +38,7 @@ class _Parts:
         self.params: list[Any] = []
         self.stored: list[Any] = []
         self.position: dict[Any, int] = {}
+        self.own: dict[str, Any] = {}  # the arguments of a class with names of its own
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
@@ -80,6 +81,10 @@ class KerasBridge(keras.optimizers.Optimizer):
     1 variables, 2 elements, Keras on ...
     """
 
+    _scaled = (
+        True  # whether the learning rate multiplies the updates of a chain that has none of its own
+    )
+
     def __init__(
         self,
         chain: Any,
@@ -89,7 +94,8 @@ class KerasBridge(keras.optimizers.Optimizer):
         compile: bool = False,
         **keras_arguments: Any,
     ):
-        given = described(chain, keras.saving.get_registered_object)
+        known = isinstance(chain, Described)
+        given = chain if known else described(chain, keras.saving.get_registered_object)
         if learning_rate is None:
             learning_rate = rate_of(given.chain)
         if isinstance(learning_rate, (int, np.floating)) and not isinstance(learning_rate, bool):
@@ -132,7 +138,7 @@ class KerasBridge(keras.optimizers.Optimizer):
         ]
         parts = self._parts
         names = unique([path_of(v) for v in params])
-        flat = FlatChain(parts.given.chain, names, structs)
+        flat = FlatChain(parts.given.chain, names, structs, self._scaled)
         if self.weight_decay and decays(flat.chain, dict(zip(names, structs, strict=True))):
             raise ValueError(TWICE)
         values = [value_of(self.name, v) for v in params] if flat.init_reads_values else None
@@ -166,14 +172,17 @@ class KerasBridge(keras.optimizers.Optimizer):
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
         parts = self._parts
-        given = {
-            parts.position[self._var_key(v)]: g
-            for g, v in zip(grads, trainable_variables, strict=True)
-        }
-        missing = tuple(i for i in range(len(parts.params)) if i not in given)
-        ordered = [given[i] for i in sorted(given)]
+        ordered, missing = self._ordered(grads, trainable_variables)
         rate = keras.ops.cast(learning_rate, "float32")
         parts.step(parts.params, ordered, parts.stored, rate, missing)
+
+    def _ordered(self, grads: Any, variables: Any) -> tuple[list[Any], tuple[int, ...]]:
+        """The gradients in the order of the chain's parameters, and the positions of those that have none."""
+        parts = self._parts
+        pairs = zip(grads, variables, strict=True)
+        given = {parts.position[self._var_key(v)]: g for g, v in pairs}
+        missing = tuple(i for i in range(len(parts.params)) if i not in given)
+        return [given[i] for i in sorted(given)], missing
 
     # ---- looking inside --------------------------------------------------------------------
 
