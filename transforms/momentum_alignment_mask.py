@@ -162,7 +162,9 @@ def momentum_alignment_mask(
 
         if mask is None:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_PRNG), state.count)
-            draws = (jax.random.uniform(key, cosine.shape) < mask_prob).astype(jnp.float32)
+            draws = (jax.random.uniform(key, cosine.shape, jnp.float32) < mask_prob).astype(
+                jnp.float32
+            )
         else:
             given = itertools.compress(structure.flatten_up_to(mask), included)
             draws = jnp.array(list(given), jnp.float32)

@@ -65,7 +65,7 @@ def quantize(
     >>> q.codes.tolist(), q.scale.tolist(), dequantize(q).tolist()
     ([95, 8], [1.0], [7.0, -3.0, 0.0])
     """
-    uniform = None if key is None else jax.random.uniform(key, x.shape)
+    uniform = None if key is None else jax.random.uniform(key, x.shape, jnp.float32)
     codes, scale = forms.encode(x, bits, block, uniform)
     return Quantized(codes, scale, x.shape, str(x.dtype), block, bits)
 

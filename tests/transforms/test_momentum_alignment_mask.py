@@ -53,6 +53,13 @@ def test_parameters_are_drawn_apart():
     assert np.max(np.abs(correlation)) < 0.3
 
 
+def test_draws_are_the_same_with_float64_enabled():
+    seen, _ = steps(after_adam(), 30)
+    with jax.enable_x64(True):
+        wide, _ = steps(after_adam(), 30)
+    np.testing.assert_array_equal(list(map(any_nonzero, wide)), list(map(any_nonzero, seen)))
+
+
 def test_draws_depend_on_the_seed_alone():
     first, again, other = (
         np.stack([any_nonzero(u) for u in steps(after_adam(seed=seed), 30)[0]])
