@@ -32,3 +32,15 @@ def between_tiers(
         own = leaves[index][-1:] if group.options.rounding else []
         changes[index] = group, [*group.tree.torch_leaves(new_state), *own]  # pyright: ignore
     return changes
+
+
+def in_tiers_of(group: Group, leaves: list[Tensor], state: Any) -> Change:
+    """The group and the leaves of its state, anew where the parameters of `state`, in JAX, are in other tiers."""
+    tree, tiers = group.tree, tiers_of(state)
+    if not tree or tiers is None or tiers == tree.tiers or len(tiers) != len(tree.tiers or ()):
+        return group, leaves  # what does not fit has its error in `from_jax`
+    new = group.tree_of(group.members, tiers)
+    made, _ = new.initial_state()
+    if group.options.rounding:
+        made[-1] = leaves[-1]
+    return group.with_tree(new), made

@@ -21,7 +21,9 @@ from chainrule.bridges.loading import (
 )
 from chainrule.bridges.matching import loaded, marked
 from chainrule.bridges.meant import Meant
+from chainrule.bridges.param_group import Change
 from chainrule.bridges.step.tiers import gates_logged
+from chainrule.bridges.tier_moves import in_tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
 
@@ -224,7 +226,7 @@ class TorchBridge(GroupedOptimizer):
         return states[0] if len(self.param_groups) == 1 else states
 
     def load_jax_state(self, state: Any) -> None:
-        """Takes over the state of a run in JAX whose parameters are this group's tree.
+        """Takes over the state of a run in JAX whose parameters are this group's tree, with the tiers that it has.
 
         Args:
           state: as `jax_state` returns it. Parameters are not part of it.
@@ -236,12 +238,17 @@ class TorchBridge(GroupedOptimizer):
         states = [state] if len(self.param_groups) == 1 else list(state)
         copies: Copies = []
         values: list[tuple[dict[str, Any], dict[str, float | int]]] = []
+        moved: dict[int, Change] = {}
         for (index, leaves, tree), new in zip(self._synced(), states, strict=True):
             where = f"load_jax_state: param group {index}"
+            group, leaves = change = in_tiers_of(self._groups[index], leaves, new)
+            if group.tree and group.tree is not tree:
+                tree, moved[index] = group.tree, change
             own, hyperparams = from_jax(tree, leaves, new, where)
             copies += own
             values.append((self.param_groups[index], hyperparams))
         with self._writing():
+            self._write(moved)
             carry_out(copies)
             for group, hyperparams in values:
                 group.update(hyperparams)

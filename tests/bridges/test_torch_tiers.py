@@ -96,6 +96,21 @@ def test_moves_keep_the_width_of_float64_parameters() -> None:
         chex.assert_trees_all_equal_shapes_and_dtypes(bridge.jax_state(), state)
 
 
+def test_a_run_in_jax_goes_on_in_torch_with_the_tiers_that_it_has() -> None:
+    params, other, grads = parameters(), parameters(), gradients()
+    bridge = TorchBridge(cosmic(), params.items())
+    run(bridge, params, grads[:7])
+    state = bridge.jax_state()
+    loaded = TorchBridge(cosmic(), other.items())
+    assert jax.tree.structure(loaded.jax_state()) != jax.tree.structure(state)
+    loaded.load_jax_state(state)
+    for name, p in other.items():
+        p.data.copy_(params[name])
+    assert run(loaded, other, grads[7:]) == run(bridge, params, grads[7:])
+    for name, p in other.items():
+        assert p.equal(params[name])
+
+
 def test_a_resumed_run_finds_its_tiers() -> None:
     params, grads = parameters(), gradients()
     bridge = TorchBridge(cosmic(), params.items())
