@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Target, Value
 from chainrule.native import _kernel, forms
-from chainrule.native.primitives import OPERATIONS, step_of
+from chainrule.native.primitives import OPERATIONS, TIER2_NUMBERS, step_of
 
 Params = tuple[tuple[str, Any], ...]
 """The parameters of a primitive, hashable."""
@@ -93,6 +93,13 @@ _CALLS = {
     "chainrule_sums": _sums,
 }
 
+# How many operands come before the tensors; where the graph knows these they are Python's.
+_NUMBERS = {
+    "chainrule_tier2": len(TIER2_NUMBERS),
+    "chainrule_statistics": 0,
+    "chainrule_sums": 1,
+}
+
 
 def kernel_call(name: str, params: Params, operands: Sequence[Any]) -> list[Tensor]:
     """What the primitive `name` returns; no operand is written."""
@@ -125,10 +132,10 @@ def _primitive(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     avals = [v.aval for v in eqn.invars]
     params: Params = tuple(eqn.params.items())
     if runs_in_kernel(eqn, b.target):
-        plain = (bool, int, float)
+        numbers = _NUMBERS[name]
         given = [
-            x if isinstance(x, plain) else b.tensor(x, a)
-            for x, a in zip(operands, avals, strict=True)
+            x if i < numbers and isinstance(x, (bool, int, float)) else b.tensor(x, a)
+            for i, (x, a) in enumerate(zip(operands, avals, strict=True))
         ]
         return b.items(b.emit(kernel_call, name, params, given), len(eqn.outvars))
     jaxpr = _form(name, params, tuple(avals))
