@@ -1,0 +1,431 @@
+"""Random chains on random trees, and what must hold of every one of them.
+
+A `Composition` prints as the Python that makes it, so that a failure can be kept as a case as it is printed.
+"""
+
+import copy
+import functools
+import inspect
+import io
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from hypothesis import strategies as st
+
+import chainrule
+from chainrule import TorchBridge, transforms
+from chainrule.bridges.lowering import LoweringError, to_jax, to_torch
+from chainrule.bridges.step.settled import StateChanges
+from harness import signature_of
+from optax_cases import TRANSFORMS, VARIANTS, WRAPPERS
+from registry import ATOMS
+
+# Few of them: eager JAX compiles every operation for every shape and dtype that it meets.
+SHAPES = [(), (0,), (1,), (3, 2), (2, 3, 2)]
+HALF_OR_FULL = ["float32", "bfloat16", "float16"]
+DTYPES = [*HALF_OR_FULL, "float64"]
+
+LEFT_OUT = {
+    # Makes vectors of scalars.
+    "optax.scale_by_distance_over_gradients",
+    # `update` adds entries to their state, which no loop in JAX and no bridge can take.
+    "optax.monitor",
+    "optax.measure_with_ema",
+    "optax.snapshot",
+    # Says that it is `inject_hyperparams` under an old name.
+    "optax.inject_stateful_hyperparams",
+}
+
+
+class Link(NamedTuple):
+    """One transformation that can be drawn."""
+
+    make: Callable[[], optax.GradientTransformation]
+    ours: bool
+
+
+def _ours() -> Iterator[tuple[str, Link]]:
+    for case in ATOMS:
+        for index, setting in enumerate(case.settings):
+            yield f"{case.name}-{index}", Link(functools.partial(case.make, setting), True)
+    # Without the link that they need beside them: a neighbour may be the one.
+    for case in ATOMS:
+        if case.alone is not None:
+            yield f"{case.name}, alone", Link(case.alone, True)
+    yield "adaptive_beta1, alone", Link(transforms.adaptive_beta1, True)
+    yield "scale_by_adam, b1=None", Link(lambda: transforms.scale_by_adam(b1=None), True)
+
+
+def _optax() -> Iterator[tuple[str, Link]]:
+    for case in (*TRANSFORMS, *VARIANTS, *WRAPPERS):
+        if not (case.loss or case.batch or case.name in LEFT_OUT):
+            yield case.name, Link(case.make, False)
+
+
+LINKS: dict[str, Link] = dict([*_ours(), *_optax()])
+
+Leaf = tuple[tuple[int, ...], str]
+
+
+class Composition(NamedTuple):
+    """A chain by the names of its links, and the parameters that it runs on."""
+
+    links: tuple[str, ...]
+    tree: dict[str, Leaf | None]
+    stock: bool = False
+    """Chained by `optax.chain` instead of `chainrule.chain`."""
+    named: bool = True
+    """The parameters are a dict, else a list."""
+    seed: int = 0
+    before: int = 0
+    """Steps that JAX makes before the one that is looked at."""
+    fresh: bool = True
+    """A state dict is loaded into a bridge of its own, which costs another trace, else into the one that saved it."""
+
+    def make(self) -> optax.GradientTransformationExtraArgs:
+        chain = optax.chain if self.stock else chainrule.chain
+        return chain(*(LINKS[name].make() for name in self.links))
+
+    @property
+    def dtypes(self) -> set[str]:
+        return {leaf[1] for leaf in self.tree.values() if leaf}
+
+    @property
+    def eps(self) -> float:
+        """A unit in the last place of 1 in the coarsest of the dtypes: a chain may couple the leaves.
+
+        At least float32's, in which hyperparameters and numbers made from them are.
+        """
+        return max(float(jnp.finfo(dtype).eps) for dtype in self.dtypes | {"float32"})
+
+    def wide(self) -> Any:
+        """JAX has float64 only where it is enabled."""
+        return jax.enable_x64("float64" in self.dtypes)
+
+    def values(self, seed: int) -> Any:
+        """Leaves of every scale, some of their entries 0."""
+        rng = np.random.default_rng([self.seed, seed])
+
+        def leaf(shape: tuple[int, ...], dtype: str) -> jax.Array:
+            x = rng.normal(size=shape) * 10.0 ** rng.integers(-2, 2)
+            return jnp.asarray(np.where(rng.random(shape) < 0.1, 0.0, x), dtype)
+
+        with self.wide():
+            tree = {name: spec and leaf(*spec) for name, spec in self.tree.items()}
+        return tree if self.named else list(tree.values())
+
+
+@st.composite
+def compositions(draw: st.DrawFn, links: Sequence[str] = tuple(LINKS)) -> Composition:
+    """Chains of these links."""
+    # Ours and optax's alike often, though optax has more.
+    ours = st.sampled_from([name for name in links if LINKS[name].ours])
+    theirs = st.sampled_from([name for name in links if not LINKS[name].ours])
+    dtypes = draw(st.sampled_from([*([dtype] for dtype in DTYPES), HALF_OR_FULL, DTYPES]))
+    leaf = st.tuples(st.sampled_from(SHAPES), st.sampled_from(dtypes))
+    holes = draw(st.sampled_from([False, False, False, True]))
+    leaves = _drawn(draw, st.one_of(st.none(), leaf) if holes else leaf, 3)
+    return Composition(
+        links=tuple(_drawn(draw, st.one_of(ours, theirs), 5)),
+        tree=dict(zip("bac", leaves, strict=False)),  # not as JAX sorts them
+        stock=draw(st.booleans()),
+        named=draw(st.booleans()),
+        seed=draw(st.integers(0, 9)),
+        before=draw(st.sampled_from([0, 1, 3])),
+        fresh=draw(st.sampled_from([False, False, False, True])),
+    )
+
+
+def _drawn(draw: st.DrawFn, elements: Any, most: int) -> list[Any]:
+    """Every length alike often, where a strategy of lists would prefer the short ones."""
+    length = draw(st.integers(1, most))
+    return draw(st.lists(elements, min_size=length, max_size=length))
+
+
+# ---- errors --------------------------------------------------------------------------------
+
+_ROOMS = tuple(
+    f"{pathlib.Path(inspect.getfile(module)).parent}/" for module in (chainrule, transforms)
+)
+_SRC = str(pathlib.Path(inspect.getfile(chainrule)).resolve().parent.parent.parent)
+_OPTAX = str(pathlib.Path(inspect.getfile(optax)).parent)
+
+
+def documented(error: Exception) -> bool:
+    """Whether `error` is one that a user is meant to see.
+
+    Ours: `TypeError` or `ValueError`, raised by a `raise` of ours, with a message that begins with who raises it and
+    names a thing in backticks or by its path. Optax's: raised below a link of optax with nothing of ours in between.
+    """
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        frames.append(traceback.tb_frame.f_code.co_filename)
+        traceback = traceback.tb_next
+    mine = [i for i, name in enumerate(frames) if is_ours(name)]
+    theirs = [i for i, name in enumerate(frames) if name.startswith(_OPTAX)]
+    if theirs and (not mine or theirs[-1] > mine[-1]):
+        # Who called optax's function: `chain` hands through, an atom answers for what it calls.
+        return not mine or frames[mine[-1]].endswith("/_chain.py")
+    raised_by_us = bool(mine) and mine[-1] == len(frames) - 1
+    return (
+        raised_by_us
+        and isinstance(error, (TypeError, ValueError))
+        and re.search(r"^\w+: .{20}|`\w+`", str(error)) is not None
+    )
+
+
+def is_ours(file: str) -> bool:
+    rooms = ("transforms", "chains", "bridges", "native", "src")
+    return any(file.startswith(f"{_SRC}/{room}/") for room in rooms)
+
+
+def outcome(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or None if it raises an error that is documented."""
+    try:
+        return work()
+    except Exception as error:
+        if not documented(error):
+            raise
+        return None
+
+
+# ---- numbers -------------------------------------------------------------------------------
+
+# Two ways of rounding the same program differ by what a change of its inputs by some units in the last place
+# would do, and by the rounding of the results themselves. How much the change does is measured: PROBES runs on
+# inputs of which every entry has moved by up to MOVED units. A chain can be discontinuous (a sign, a clip), so
+# that the largest change of a leaf counts for all its entries.
+PROBES = 6
+MOVED = 4
+FACTOR = 8
+UNITS = 32
+
+
+def moved(tree: Any, seed: int) -> Any:
+    """`tree` with every floating-point entry moved by up to `MOVED` units of its last place."""
+    rng = np.random.default_rng(seed)
+
+    def move(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        by = 1 + float(jnp.finfo(x.dtype).eps) * rng.integers(-MOVED, MOVED + 1, x.shape)
+        return jnp.asarray(np.asarray(x, np.float64) * by, x.dtype)
+
+    return jax.tree.map(move, tree)
+
+
+def numbers(x: Any) -> np.ndarray:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x, np.float64)
+
+
+def distance(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest difference where both are finite."""
+    both = np.isfinite(x) & np.isfinite(y)
+    return float(np.max(np.abs(x[both] - y[both]), initial=0.0))
+
+
+def half(eps: float) -> bool:
+    return eps > float(jnp.finfo(jnp.float32).eps)
+
+
+def spreads(want: Any, probes: list[Any]) -> list[float]:
+    """For every leaf of `want` how far a probe is away from it, infinite where one is finite and the other not."""
+
+    def spread(x: Any, *others: Any) -> float:
+        x = numbers(x)
+        far = 0.0
+        for other in map(numbers, others):
+            if not np.array_equal(np.isfinite(x), np.isfinite(other)):
+                return np.inf
+            far = max(far, distance(x, other))
+        return far
+
+    return [
+        spread(*leaves)
+        for leaves in zip(*(jax.tree.leaves(tree) for tree in (want, *probes)), strict=True)
+    ]
+
+
+def too_far(got: Any, want: Any, spread: list[float], eps: float) -> dict[str, float]:
+    """The leaves of `got` that are further from `want` than allowed, and how many times as far."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    found = {}
+    for (path, y), x, far in zip(
+        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), spread, strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), f"{where}: {x} is not like {y}"
+        if np.isinf(far):
+            continue
+        unit = eps if jnp.issubdtype(y.dtype, jnp.floating) else 0.0
+        x, y = numbers(x), numbers(y)
+        lost, gained = np.isfinite(y) & ~np.isfinite(x), np.isfinite(x) & ~np.isfinite(y)
+        # XLA divides by a small constant by multiplying with its reciprocal, infinite in half precision.
+        if lost.any() or (gained.any() and not half(eps)):
+            found[where] = np.inf
+            continue
+        size = distance(y, np.zeros_like(y))
+        difference = distance(x, y)
+        allowed = FACTOR * far + UNITS * unit * size
+        if difference > allowed:
+            found[where] = difference / allowed if allowed else np.inf
+    return found
+
+
+# ---- JAX -----------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One update in JAX: what it was given, and what came of it op by op and in one program."""
+
+    grads: Any
+    state: Any
+    """Before `retier`, which a bridge calls by itself."""
+    params: Any
+    retiered: Any
+    eager: Any
+    jitted: Any
+    spread: list[float]
+
+
+def run_jax(composition: Composition) -> Step | None:
+    """The update after `composition.before` others; None if an error is documented."""
+    with composition.wide():
+        tx, params = composition.make(), composition.values(0)
+
+        def update(grads: Any, state: Any, params: Any) -> Any:
+            updates, state = tx.update(grads, state, params, grad=grads, value=jnp.float32(1.0))
+            return optax.apply_updates(params, updates), state
+
+        def given(index: int) -> Any:
+            grads = composition.values(index + 1)
+            return grads, chainrule.retier(state, grads, params), params
+
+        jitted = jax.jit(update)
+        state = outcome(lambda: tx.init(params))
+        if state is None:
+            return None
+        result = outcome(lambda: jitted(*given(0)))
+        if result is None:  # and so it is without jit
+            assert outcome(lambda: update(*given(0))) is None
+            return None
+        for index in range(1, composition.before + 1):
+            params, state = result
+            result = jitted(*given(index))
+        grads, retiered, _ = inputs = given(composition.before)
+        spread = spreads(result, [jitted(*moved(inputs, seed)) for seed in range(PROBES)])
+        return Step(grads, state, params, retiered, update(*inputs), result, spread)
+
+
+def check_jax(composition: Composition, step: Step) -> None:
+    """jit equals eager; the state keeps its structure, and that of our links its dtypes too."""
+    far = too_far(step.eager, step.jitted, step.spread, composition.eps)
+    # One program keeps float32 between half-precision operations, and so may be the only one to stay finite.
+    if half(composition.eps):
+        far = {where: times for where, times in far.items() if np.isfinite(times)}
+    assert not far, far
+    params, state = step.jitted
+    assert signature_of(params) == signature_of(step.params)
+    assert jax.tree.structure(state) == jax.tree.structure(step.retiered)
+    for name, old, new in zip(composition.links, step.retiered, state, strict=True):
+        assert not LINKS[name].ours or signature_of(new) == signature_of(old), name
+    chainrule.metrics(state)
+    chainrule.hyperparams(state)
+
+
+# ---- the torch bridge ----------------------------------------------------------------------
+
+
+def entries(composition: Composition, tree: Any) -> list[Any]:
+    """The leaves of a tree like the parameters in the order of the parameter group; JAX sorts them by name."""
+    return [tree[name] for name in composition.tree] if composition.named else tree
+
+
+def bridge_of(composition: Composition, **options: Any) -> TorchBridge:
+    tree = composition.values(0)
+    tensors = [torch.nn.Parameter(to_torch(x)) for x in entries(composition, tree)]
+    params = zip(tree, tensors, strict=True) if composition.named else tensors
+    return TorchBridge(composition.make(), params, **options)
+
+
+def params_of(bridge: TorchBridge) -> list[torch.Tensor]:
+    return bridge.param_groups[0]["params"]
+
+
+def put(values: list[torch.Tensor], bridge: TorchBridge) -> None:
+    for p, value in zip(params_of(bridge), values, strict=True):
+        p.data.copy_(value)
+
+
+def move(grads: list[Any], bridge: TorchBridge) -> None:
+    """One step with these gradients and a loss of 1."""
+    for p, grad in zip(params_of(bridge), grads, strict=True):
+        p.grad = to_torch(grad)
+    bridge.step(lambda: 1.0)
+
+
+def taken(composition: Composition, bridge: TorchBridge) -> Any:
+    """Parameters and state as JAX has them."""
+    with composition.wide():
+        values = [to_jax(p) for p in params_of(bridge)]
+    tree = dict(zip(composition.tree, values, strict=True)) if composition.named else values
+    return tree, bridge.jax_state()
+
+
+# By a bridge, not by JAX: b2 = 0.999 is 1 in bfloat16; two states that would each move tensors.
+REFUSED = re.compile(r"hyperparam_dtype|holds two tiered states")
+
+
+def check_bridge(composition: Composition, step: Step, **options: Any) -> None:
+    """From JAX's state a step ends where one of JAX's two ways of running it ends, and the next is made to the bit."""
+    if None in composition.tree.values():
+        return  # torch has no such parameters
+    try:
+        bridge = bridge_of(composition, **options)
+    except (StateChanges, ValueError) as error:
+        assert isinstance(error, StateChanges) or REFUSED.search(str(error))
+        return
+    except LoweringError as error:  # 64 random bits for a float64
+        assert "uint64" in str(error) and 'engine="xla"' in str(error)
+        options = {"engine": "xla"}
+        bridge = bridge_of(composition, **options)
+    put([to_torch(x) for x in entries(composition, step.params)], bridge)
+    bridge.load_jax_state(step.state)
+    grads = entries(composition, step.grads)
+    move(grads, bridge)
+    got = taken(composition, bridge)
+    eager, jitted = (
+        too_far(got, want, step.spread, composition.eps) for want in (step.eager, step.jitted)
+    )
+    far = {where: times for where, times in eager.items() if where in jitted}
+    assert not far, far
+    check_resumed(composition, bridge, grads, **options)
+
+
+def check_resumed(
+    composition: Composition, bridge: TorchBridge, grads: list[Any], **options: Any
+) -> None:
+    """From a state dict that went through a file a step is made again bit for bit."""
+    file = io.BytesIO()
+    torch.save((bridge.state_dict(), [p.detach() for p in params_of(bridge)]), file)
+    move(grads, bridge)
+    want = copy.deepcopy((bridge.state_dict(), params_of(bridge)))
+    file.seek(0)
+    state, params = torch.load(file, weights_only=True)
+    resumed = bridge_of(composition, **options) if composition.fresh else bridge
+    put(params, resumed)
+    resumed.load_state_dict(state)
+    move(grads, resumed)
+    got = resumed.state_dict(), params_of(resumed)
+    assert got[0].pop("param_groups") == want[0].pop("param_groups")
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
