@@ -58,12 +58,14 @@ class KerasBridge(keras.optimizers.Optimizer):
         with Keras; arguments may be descriptions in turn.
       learning_rate: a float, a `keras.optimizers.schedules.LearningRateSchedule` or a function. It is fed to the
         chain at every step, so schedules, `ReduceLROnPlateau` and `optimizer.learning_rate = x` work. If the chain
-        has no live learning rate its updates are multiplied by it. Default: what the chain was made with, or 1.0.
+        has no live learning rate (those of optax) its updates are multiplied by it: `optax.adam(1.0)` with a rate here.
+        Default: what the chain was made with, or 1.0.
       name: the optimizer's name.
       compile: on the torch backend, whether the update runs through Inductor. JAX and TensorFlow always compile.
       **keras_arguments: as of `keras.optimizers.Optimizer`: `weight_decay`, `clipnorm`, `clipvalue`,
         `global_clipnorm`, `use_ema`, `ema_momentum`, `ema_overwrite_frequency`, `loss_scale_factor`,
-        `gradient_accumulation_steps`.
+        `gradient_accumulation_steps`. Keras multiplies its weight decay by the learning rate that it knows, so give
+        that here and not to a chain of optax.
 
     Raises:
       TypeError: no chain; when it is built, a chain that reads the loss, or variables that are not floating point.
@@ -194,12 +196,12 @@ class KerasBridge(keras.optimizers.Optimizer):
     @property
     def hyperparams(self) -> Hyperparams:
         """The live hyperparameters by name: read and set as in a dict, between steps, without another trace."""
-        parts = self._built("hyperparams")
+        parts = self._ready("hyperparams")
         return Hyperparams(self, {name: parts.stored[i] for name, i in parts.flat.live.items()})
 
     def state(self) -> Any:
         """The chain's state as a JAX pytree, with the values that it has now."""
-        parts = self._built("state")
+        parts = self._ready("state")
         with jax.enable_x64(
             any(k.dtype in ("float64", "int64", "uint64") for k in parts.flat.stored)
         ):
@@ -215,7 +217,7 @@ class KerasBridge(keras.optimizers.Optimizer):
 
     def explain(self) -> str:
         """What the chain became in Keras, as text: its hyperparameters, and its state with the memory it takes."""
-        parts = self._built("explain")
+        parts = self._ready("explain")
         elements = sum(math.prod(s.shape) for s in parts.flat.structs)
         lines = [
             f"{len(parts.params)} variables, {elements:,} elements, Keras on {keras.backend.backend()}",
@@ -234,7 +236,7 @@ class KerasBridge(keras.optimizers.Optimizer):
             [*lines, f"  {'total':40}{len(parts.stored):>12,}{parts.flat.state_bytes:>16,}"]
         )
 
-    def _built(self, what: str) -> Any:
+    def _ready(self, what: str) -> Any:
         if not self.built:
             raise RuntimeError(
                 f"{self.name}: `{what}` needs the optimizer's variables; call `build(model.trainable_variables)`, or "

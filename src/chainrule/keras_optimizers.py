@@ -162,7 +162,7 @@ class Muon(Named):
 
     def plan(self) -> RoutingPlan:
         """Where each variable goes, and why."""
-        parts = self._built("plan")
+        parts = self._ready("plan")
         routing = Routing(**_routing(dict(parts.own)))
         return routing.plan(dict(zip(parts.flat.names, parts.flat.structs, strict=True)))
 
@@ -274,6 +274,7 @@ class Magma(NamedAround):
     0.8
     """
 
+    _after = True
     chain_name = "magma"
     left_out = frozenset(("moment",))
 
