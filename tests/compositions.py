@@ -5,10 +5,10 @@ A `Composition` prints as the Python that makes it, so that a failure can be kep
 
 import copy
 import functools
-import inspect
 import io
 import pathlib
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from chainrule.bridges.step.settled import StateChanges
 from harness import signature_of
 from optax_cases import TRANSFORMS, VARIANTS, WRAPPERS
 from registry import ATOMS
+from roundings import PROBES, half, moved, spreads, too_far
 
 # Few of them: eager JAX compiles every operation for every shape and dtype that it meets.
 SHAPES = [(), (0,), (1,), (3, 2), (2, 3, 2)]
@@ -151,40 +152,25 @@ def _drawn(draw: st.DrawFn, elements: Any, most: int) -> list[Any]:
 
 # ---- errors --------------------------------------------------------------------------------
 
-_ROOMS = tuple(
-    f"{pathlib.Path(inspect.getfile(module)).parent}/" for module in (chainrule, transforms)
-)
-_SRC = str(pathlib.Path(inspect.getfile(chainrule)).resolve().parent.parent.parent)
-_OPTAX = str(pathlib.Path(inspect.getfile(optax)).parent)
+_OURS = str(pathlib.Path(chainrule.__file__).parent)
+_OPTAX = str(pathlib.Path(optax.__file__).parent)
+_NAMES_SOMETHING = re.compile(r"^\w+: .{20}|`\w+`")
 
 
 def documented(error: Exception) -> bool:
     """Whether `error` is one that a user is meant to see.
 
-    Ours: `TypeError` or `ValueError`, raised by a `raise` of ours, with a message that begins with who raises it and
-    names a thing in backticks or by its path. Optax's: raised below a link of optax with nothing of ours in between.
+    Ours is a `TypeError` or `ValueError` by a `raise` of ours, whose message begins with who raises it or names a thing
+    in backticks. Optax's is raised in optax or below, and only `chain`, which hands through, called it: an atom of ours
+    answers for what it calls.
     """
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        frames.append(traceback.tb_frame.f_code.co_filename)
-        traceback = traceback.tb_next
-    mine = [i for i, name in enumerate(frames) if is_ours(name)]
-    theirs = [i for i, name in enumerate(frames) if name.startswith(_OPTAX)]
-    if theirs and (not mine or theirs[-1] > mine[-1]):
-        # Who called optax's function: `chain` hands through, an atom answers for what it calls.
-        return not mine or frames[mine[-1]].endswith("/_chain.py")
-    raised_by_us = bool(mine) and mine[-1] == len(frames) - 1
-    return (
-        raised_by_us
-        and isinstance(error, (TypeError, ValueError))
-        and re.search(r"^\w+: .{20}|`\w+`", str(error)) is not None
-    )
-
-
-def is_ours(file: str) -> bool:
-    rooms = ("transforms", "chains", "bridges", "native", "src")
-    return any(file.startswith(f"{_SRC}/{room}/") for room in rooms)
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = max((i for i, file in enumerate(files) if file.startswith(_OURS)), default=-1)
+    theirs = max((i for i, file in enumerate(files) if file.startswith(_OPTAX)), default=-1)
+    if theirs > ours:
+        return ours < 0 or files[ours].endswith("/_chain.py")
+    raised = ours == len(files) - 1 and isinstance(error, (TypeError, ValueError))
+    return raised and _NAMES_SOMETHING.search(str(error)) is not None
 
 
 def outcome(work: Callable[[], Any]) -> Any:
@@ -195,91 +181,6 @@ def outcome(work: Callable[[], Any]) -> Any:
         if not documented(error):
             raise
         return None
-
-
-# ---- numbers -------------------------------------------------------------------------------
-
-# Two ways of rounding the same program differ by what a change of its inputs by some units in the last place
-# would do, and by the rounding of the results themselves. How much the change does is measured: PROBES runs on
-# inputs of which every entry has moved by up to MOVED units. A chain can be discontinuous (a sign, a clip), so
-# that the largest change of a leaf counts for all its entries.
-PROBES = 6
-MOVED = 4
-FACTOR = 8
-UNITS = 32
-
-
-def moved(tree: Any, seed: int) -> Any:
-    """`tree` with every floating-point entry moved by up to `MOVED` units of its last place."""
-    rng = np.random.default_rng(seed)
-
-    def move(x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        by = 1 + float(jnp.finfo(x.dtype).eps) * rng.integers(-MOVED, MOVED + 1, x.shape)
-        return jnp.asarray(np.asarray(x, np.float64) * by, x.dtype)
-
-    return jax.tree.map(move, tree)
-
-
-def numbers(x: Any) -> np.ndarray:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x, np.float64)
-
-
-def distance(x: np.ndarray, y: np.ndarray) -> float:
-    """The largest difference where both are finite."""
-    both = np.isfinite(x) & np.isfinite(y)
-    return float(np.max(np.abs(x[both] - y[both]), initial=0.0))
-
-
-def half(eps: float) -> bool:
-    return eps > float(jnp.finfo(jnp.float32).eps)
-
-
-def spreads(want: Any, probes: list[Any]) -> list[float]:
-    """For every leaf of `want` how far a probe is away from it, infinite where one is finite and the other not."""
-
-    def spread(x: Any, *others: Any) -> float:
-        x = numbers(x)
-        far = 0.0
-        for other in map(numbers, others):
-            if not np.array_equal(np.isfinite(x), np.isfinite(other)):
-                return np.inf
-            far = max(far, distance(x, other))
-        return far
-
-    return [
-        spread(*leaves)
-        for leaves in zip(*(jax.tree.leaves(tree) for tree in (want, *probes)), strict=True)
-    ]
-
-
-def too_far(got: Any, want: Any, spread: list[float], eps: float) -> dict[str, float]:
-    """The leaves of `got` that are further from `want` than allowed, and how many times as far."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    found = {}
-    for (path, y), x, far in zip(
-        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), spread, strict=True
-    ):
-        where = jax.tree_util.keystr(path)
-        assert (x.shape, x.dtype) == (y.shape, y.dtype), f"{where}: {x} is not like {y}"
-        if np.isinf(far):
-            continue
-        unit = eps if jnp.issubdtype(y.dtype, jnp.floating) else 0.0
-        x, y = numbers(x), numbers(y)
-        lost, gained = np.isfinite(y) & ~np.isfinite(x), np.isfinite(x) & ~np.isfinite(y)
-        # XLA divides by a small constant by multiplying with its reciprocal, infinite in half precision.
-        if lost.any() or (gained.any() and not half(eps)):
-            found[where] = np.inf
-            continue
-        size = distance(y, np.zeros_like(y))
-        difference = distance(x, y)
-        allowed = FACTOR * far + UNITS * unit * size
-        if difference > allowed:
-            found[where] = difference / allowed if allowed else np.inf
-    return found
 
 
 # ---- JAX -----------------------------------------------------------------------------------
