@@ -311,7 +311,10 @@ def retier(state: Any, grads: optax.Updates, params: optax.Params) -> Any:
             "retier: moves tensors between tiers, which changes the shapes of the state, so it cannot be traced; call "
             "`state = chainrule.retier(state, grads, params)` outside `jit`, before the compiled update"
         )
-    due = [node.assignment.policy.due(int(node.count) + 1) for node in nodes]
+    due = [  # without a tensor there is nothing to move
+        node.assignment.tiers != () and node.assignment.policy.due(int(node.count) + 1)
+        for node in nodes
+    ]
     if not any(due):
         return state
     parts = [(grads, params)] if len(nodes) == 1 else _parts(state, grads, params, nodes)

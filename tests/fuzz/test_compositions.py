@@ -92,6 +92,7 @@ KEPT: dict[str, Composition] = {
         named=False,
         seed=8,
     ),
+    "tiers of nothing": Composition(links=("tiered_state-0",), tree={"b": None}),
     "a hyperparameter that bfloat16 rounds to 1": Composition(
         links=("optax.inject_hyperparams[schedule]",), tree={"b": ((), "bfloat16")}
     ),

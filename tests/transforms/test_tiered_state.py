@@ -153,6 +153,13 @@ def test_a_budget_below_the_lowest_tier_is_an_error():
         tx.init(PARAMS)
 
 
+@pytest.mark.parametrize("empty", [{}, [None]], ids=str)
+def test_a_tree_without_tensors_has_nothing_to_move(empty):
+    tx = tiered_state(TIERS, QUICK)
+    state = tx.init(empty)
+    assert retier(state, empty, empty) is state
+
+
 def test_gradients_of_another_number_of_tensors_are_an_error():
     tx = tiered_state(TIERS, QUICK)
     state = tx.init(PARAMS)
