@@ -263,6 +263,9 @@ def test_sparse_gradients() -> None:
     assert_untouched(bridge, bridge.step, RuntimeError, message)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.9 refuses the assignment itself"
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32])
 def test_gradients_of_another_dtype(dtype: torch.dtype) -> None:
     params = with_grads(tensors())

@@ -193,7 +193,9 @@ def test_distributed_checkpoint_with_names(flatten: bool, turned: bool) -> None:
     if (
         flatten and turned
     ):  # torch looks for what the first parameter keeps at the one that is first now
-        with pytest.raises(ValueError, match=r"parameter 2\.bias has no state entry `count`"):
+        # ... and torch 2.9 does not find it, where a later one leaves it out.
+        message = r"parameter 2\.bias has no state entry `count`|state\.2\.bias\.count"
+        with pytest.raises((ValueError, KeyError), match=message):
             set_optimizer_state_dict(other, resumed, state, options=options)
         return
     set_optimizer_state_dict(other, resumed, state, options=options)
