@@ -159,12 +159,13 @@ class FlatChain:
             values = [np.zeros(s.shape, s.dtype) for s in self.structs]
         with wide(self.structs):
             arrays = [jnp.asarray(v, s.dtype) for v, s in zip(values, self.structs, strict=True)]
-            leaves = jax.tree.leaves(self.chain.init(self._tree(arrays)))
-        return [
-            np.asarray(jax.random.key_data(x) if is_key(x.dtype) else x).astype(jnp.dtype(k.dtype))
-            for k in self.stored
-            for x in [jnp.asarray(leaves[k.leaf])]
-        ]
+            return self.values_of(self.chain.init(self._tree(arrays)))
+
+    def values_of(self, state: Any) -> list[np.ndarray]:
+        """The stored leaves of a state."""
+        leaves = [jnp.asarray(x) for x in jax.tree.leaves(state)]
+        words = [jax.random.key_data(x) if is_key(x.dtype) else x for x in leaves]
+        return [np.asarray(words[k.leaf]).astype(jnp.dtype(k.dtype)) for k in self.stored]
 
     def state(self, stored: Sequence[Any], rate: Any = 1.0) -> Any:
         """The chain's state from its stored leaves."""

@@ -100,3 +100,11 @@ def outside_graphs(name: str) -> Iterator[None]:
 def initialised(variable: Any) -> bool:
     """Whether a variable has a value; one that was made while a step is traced gets it when that step first runs."""
     return bool(getattr(variable, "value", variable).is_initialized())
+
+
+def loss_gradients(model: Any, x: Any, y: Any) -> list[Any]:
+    """The gradients of a compiled model's loss on one batch."""
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True))
+    grads = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    return [tf.convert_to_tensor(g) for g in grads]

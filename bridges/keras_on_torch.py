@@ -114,3 +114,9 @@ def _write_back(variables: Sequence[Any], tensors: Sequence[Tensor]) -> None:
     if in_stateless_scope():
         for variable, tensor in zip(variables, tensors, strict=True):
             variable.assign(tensor)
+
+
+def loss_gradients(model: Any, x: Any, y: Any) -> list[Tensor]:
+    """The gradients of a compiled model's loss on one batch."""
+    loss = model.compute_loss(x, y, model(x, training=True))
+    return list(torch.autograd.grad(loss, [v.value for v in model.trainable_variables]))

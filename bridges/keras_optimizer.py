@@ -12,6 +12,7 @@ import numpy as np
 
 from chainrule.bridges.described import Described, described
 from chainrule.bridges.flat_chain import FlatChain, Stored, Struct
+from chainrule.bridges.keras_backends import step_class
 from chainrule.bridges.keras_checks import (
     TWICE,
     check_decay_once,
@@ -22,7 +23,7 @@ from chainrule.bridges.keras_checks import (
     value_of,
 )
 from chainrule.bridges.keras_hyperparams import Hyperparams, number_in
-from chainrule.bridges.probing import RATE, decays
+from chainrule.bridges.probing import RATE, decays, in_tiers
 from chainrule.transforms import metrics
 
 PACKAGE = "chainrule"
@@ -38,6 +39,9 @@ class _Parts:
         self.params: list[Any] = []
         self.stored: list[Any] = []
         self.position: dict[Any, int] = {}
+        self.tiers: tuple[int, ...] | None = (
+            None  # of the parameters, where they are not the first ones
+        )
         self.own: dict[str, Any] = {}  # the arguments of a class with names of its own
 
 
@@ -140,20 +144,26 @@ class KerasBridge(keras.optimizers.Optimizer):
         ]
         parts = self._parts
         names = unique([path_of(v) for v in params])
-        flat = FlatChain(parts.given.chain, names, structs, self._scaled)
+        chain = in_tiers(parts.given.chain, parts.tiers)
+        flat = FlatChain(chain, names, structs, self._scaled)
         if self.weight_decay and decays(flat.chain, dict(zip(names, structs, strict=True))):
             raise ValueError(TWICE)
         values = [value_of(self.name, v) for v in params] if flat.init_reads_values else None
         initial = flat.initial(values)
         # Nothing was written up to here.
         super().build(variables)
-        stored = [
-            self._state_variable(kept, value, params)
-            for kept, value in zip(flat.stored, initial, strict=True)
-        ]
-        parts.flat, parts.params, parts.stored = flat, params, stored
+        parts.params = params
         parts.position = {self._var_key(v): i for i, v in enumerate(params)}
-        parts.step = _backend_step()(flat, parts.compile)
+        self._adopt(flat, initial)
+
+    def _adopt(self, flat: FlatChain, values: Sequence[np.ndarray]) -> None:
+        """Makes the variables of the state, and the step that runs on them."""
+        parts = self._parts
+        parts.flat, parts.step = flat, step_class()(flat, parts.compile)
+        parts.stored = [
+            self._state_variable(kept, value, parts.params)
+            for kept, value in zip(flat.stored, values, strict=True)
+        ]
 
     def _state_variable(self, kept: Stored, value: np.ndarray, params: Sequence[Any]) -> Any:
         owner = None if kept.slot.owner is None else params[kept.slot.owner]
@@ -259,7 +269,21 @@ class KerasBridge(keras.optimizers.Optimizer):
                 'KerasBridge({"factory": "chainrule.chains:...", "arguments": {...}}), or a class of '
                 "`chainrule.keras_optimizers`; weights alone are saved by `model.save_weights`"
             )
-        return {**super().get_config(), "chain": given.description, "compile": self._parts.compile}
+        config = {
+            **super().get_config(),
+            "chain": given.description,
+            "compile": self._parts.compile,
+        }
+        return {**config, "tiers": list(self._parts.tiers)} if self._parts.tiers else config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The optimizer of a configuration."""
+        config = dict(config)
+        tiers = config.pop("tiers", None)
+        optimizer = super().from_config(config, custom_objects)
+        optimizer._parts.tiers = tiers and tuple(tiers)
+        return optimizer
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the state; shapes are compared before anything is written."""
@@ -270,19 +294,3 @@ class KerasBridge(keras.optimizers.Optimizer):
                     f"{tuple(variable.shape)}; the chain and the model must be those that were saved"
                 )
         super().load_own_variables(store)
-
-
-def _backend_step() -> Any:
-    """The class that runs a flat chain on the backend."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        from chainrule.bridges.keras_on_jax import JaxStep as Step
-    elif backend == "torch":
-        from chainrule.bridges.keras_on_torch import TorchStep as Step
-    elif backend == "tensorflow":
-        from chainrule.bridges.keras_on_tensorflow import TensorFlowStep as Step
-    else:
-        raise NotImplementedError(
-            f"KerasBridge: no step for the backend {backend!r}; it runs on jax, torch and tensorflow"
-        )
-    return Step

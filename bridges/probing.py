@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from chainrule.bridges.step.slots import live_leaves
+from chainrule.transforms import assign
 
 RATE = "learning_rate"
 
@@ -73,3 +74,14 @@ def decays(chain: optax.GradientTransformation, structs: dict[str, jax.ShapeDtyp
 
     with wide(list(structs.values())):
         return bool(differ(1.0, 2.0))
+
+
+def in_tiers(chain: optax.GradientTransformation, tiers: Sequence[int] | None) -> Any:
+    """`chain` whose state starts with the parameters in these tiers; None: in those that it gives them."""
+    if tiers is None:
+        return chain
+
+    def init(params: Any) -> Any:
+        return assign(chain.init(params), tiers, params)
+
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(chain).update)

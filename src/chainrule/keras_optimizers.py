@@ -24,6 +24,7 @@ import keras
 
 from chainrule.bridges.keras_named import Named, NamedAround
 from chainrule.bridges.keras_optimizer import PACKAGE
+from chainrule.bridges.keras_tiers import Retier
 from chainrule.transforms import Routing
 from chainrule.transforms.routing import RoutingPlan
 
@@ -37,6 +38,7 @@ __all__ = [
     "Muon",
     "Nadam",
     "Orthograd",
+    "Retier",
     "Stam",
     "StamLite",
 ]
@@ -226,7 +228,7 @@ class StamLite(Named):
 
 @_register
 class Cosmic(Named):
-    """COSMIC: `chainrule.chains.cosmic`, with the tiers that its policy starts with; see `KerasBridge` for moving them.
+    """COSMIC: `chainrule.chains.cosmic`. Under `fit` tensors move between tiers by the callback `Retier(x, y)`.
 
     >>> Cosmic(gate_tier_max=1).get_config()["gate_tier_max"]
     1

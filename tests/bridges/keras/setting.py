@@ -92,3 +92,8 @@ def largest_difference(ours: Any, theirs: Any) -> float:
         float(np.abs(np.asarray(a, np.float64) - b).max())
         for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def load(path: Any) -> Any:
+    """The model in a file."""
+    return keras.saving.load_model(path)

@@ -9,6 +9,7 @@ from tests.bridges.keras.setting import (
     fitted,
     in_plain_jax,
     largest_difference,
+    load,
     small_data,
     small_model,
 )
@@ -164,7 +165,7 @@ def test_checkpoints_and_backups(tmp_path):
         train("stopped", Stop())
     resumed = train("stopped")
     assert largest_difference(whole.get_weights(), resumed.get_weights()) == 0.0
-    checkpointed = keras.saving.load_model(tmp_path / "stopped-3.keras")
+    checkpointed = load(tmp_path / "stopped-3.keras")
     assert largest_difference(whole.get_weights(), checkpointed.get_weights()) == 0.0
 
 
