@@ -276,8 +276,10 @@ def _through_inductor(
             renewed[i] = node
         output.args = (tuple(r for i, r in enumerate(results) if i not in renewed),)
     module.recompile()
-    # The bridge checks what it hands over; asserting it again costs a tenth of a small step.
-    options = {"size_asserts": False, "cpp.vec_isa_ok": _instructions_are_known()}
+    # The bridge checks what it hands over; asserting it again costs a tenth of a small step. But since torch 2.14 it is
+    # with the assertions that Inductor reads the length of a flat piece from its inputs.
+    asserts = piece.flat and torch.__version__ >= "2.14"
+    options = {"size_asserts": asserts, "cpp.vec_isa_ok": _instructions_are_known()}
     with config.patch(options):
         return compile_fx_inner(module, [p.meta["val"] for p in placeholders])  # pyright: ignore
 
