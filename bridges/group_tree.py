@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.checks import one_device
-from chainrule.bridges.engines import Engine, engine_named
+from chainrule.bridges.engines import Engine, Program, engine_named
 from chainrule.bridges.hyperparameters import Hyperparameters, fill, key_of, shortest
 from chainrule.bridges.lowering import to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.convert import physical_shape
+from chainrule.bridges.lowering.program import collector_paused
 from chainrule.bridges.lowering.runtime import InPlace
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.step.description import describe
@@ -57,7 +58,7 @@ class GroupTree:
       named: whether the tree is a dict by label, else it is a list.
       live: group key -> position of the hyperparameter's leaf in the state.
       hyperparameters: the scalars that the group's keys set.
-      program: the step with a loss.
+      program: that of the step which was traced first.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class GroupTree:
         labels: Sequence[str],
         named: bool,
         tiers: tuple[int, ...] | None = None,
+        has_loss: bool = True,
     ):
-        """Traces the chain; `labels` are the keys of the chain's tree if `named`."""
+        """Traces the chain; `tiers` None: those that `init` gives; `has_loss`: whether the next step may have a loss."""
         self.named = named
         self._engine: Engine = engine_named(options.engine, options.compile)
         keys = labels if named else list(map(str, range(len(params))))
@@ -86,12 +88,11 @@ class GroupTree:
         self.dtypes = [p.dtype for p in self.params]
         self.shapes = [p.shape for p in self.params]
         self.is_initial = False
-        self.step = describe(
-            chain,
-            jax.tree.unflatten(structure, map(_struct, self.params)),
-            rounding=options.rounding is not None,
-            tiers=tiers,
-        )
+        structs = jax.tree.unflatten(structure, map(_struct, self.params))
+        rounding = options.rounding is not None
+        with collector_paused():
+            self.step = describe(chain, structs, rounding=rounding, tiers=tiers, value=has_loss)
+        self._has_loss = has_loss
         self.live = {key_of(name): leaf for name, leaf in self.step.live.items()}
         self.state_avals, self._state_structure = jax.tree.flatten(self.step.state)
         # The tiers' step count: its tensor, the version that was read, the number.
@@ -125,12 +126,19 @@ class GroupTree:
     def _put_on(self, device: torch.device) -> None:
         """Makes the program for a device, and there the scalars that are no part of `optimizer.state`."""
         self.device = device
-        self.program = self._engine.program(self.step.update, self.step.targets, device)
-        self._without_value: Any = None
+        self._programs: dict[bool, Program] = {}
+        self.program = self._program(self._has_loss)
         dtypes = {key: torch_dtype(self.state_avals[leaf].dtype) for key, leaf in self.live.items()}
         multiplier = self.step.function.multiplier
         self.hyperparameters = Hyperparameters(dtypes, multiplier, device)
         self._value = torch.zeros((), dtype=torch.float32, device=device)
+
+    def _program(self, has_loss: bool) -> Program:
+        value = self.step.takes_value(has_loss)
+        if value not in self._programs:
+            step = self.step.trace(value)
+            self._programs[value] = self._engine.program(step, self.step.targets, self.device)
+        return self._programs[value]
 
     def moved(self) -> "GroupTree":
         """This tree on the device that its parameters have moved to."""
@@ -283,12 +291,7 @@ class GroupTree:
           TypeError: the loss is no number and no tensor.
           ValueError: the chain cannot do without the loss, and there is none, or it is no scalar.
         """
-        program = self.program
-        if self.step.reads_value and loss is None:
-            if self._without_value is None:
-                step = self.step.without_value()
-                self._without_value = self._engine.program(step, self.step.targets, self.device)
-            program = self._without_value
-        elif self.step.reads_value:
+        program = self._program(loss is not None)
+        if loss is not None and self.step.reads_value:
             fill(self._value, loss)
         return program.ready(), [self.hyperparameters.multiplier, self._value]

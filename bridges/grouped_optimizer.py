@@ -173,7 +173,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     # ---- before a step ---------------------------------------------------------------------
 
-    def _taking_part(self) -> list[int]:
+    def _taking_part(self, has_loss: bool) -> list[int]:
         """The groups that have a gradient, after parameters joined them and moved between tiers.
 
         All gradients and hyperparameters are checked before anything is written.
@@ -192,7 +192,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         if any(self._is_due(index) for index in tiered):
             leaves = {index: self._leaves(index) for index in tiered}
             groups = {index: self._groups[index] for index in tiered}
-            self._write(between_tiers(groups, leaves))
+            self._write(between_tiers(groups, leaves, has_loss))
         return found
 
     def _is_due(self, index: int) -> bool:

@@ -49,12 +49,17 @@ class Group(NamedTuple):
         inside = set(tree.params)
         return self._replace(tree=tree, members=[p for p in self.known.params if p in inside])
 
-    def tree_of(self, members: Sequence[Tensor], tiers: tuple[int, ...] | None = None) -> GroupTree:
+    def tree_of(
+        self,
+        members: Sequence[Tensor],
+        tiers: tuple[int, ...] | None = None,
+        has_loss: bool = True,
+    ) -> GroupTree:
         """A new tree of some of the parameters."""
         group = self.known.restored()
         label = dict(zip(group["params"], _labels(group), strict=True))
         labels = [label[p] for p in members]
-        return GroupTree(self.options, members, labels, is_by_name(group), tiers)
+        return GroupTree(self.options, members, labels, is_by_name(group), tiers, has_loss)
 
     def started(self, tree: GroupTree) -> "Change":
         """The group with a state as at the start."""

@@ -10,13 +10,14 @@ from chainrule.bridges.step.tiers import retiered, tiers_of
 
 
 def between_tiers(
-    groups: Mapping[int, Group], leaves: Mapping[int, list[Tensor]]
+    groups: Mapping[int, Group], leaves: Mapping[int, list[Tensor]], has_loss: bool
 ) -> dict[int, Change]:
     """Groups whose tiers' policy moved parameters: all groups with tiers, which share one budget.
 
     Args:
       groups: those that have tiers and a gradient, by their index.
       leaves: of their states.
+      has_loss: whether the step that is about to be made has a loss.
     """
     trees: dict[int, Any] = {index: group.tree for index, group in groups.items()}
     states = [tree.jax_state(leaves[index]) for index, tree in trees.items()]
@@ -28,7 +29,7 @@ def between_tiers(
     ):
         group, tiers = groups[index], tiers_of(new_state)
         if tiers != tree.tiers:
-            group = group.with_tree(group.tree_of(group.members, tiers))
+            group = group.with_tree(group.tree_of(group.members, tiers, has_loss))
         own = leaves[index][-1:] if group.options.rounding else []
         changes[index] = group, [*group.tree.torch_leaves(new_state), *own]  # pyright: ignore
     return changes

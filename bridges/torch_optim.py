@@ -153,7 +153,9 @@ class TorchBridge(GroupedOptimizer):
             if tree and (tree.is_initial or tree.device.type == "meta") and tree.is_stale():
                 self._leaves(index)
                 self._write({index: self._groups[index].cast(self.state)})
-        ready = [(index, *self._prepared(index, loss)) for index in self._taking_part()]
+        ready = [
+            (index, *self._prepared(index, loss)) for index in self._taking_part(loss is not None)
+        ]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
             self._torn = True
             for index, run, inputs in ready:

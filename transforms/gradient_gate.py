@@ -183,7 +183,7 @@ def gradient_gate(
 
         factors = {
             tier: factor(tier) if now == tier else jnp.where(full_sync, factor(now), factor(tier))
-            for tier, now in zip(own, synced, strict=True)
+            for tier, now in dict(zip(own, synced, strict=True)).items()
         }
         new = [(up(u) * factors[tier]).astype(u.dtype) for u, tier in zip(leaves, own, strict=True)]
         loss = state.loss if value is None else jnp.asarray(value, jnp.float32)

@@ -13,6 +13,7 @@ function, does, between steps.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -182,12 +183,22 @@ def tiered_state(
             for k, v in extra_args.items()
             if jax.tree.structure(v) == treedef
         }
+        shared = {k: v for k, v in extra_args.items() if k not in split} | {"step": count}
+
+        @functools.cache
+        def updated(tier: int) -> Any:
+            given = {**shared, "tier": tier, "synced_tier": counts_as[tier]}
+
+            def one(leaf, state, param, own):
+                return transforms[tier].update(leaf, state, param, **given, **own)
+
+            # In a trace, tensors of one tier that are alike share what is traced for the first.
+            return jax.jit(one) if isinstance(count, jax.core.Tracer) else one
+
         new, inner = [], []
         for i, (leaf, param) in enumerate(zip(leaves, param_leaves, strict=True)):
-            tier = assignment.tiers[i]
-            own = {**extra_args, **{k: v[i] for k, v in split.items()}}
-            own |= {"step": count, "tier": tier, "synced_tier": counts_as[tier]}
-            u, s = transforms[tier].update(leaf, state.inner[i], param, **own)
+            own = {k: v[i] for k, v in split.items()}
+            u, s = updated(assignment.tiers[i])(leaf, state.inner[i], param, own)
             new.append(u)
             inner.append(s)
         return jax.tree.unflatten(treedef, new), state._replace(count=count, inner=tuple(inner))

@@ -5,6 +5,7 @@ The flat inputs of a step are the leaves of (parameters, gradients, state, extra
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,46 +28,63 @@ class Description:
     Attributes:
       params: the parameters, a tree of structs.
       init: parameters -> the chain's state at the start.
-      update: the step function, traced with the loss.
-      function: what `update` is a trace of.
+      function: the step function with a loss.
       state: the state, a tree of structs in the dtypes that the step keeps.
       slots: the home of every leaf of the state.
       live: name -> the position in the state of every hyperparameter that may be set between steps.
-      reads_value: whether the chain reads the loss if it is given one.
       tiers: the tier of every parameter, or None if the chain has no tiers.
       tiered: the chain's state with tiers, with the positions of its leaves in their place; or None.
     """
 
     params: Any
     init: Trace
-    update: Trace
     function: StepFunction
     state: BridgeState
     slots: list[Slot]
     live: dict[str, int]
-    reads_value: bool
     tiers: tuple[int, ...] | None
     tiered: TieredState | None
+    _traces: dict[bool, Trace]
 
     @property
     def targets(self) -> list[int]:
-        """For every flat output of `update` the flat input in whose place it goes."""
+        """For every flat output of a step the flat input in whose place it goes."""
         count = len(jax.tree.leaves(self.params))
         return [*range(count), *range(2 * count, 2 * count + len(self.slots))]
 
-    def without_value(self) -> Trace:
-        """The step function for a step without a loss.
+    @functools.cached_property
+    def reads_value(self) -> bool:
+        """Whether the chain reads the loss if it is given one."""
+        return self.trace(True).used()[-1]
+
+    def takes_value(self, has_loss: bool) -> bool:
+        """Whether a step with or without a loss is the one that is traced with it; one does for both if it can."""
+        return has_loss or (True in self._traces and not self.reads_value)
+
+    def trace(self, value: bool) -> Trace:
+        """The step function, with the loss or without; traced once.
 
         Raises:
           ValueError: the chain cannot do without.
         """
-        try:
-            return trace(self.function._replace(value=False), *self.update.inputs)
-        except (TypeError, ValueError) as error:  # with a loss the same trace worked
-            raise ValueError(
-                "TorchBridge: this chain reads the loss (`value`); call `step(closure)` with a closure that "
-                "evaluates the model, calls backward and returns the loss"
-            ) from error
+        if value not in self._traces:
+            scalar = Struct((), jnp.float32)
+            inputs = self.params, self.params, self.state, Extras(scalar, scalar)
+            self._traces[value] = _stepped(self.function._replace(value=value), *inputs)
+        return self._traces[value]
+
+
+def _stepped(function: StepFunction, *inputs: Any) -> Trace:
+    """The trace of a step; of one without the loss what is raised says that it is missing: with it the same works."""
+    try:
+        return trace(function, *inputs)
+    except (TypeError, ValueError) as error:
+        if function.value:
+            raise
+        raise ValueError(
+            "TorchBridge: this chain reads the loss (`value`); call `step(closure)` with a closure that evaluates the "
+            "model, calls backward and returns the loss"
+        ) from error
 
 
 def describe(
@@ -75,6 +93,7 @@ def describe(
     *,
     rounding: bool = False,
     tiers: tuple[int, ...] | None = None,
+    value: bool = True,
 ) -> Description:
     """Traces a chain for parameters of given shapes.
 
@@ -83,6 +102,7 @@ def describe(
       params: a tree of structs: a dict by name or a list.
       rounding: whether bfloat16 parameters are rounded stochastically.
       tiers: of every parameter, for a chain with tiers; None: those that `init` gives.
+      value: whether to trace the step with the loss first.
 
     Raises:
       NeedsLossFunction: the chain asks for a function that evaluates the loss.
@@ -99,24 +119,23 @@ def describe(
 
     init = trace(initial, params)
     own = Struct((2,), jnp.int32) if rounding else None
-    state = BridgeState(init.outputs, own)
     live = live_leaves(jax.tree.structure(init.outputs))
     start = 2 * len(jax.tree.leaves(params))
+    function = StepFunction(chain, "learning_rate" not in live, rounding, value)
+    step, state = _traced(function, params, BridgeState(init.outputs, own))
     # A hyperparameter that the step does not read is a schedule's last value: not for the user to set.
-    function = StepFunction(chain, "learning_rate" not in live, rounding, value=True)
-    update, state = _traced(function, params, state)
-    used = update.used()
+    used = step.used()
     live = {name: leaf for name, leaf in live.items() if used[start + leaf]}
     if not function.multiplier and "learning_rate" not in live:
         function = function._replace(multiplier=True)
-        update, state = _traced(function, params, state)
+        step, state = _traced(function, params, state)
     leaves, structure = jax.tree.flatten(state)
     places = slots(state.chain, params) + ([Slot(None, "rounding")] if rounding else [])
     numbered = jax.tree.unflatten(structure, range(len(leaves))).chain
     tiered = next(iter(tiered_states(numbered)), None)
     return Description(
-        *(params, init, update, function, state, places, live, used[-1]),
-        *(tiers_of(init.outputs), tiered),
+        *(params, init, function._replace(value=True), state, places, live),
+        *(tiers_of(init.outputs), tiered, {value: step}),
     )
 
 
@@ -125,7 +144,7 @@ def _traced(function: StepFunction, params: Any, state: BridgeState) -> tuple[Tr
     scalar = Struct((), jnp.float32)
 
     def traced(state: BridgeState) -> tuple[Trace, Any]:
-        found = trace(function, params, params, state, Extras(scalar, scalar))
+        found = _stepped(function, params, params, state, Extras(scalar, scalar))
         return found, found.outputs
 
     return settled(traced, params, state)
