@@ -70,7 +70,7 @@ class GroupTree:
         tiers: tuple[int, ...] | None = None,
         has_loss: bool = True,
     ):
-        """Traces the chain; `tiers` None: those that `init` gives; `has_loss`: whether the next step may have a loss."""
+        """Traces the chain; `tiers` None: those that `init` gives; `has_loss`: whether the next step has a loss."""
         self.named = named
         self._engine: Engine = engine_named(options.engine, options.compile)
         keys = labels if named else list(map(str, range(len(params))))

@@ -20,18 +20,10 @@ import optax
 
 from chainrule.transforms._checks import check_link
 from chainrule.transforms._per_parameter import PerParameter
+from chainrule.transforms._protocols import Posts, holds_moments
 
 _MOMENTS = ("mu", "nu", "trace")
 _BESIDE = ("count", "b1")
-
-
-def _is_state(node: Any) -> bool:
-    # The suffix tells a state from parameters that are themselves a NamedTuple (with a field `mu`, say).
-    return (
-        isinstance(node, tuple)
-        and hasattr(node, "_fields")
-        and type(node).__name__.endswith("State")
-    )
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -65,9 +57,9 @@ def posted(state: Any) -> dict[str, Any]:
     ['count', 'mu', 'nu']
     """
     found: dict[str, Any] = {}
-    if hasattr(state, "posted"):  # a state whose fields are not what later links see
+    if isinstance(state, Posts):
         return state.posted()
-    if _is_state(state):
+    if holds_moments(state):
         fields = {k: v for k, v in state._asdict().items() if v is not None}
         if any(name in fields for name in _MOMENTS):
             found = {name: fields.pop(name) for name in (*_MOMENTS, *_BESIDE) if name in fields}

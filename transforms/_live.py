@@ -14,6 +14,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_link, check_params
 from chainrule.transforms._numerics import increment
+from chainrule.transforms._protocols import has_hyperparams, is_state
 from chainrule.transforms._trees import where_updated
 from chainrule.transforms._words import bind
 
@@ -226,10 +227,10 @@ def _owners(state: Any, path: str = "") -> list[tuple[str, Mapping[str, Any]]]:
     """The states with a field `hyperparams` inside `state`, outermost first, each with its path."""
     found = []
     fields: Any = ()
-    if isinstance(state, tuple) and hasattr(state, "_fields"):
-        if isinstance(getattr(state, "hyperparams", None), Mapping):
-            found.append((path, state.hyperparams))  # pyright: ignore[reportAttributeAccessIssue]
-        fields = state._asdict().items()  # pyright: ignore[reportAttributeAccessIssue]
+    if is_state(state):
+        fields = state._asdict().items()
+        if has_hyperparams(state):
+            found.append((path, state.hyperparams))
     elif isinstance(state, Mapping):
         fields = state.items()
     elif isinstance(state, (tuple, list)):

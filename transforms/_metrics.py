@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from chainrule.transforms._protocols import HasMetrics, is_state
+
 
 def state_bytes(state: Any) -> int:
     """Bytes of all arrays in `state`.
@@ -46,14 +48,14 @@ def metrics(state: optax.OptState) -> dict[str, Any]:
     uses: dict[str, int] = {}
 
     def visit(node: Any) -> None:
-        if isinstance(node, tuple) and hasattr(node, "_fields"):
-            shown = getattr(type(node), "metric_fields", ())
+        if is_state(node):
+            shown = node.metric_fields if isinstance(node, HasMetrics) else ()
             for name in shown:
                 uses[name] = uses.get(name, 0) + 1
                 key = name if uses[name] == 1 else f"{name}_{uses[name]}"
                 value = getattr(node, name)
                 found[key] = value.tree() if hasattr(value, "tree") else value
-            for name, child in node._asdict().items():  # pyright: ignore[reportAttributeAccessIssue]
+            for name, child in node._asdict().items():
                 if name not in shown:
                     visit(child)
         elif isinstance(node, Mapping):

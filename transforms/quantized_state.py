@@ -24,6 +24,7 @@ from chainrule.native import forms
 from chainrule.transforms._chain import posted
 from chainrule.transforms._checks import check_choice, check_link
 from chainrule.transforms._per_parameter import PerParameter
+from chainrule.transforms._protocols import TakesCodes
 from chainrule.transforms._trees import is_placeholder
 from chainrule.transforms._words import checked_words
 
@@ -87,14 +88,10 @@ def decode(state: Any) -> Any:
 
 
 def _takes_codes(node: Any) -> bool:
-    """Whether a state is of a transform that steps its moments in codes.
-
-    Such a state class names in `codes_for` the fields whose codes its transform takes; they must be held alike.
-    """
-    fields = getattr(node, "codes_for", None)
-    if fields is None:
+    """Whether a state is of a transform that steps its moments in codes, and they are held alike."""
+    if not isinstance(node, TakesCodes):
         return False
-    moments = [getattr(node, name) for name in fields if getattr(node, name) is not None]
+    moments = [getattr(node, name) for name in node.codes_for if getattr(node, name) is not None]
     formats = {
         tuple((x.bits, x.block) if _is_quantized(x) else None for x in leaves)
         for leaves in (jax.tree.leaves(m, is_leaf=_is_quantized) for m in moments)

@@ -169,3 +169,25 @@ def test_the_step_count_is_read_once_and_again_when_it_is_changed(
     asked.clear()
     step()
     assert asked[0] == 4
+
+
+def test_a_move_traces_the_chain_once_and_without_the_loss_that_it_has_not() -> None:
+    """The gate reads the loss where there is one; the step with it and the step without it are two traces."""
+    params, grads, traced = parameters(), gradients(), []
+    chain = cosmic()
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        traced.append("value" in kwargs)
+        return chain.update(*args, **kwargs)
+
+    counted = optax.GradientTransformationExtraArgs(chain.init, update)
+    bridge = TorchBridge(counted, params.items())
+    (before,) = run(bridge, params, grads[:1])
+    moves = 0
+    for grad in grads[1:]:
+        del traced[:]
+        (after,) = run(bridge, params, [grad])
+        assert traced == ([] if after == before else [False])
+        moves += after != before
+        before = after
+    assert moves > 1
