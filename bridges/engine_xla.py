@@ -6,7 +6,7 @@ What DLPack does and does not do, and how this file meets it:
 - An import shares memory. XLA runs asynchronously and may hand an input through as an output, so the step waits for XLA
   to finish, and copies what shares memory with a tensor before any tensor is written.
 - float64 and int64 are narrowed while x64 is off: traced and run under x64 if and only if an input has 64 bits.
-- uint32 and typed random keys are held by torch as int64 (see `lowering.convert`): these few are converted by value.
+- uint32 and typed random keys are held by torch as int64 (see `lowering.arrays`): these few are converted by value.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ import torch
 from jax.extend.core import jaxpr_as_fun
 from torch import Tensor
 
-from chainrule.bridges.lowering.convert import MASKS, is_key, to_jax, to_torch
-from chainrule.bridges.lowering.runtime import InPlace, write
+from chainrule.bridges.lowering.arrays import MASKS, is_key, to_jax, to_torch
+from chainrule.bridges.lowering.executor import InPlace, write
 from chainrule.bridges.step.trace import Trace, x64_if_wide
 
 

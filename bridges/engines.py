@@ -10,13 +10,10 @@ from torch import Tensor
 
 from chainrule.bridges.checks import autocast_off
 from chainrule.bridges.engine_xla import XlaEngine
-from chainrule.bridges.lowering import Lowered
-from chainrule.bridges.lowering.builder import Shared, build
-from chainrule.bridges.lowering.elementwise import ELEMENTWISE
-from chainrule.bridges.lowering.program import collector_paused
+from chainrule.bridges.lowering import Lowered, lower_jaxpr
+from chainrule.bridges.lowering.executor import InPlace
+from chainrule.bridges.lowering.pipeline import Step, make_step
 from chainrule.bridges.lowering.release import dissolve_with
-from chainrule.bridges.lowering.runtime import InPlace, Step, make_step
-from chainrule.bridges.lowering.table import TABLE
 from chainrule.bridges.step.trace import Trace, x64_if_wide
 
 
@@ -61,14 +58,14 @@ def engine_named(name: str, compile: bool) -> Engine:
 class TorchProgram:
     """A step lowered to torch."""
 
-    def __init__(self, lowered: Lowered, step: Step, device: torch.device):
-        self.lowered, self.step, self._device = lowered, step, device
+    def __init__(self, lowered: Lowered, step: Step):
+        self.lowered, self.step = lowered, step
 
     def ready(self) -> InPlace:
-        return self.step.ready(self._device)
+        return self.step.ready()
 
     def explained(self, parameters: int) -> list[str]:
-        nodes = [n for n in self.lowered.graph.graph.nodes if n.op == "call_function"]
+        nodes = [n for n in self.lowered.graph.nodes if n.op == "call_function"]
         lines = [f"  {'link':40}{'operations':>12}{'a parameter':>14}"]
         for link, count in Counter(n.meta.get("link") or "(apply updates)" for n in nodes).items():
             lines.append(f"  {link:40}{count:>12,}{count / parameters:>14.1f}")
@@ -83,7 +80,7 @@ class TorchEngine:
 
     def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> TorchProgram:
         lowered = _lowered(step, device, self._compile)
-        return TorchProgram(lowered, make_step(lowered, targets, compile=self._compile), device)
+        return TorchProgram(lowered, make_step(lowered, targets, compile=self._compile))
 
     def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         lowered = _lowered(init, device, compiled=False)
@@ -95,14 +92,8 @@ class TorchEngine:
 
 
 def _lowered(step: Trace, device: torch.device, compiled: bool) -> Lowered:
-    shared = Shared(TABLE, frozenset(ELEMENTWISE), device, compiled, {}, {}, {})
-    with collector_paused(), x64_if_wide(step.inputs):
-        graph = build(step.jaxpr, shared)
-    inputs = {n: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    results = graph.graph.output_node().args[0]
-    passthrough = {i: inputs[n] for i, n in enumerate(results) if n in inputs}  # pyright: ignore
-    given, in_tree = jax.tree.flatten(step.inputs)
-    made, out_tree = jax.tree.flatten(step.outputs)
-    lowered = Lowered(graph, in_tree, out_tree, tuple(given), tuple(made), passthrough, device)
-    dissolve_with(lowered, graph)
+    trees = jax.tree.structure(step.inputs), jax.tree.structure(step.outputs)
+    with x64_if_wide(step.inputs):
+        lowered = lower_jaxpr(step.jaxpr, *trees, device=device, compiled=compiled)
+    dissolve_with(lowered, lowered.graphs)
     return lowered

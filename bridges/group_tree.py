@@ -13,9 +13,9 @@ from chainrule.bridges.checks import one_device
 from chainrule.bridges.engines import Engine, Program, engine_named
 from chainrule.bridges.hyperparameters import Hyperparameters, fill, key_of, shortest
 from chainrule.bridges.lowering import to_jax, to_torch, torch_dtype
-from chainrule.bridges.lowering.convert import physical_shape
+from chainrule.bridges.lowering.arrays import physical_shape
+from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.lowering.program import collector_paused
-from chainrule.bridges.lowering.runtime import InPlace
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.step.description import describe
 from chainrule.bridges.step.function import as_transformation

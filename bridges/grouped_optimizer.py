@@ -13,7 +13,7 @@ from torch import Tensor
 from chainrule.bridges.checks import outside_inference_mode
 from chainrule.bridges.following import Known, check_groups, matches, origins, unchanged
 from chainrule.bridges.group_tree import TIERS, GroupTree, Options
-from chainrule.bridges.lowering.runtime import InPlace
+from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.param_group import Change, Group, adopted
 from chainrule.bridges.tier_moves import between_tiers

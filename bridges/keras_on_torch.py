@@ -11,7 +11,8 @@ from torch import Tensor
 
 from chainrule.bridges.flat_chain import FlatChain, Struct
 from chainrule.bridges.lowering import lower
-from chainrule.bridges.lowering.runtime import InPlace, make_step
+from chainrule.bridges.lowering.executor import InPlace
+from chainrule.bridges.lowering.pipeline import make_step
 from chainrule.bridges.probing import wide
 
 

@@ -20,7 +20,7 @@ from chainrule.bridges.checks import (
 from chainrule.bridges.following import Known, same, taken_over
 from chainrule.bridges.group_tree import GroupTree, Options, State
 from chainrule.bridges.hyperparameters import pair
-from chainrule.bridges.lowering.runtime import InPlace
+from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.matching import is_by_name
 
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.

@@ -5,8 +5,7 @@ gave), or ``Full``, a constant array that is one scalar everywhere. Scalars stay
 long as a torch function takes them, so that Inductor and ``torch._foreach_*`` see scalars.
 
 Where the semantics need a tensor, ``Builder.tensor`` makes one. The rules that say what a
-primitive becomes are in ``elementwise``, ``structural``, ``numeric`` and ``control``, collected
-in ``table``.
+primitive becomes are in ``rules``.
 """
 
 import operator
@@ -21,9 +20,10 @@ import torch
 from jax.extend import core
 from torch import fx
 
-from chainrule.bridges.lowering.convert import MASKS, is_key, to_torch, torch_dtype
+from chainrule.bridges.lowering.arrays import MASKS, is_key, to_torch, torch_dtype
 from chainrule.bridges.lowering.errors import UnsupportedPrimitive
-from chainrule.bridges.lowering.simplify import own_outputs, simplify
+from chainrule.bridges.lowering.passes.own_outputs import own_outputs
+from chainrule.bridges.lowering.passes.simplify import simplify
 
 Equation: TypeAlias = Any  # a core.JaxprEqn; JAX does not type the avals of its variables
 Scalar: TypeAlias = bool | int | float | complex
@@ -155,7 +155,8 @@ class Builder:
         """A reference to the sub-graph of a branch or loop body."""
         graphs = self.shared.subgraphs
         if jaxpr.jaxpr not in graphs:
-            graphs[jaxpr.jaxpr] = build(jaxpr, self.shared)
+            graph, attributes = build(jaxpr, self.shared)
+            graphs[jaxpr.jaxpr] = fx.GraphModule(attributes, graph)
         if id(jaxpr.jaxpr) not in self._attributes:
             name = f"body_{len(self.root)}"
             self.root[name] = graphs[jaxpr.jaxpr]
@@ -168,7 +169,7 @@ class Builder:
         return node
 
     def wrap(self, node: fx.Node, aval: Any) -> fx.Node:
-        """``node`` with the bits an unsigned dtype does not have cleared (see ``convert``)."""
+        """``node`` with the bits an unsigned dtype does not have cleared (see ``arrays``)."""
         name = "" if is_key(aval.dtype) else aval.dtype.name
         return self.emit(torch.bitwise_and, node, MASKS[name]) if name in MASKS else node
 
@@ -266,8 +267,10 @@ def _scalar_source(x: Value) -> Value | None:
     return x.meta.get("broadcast_of") if isinstance(x, fx.Node) else None
 
 
-def build(jaxpr: core.ClosedJaxpr, shared: Shared, names: Sequence[str] = ()) -> fx.GraphModule:
-    """The GraphModule of a closed jaxpr: flat tensors in, a tuple of flat tensors out."""
+def build(
+    jaxpr: core.ClosedJaxpr, shared: Shared, names: Sequence[str] = ()
+) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph of a closed jaxpr, flat tensors in, a tuple of flat tensors out, and what its `get_attr` nodes name."""
     builder = Builder(shared)
     inputs: list[Value] = []
     for i, var in enumerate(jaxpr.jaxpr.invars):
@@ -279,4 +282,4 @@ def build(jaxpr: core.ClosedJaxpr, shared: Shared, names: Sequence[str] = ()) ->
     builder.graph.output(tuple(nodes))
     simplify(builder.graph)
     own_outputs(builder.graph)
-    return fx.GraphModule(builder.root, builder.graph)
+    return builder.graph, builder.root

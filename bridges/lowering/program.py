@@ -2,20 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import torch
+from jax.extend import core
 from torch import Tensor, fx
 
-from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.arrays import is_key
 from chainrule.bridges.lowering.builder import Shared, build
-from chainrule.bridges.lowering.convert import is_key
-from chainrule.bridges.lowering.elementwise import ELEMENTWISE
-from chainrule.bridges.lowering.table import TABLE
+from chainrule.bridges.lowering.nodes import inputs_of, results_of
+from chainrule.bridges.lowering.op_info import info
+from chainrule.bridges.lowering.release import graphs_in
+from chainrule.bridges.lowering.rules import TABLE
+from chainrule.bridges.lowering.rules.elementwise import ELEMENTWISE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Lowered:
     Attributes:
       graph: flat tensors in, a tuple of flat tensors out. A node's ``meta`` holds ``aval`` (its
         JAX shape and dtype, on nodes that stand for a jaxpr variable), ``link`` (the optax link
-        it came from, or ""), ``source`` (``file:line``) and ``leaf`` (None; for later passes).
+        it came from, or "") and ``source`` (``file:line``).
+      attributes: what the graph's ``get_attr`` nodes name: constants, and the sub-graphs of control
+        flow.
       in_tree: structure of the example arguments, a tuple.
       out_tree: structure of the result.
       in_avals: shape and dtype of every flat input, in order.
@@ -35,7 +41,8 @@ class Lowered:
       device: where its constants live, and its inputs must.
     """
 
-    graph: fx.GraphModule
+    graph: fx.Graph
+    attributes: dict[str, Any]
     in_tree: Any
     out_tree: Any
     in_avals: tuple[jax.ShapeDtypeStruct, ...]
@@ -43,16 +50,30 @@ class Lowered:
     passthrough: dict[int, int]
     device: torch.device
 
+    @functools.cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph as Python code, made when it first runs."""
+        return fx.GraphModule(self.attributes, self.graph)
+
+    @property
+    def graphs(self) -> list[fx.Graph]:
+        """The graph and the sub-graphs of control flow."""
+        return [self.graph, *graphs_in(self.attributes.values())]
+
+    @property
+    def reads(self) -> list[bool]:
+        """Whether it reads each flat input."""
+        return [bool(node.users) for node in inputs_of(self.graph)]
+
     @property
     def synchronises(self) -> bool:
         """Whether a run reads a value on the host: a heavy ``cond``, or a ``while``, somewhere."""
-        modules = [m for m in self.graph.modules() if isinstance(m, fx.GraphModule)]
-        return any(n.target in _ON_HOST for m in modules for n in m.graph.nodes)
+        return any(info(node).synchronises for graph in self.graphs for node in graph.nodes)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The flat outputs for flat inputs."""
         with torch.no_grad():
-            return self.graph(*tensors)
+            return self.module(*tensors)
 
 
 def lower(
@@ -71,7 +92,7 @@ def lower(
       compiled: whether the program will be compiled, which decides what is left to the compiled kernel.
 
     Returns:
-      The program. Dtypes are held as ``convert`` says: uint32 and typed PRNG keys as int64.
+      The program. Dtypes are held as ``arrays`` says: uint32 and typed PRNG keys as int64.
 
     Raises:
         UnsupportedPrimitive: a primitive has no lowering; run the chain with ``engine="xla"``.
@@ -84,24 +105,47 @@ def lower(
     (tensor([-0.5000, -1.0000]),)
     """
     paths, in_tree = jax.tree_util.tree_flatten_with_path(example_args)
-    in_avals = tuple(_struct(leaf) for _, leaf in paths)
+    in_avals = [_struct(leaf) for _, leaf in paths]
     wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
-    device = torch.device(device)
-    wide = wide or bool(jax.config.read("jax_enable_x64"))
-    with collector_paused(), jax.enable_x64(wide):
+    with jax.enable_x64(wide or bool(jax.config.read("jax_enable_x64"))):
         structs = jax.tree.unflatten(in_tree, in_avals)
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
-        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, compiled, {}, {}, {})
         names = [
             "in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in paths
         ]
-        graph = build(jaxpr, shared, names)
-    out_leaves, out_tree = jax.tree.flatten(out)
-    inputs = {n: i for i, n in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    results: Any = graph.graph.output_node().args[0]
-    passthrough = {i: inputs[n] for i, n in enumerate(results) if n in inputs}
-    out_avals = tuple(_struct(leaf) for leaf in out_leaves)
-    return Lowered(graph, in_tree, out_tree, in_avals, out_avals, passthrough, shared.device)
+        trees = in_tree, jax.tree.structure(out)
+        return lower_jaxpr(jaxpr, *trees, names, device=device, compiled=compiled)
+
+
+def lower_jaxpr(
+    jaxpr: core.ClosedJaxpr,
+    in_tree: Any,
+    out_tree: Any,
+    names: Sequence[str] = (),
+    *,
+    device: torch.device | str = "cpu",
+    compiled: bool = False,
+) -> Lowered:
+    """Translate a jaxpr to a ``torch.fx`` graph, as `lower` does.
+
+    Args:
+      jaxpr: of flat arrays; traced under ``jax.enable_x64`` if it holds 64-bit values, which must still be on.
+      in_tree: structure of its inputs.
+      out_tree: structure of its outputs.
+      names: what to call the inputs.
+      device, compiled: see `lower`.
+
+    Raises:
+        UnsupportedPrimitive: a primitive has no lowering; run the chain with ``engine="xla"``.
+    """
+    device = torch.device(device)
+    with collector_paused():
+        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, compiled, {}, {}, {})
+        graph, attributes = build(jaxpr, shared, names)
+    inputs = {n: i for i, n in enumerate(inputs_of(graph))}
+    passthrough = {i: inputs[n] for i, n in enumerate(results_of(graph)) if n in inputs}
+    in_avals, out_avals = (tuple(map(_struct, x)) for x in (jaxpr.in_avals, jaxpr.out_avals))
+    return Lowered(graph, attributes, in_tree, out_tree, in_avals, out_avals, passthrough, device)
 
 
 @contextlib.contextmanager
@@ -116,7 +160,6 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-_ON_HOST = (ops.branch, ops.while_loop)
 _WIDE = {"int64", "uint64", "float64", "complex128"}
 
 

@@ -20,8 +20,8 @@ from jax.extend import core
 
 import bounds
 from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
-from chainrule.bridges.lowering.convert import physical_shape
-from chainrule.bridges.lowering.table import TABLE
+from chainrule.bridges.lowering.arrays import physical_shape
+from chainrule.bridges.lowering.rules import TABLE
 from optax_cases import ALL, NAMED, PAIRED, SCHEDULES, OptaxCase
 
 STEPS = 10

@@ -13,7 +13,8 @@ import torch
 import bounds
 import chainrule
 from chainrule import TorchBridge
-from chainrule.bridges.lowering import foreach, to_jax, to_torch
+from chainrule.bridges.lowering import to_jax, to_torch
+from chainrule.bridges.lowering.backends import parts
 from chainrule.bridges.step.settled import NeedsLossFunction, StateChanges
 from optax_cases import ALL, NAMED, OptaxCase
 from registry import CASES, CHAINS, Case
@@ -128,7 +129,7 @@ RUN_NAMED = [c for c in RUN if c in NAMED]
 @pytest.fixture
 def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager steps take even these small tensors part by part."""
-    monkeypatch.setattr(foreach, "_PART", 5)
+    monkeypatch.setattr(parts, "PART", 5)
 
 
 @pytest.mark.usefixtures("in_parts")

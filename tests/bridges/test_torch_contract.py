@@ -25,7 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bounds
 import chainrule
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import foreach, kernel, to_jax
+from chainrule.bridges.lowering import to_jax
+from chainrule.bridges.lowering.rules import kernel
+from chainrule.bridges.lowering.step_program import StepProgram
 from harness import assert_close
 
 FEATURES, CLASSES = 6, 3
@@ -456,7 +458,7 @@ class _Calls(TorchDispatchMode):
 @pytest.mark.parametrize("make", [chains.adam, chains.stam, chains.casmo])
 def test_a_step_waits_for_no_device(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU there is nothing to wait for; this is the program that an accelerator runs.
-    monkeypatch.setattr(foreach, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(StepProgram, "on_cpu", False)
     monkeypatch.setattr(kernel, "runs_in_kernel", lambda *_: False)
     net = model()
     bridge = TorchBridge(make(), net.parameters())

@@ -18,7 +18,10 @@ import harness
 from chainrule import TierPolicy, TorchBridge, chains
 from chainrule.bridges.engines import TorchProgram
 from chainrule.bridges.lowering import lower
-from chainrule.bridges.lowering import native as step_in_kernel
+from chainrule.bridges.lowering.backends.scalar_program import only_scalars
+from chainrule.bridges.lowering.pipeline import FRONT
+from chainrule.bridges.lowering.pipeline import run as run_passes
+from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import xla
 from chainrule.transforms import scale_by_dual_ema
 
@@ -166,14 +169,9 @@ def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch(tensors: int) -> None
         bridge = TorchBridge(chain, [nn.Parameter(torch.ones(3)) for _ in range(tensors)])
     ((*_, tree),) = bridge._groups
     assert tree is not None and isinstance(tree.program, TorchProgram)
-    seen = []
-
-    def build(rest: Any, *_: Any) -> Any:
-        seen.append(rest)
-
-    lowered, targets = tree.program.lowered, tree.step.targets
-    step_in_kernel.kernel_step(build, lowered, targets, torch.device("cpu"))
-    assert not seen  # all that is left is small, and runs as it is
+    program = StepProgram.of(tree.program.lowered, tree.step.targets)
+    program = run_passes(FRONT, program)
+    assert program.moves and only_scalars(program)
 
 
 def test_a_primitive_that_a_bridge_does_not_leave_to_the_kernel_is_its_form() -> None:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import native
+from chainrule.bridges.lowering.backends.kernel import KernelCall
+from chainrule.native import _kernel
 from chainrule.transforms import TierPolicy
 
 TORN = r"an earlier step was interrupted while it wrote.*load a checkpoint"
@@ -104,7 +105,7 @@ def test_a_step_that_is_interrupted_anywhere_is_whole_or_refuses_to_go_on() -> N
 
 
 def test_a_torn_step_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    if native._kernel is None:
+    if _kernel is None:
         pytest.skip("the compiled kernel is not built here")
     params = parameters()
     bridge = TorchBridge(chains.cosmic(0.01), params)
@@ -116,7 +117,7 @@ def test_a_torn_step_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(native._Call, "__call__", interrupt)
+        patch.setattr(KernelCall, "__call__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             bridge.step()
     assert params[0].equal(values[0]) and int(bridge.state[params[0]]["count"]) == 2  # half a step

@@ -10,7 +10,7 @@ import pytest
 import bounds
 from chainrule import chains
 from chainrule.bridges.lowering import lower, to_torch
-from chainrule.bridges.lowering.kernel import kernel_call
+from chainrule.bridges.lowering.ops import kernel_call
 from chainrule.native import primitives
 from chainrule.transforms._sums import means, sums
 from harness import assert_close, random_tree, run
@@ -168,7 +168,7 @@ def test_in_a_bridge(kind, compiled):
 
     for function, args in ((each, (xs, ys)), (jax.vmap(each), many), (slope, (xs, ys))):
         lowered = lower(function, *args, compiled=compiled)
-        calls = [n for n in lowered.graph.graph.nodes if n.target is kernel_call]
+        calls = [n for n in lowered.graph.nodes if n.target is kernel_call]
         assert len(calls) == (not compiled and function is not slope)
         results = lowered(*map(to_torch, jax.tree.leaves(args)))
         wanted = jax.tree.leaves(function(*args))

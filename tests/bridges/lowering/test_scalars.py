@@ -1,7 +1,7 @@
 """Scalars outside torch: the same values as in torch, in as few calls."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,16 +12,24 @@ import torch
 from torch import Tensor
 
 import bounds
-from chainrule.bridges.lowering import lower, ops
-from chainrule.bridges.lowering.pieces import fake_values
-from chainrule.bridges.lowering.scalars import scalar_step
+from chainrule.bridges.lowering import Lowered, lower, ops
+from chainrule.bridges.lowering.backends.scalar_program import scalar_calls
+from chainrule.bridges.lowering.executor import Executor, Slots
+from chainrule.bridges.lowering.passes.infer_values import infer_values
+from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import _kernel
 
 COUNT = 9
-CPU = torch.device("cpu")
 SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e-40, 2.5, -7.0, np.inf, -np.inf, np.nan]
 INTEGERS = [0, 1, -1, 2, 7, -200, 2**31 - 1, -(2**31)]
+
+
+def scalar_step(lowered: Lowered, targets: Sequence[int]) -> Executor:
+    """The program with its scalars outside torch, whatever else it holds."""
+    program = infer_values(StepProgram.of(lowered, targets))
+    slots = Slots(program)
+    return Executor(program, slots, scalar_calls(program, slots), ())
 
 
 def arithmetic(xs: Any, y: Any) -> Any:
@@ -72,7 +80,7 @@ def made(function: Callable[..., Any]) -> tuple[Any, Callable[..., Any], list[Te
     memory = [
         torch.zeros(aval.shape, dtype=getattr(torch, str(aval.dtype))) for aval in lowered.out_avals
     ]
-    return lowered, scalar_step(lowered, targets, fake_values(lowered, CPU)), memory
+    return lowered, scalar_step(lowered, targets), memory
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -91,7 +99,7 @@ def test_it_is_torch(function: Callable[..., Any]) -> None:
 def test_scalars_change_places_without_a_loss() -> None:
     lowered = lower(lambda a, b, c: (b, a + b, a), SCALAR, SCALAR, SCALAR)
     values = [torch.tensor(x) for x in (1.0, 2.0, 4.0)]
-    scalar_step(lowered, (0, 1, 2), fake_values(lowered, CPU))(values)
+    scalar_step(lowered, (0, 1, 2))(values)
     assert [x.item() for x in values] == [2.0, 3.0, 1.0]
 
 
@@ -100,7 +108,7 @@ def test_an_input_that_is_handed_on_is_read_before_it_is_renewed() -> None:
     lowered = lower(lambda a, _, s: (jnp.stack([s, 2 * s, 3 * s]), a, s), vector, vector, SCALAR)
     inputs = [torch.zeros(6)[::2], torch.ones(3), torch.tensor(5.0)]
     inputs[0].copy_(torch.tensor([1.0, 2.0, 3.0]))
-    scalar_step(lowered, (0, 1, 2), fake_values(lowered, CPU))(inputs)
+    scalar_step(lowered, (0, 1, 2))(inputs)
     assert inputs[0].tolist() == [5.0, 10.0, 15.0]  # with gaps in memory
     assert inputs[1].tolist() == [1.0, 2.0, 3.0]
 
@@ -115,7 +123,7 @@ def test_a_vector_that_stays_may_be_asked_for_beside_its_entries() -> None:
     )
     v, w = torch.arange(float(COUNT)), torch.ones(COUNT)
     entries = [torch.zeros(()) for _ in range(COUNT)]
-    scalar_step(lowered, range(COUNT + 2), fake_values(lowered, CPU))([v, w, *entries])
+    scalar_step(lowered, range(COUNT + 2))([v, w, *entries])
     assert v.eq(1).all() and w.equal(torch.arange(float(COUNT)))
     assert [x.item() for x in entries] == [2.0 * k for k in range(COUNT)]
 

@@ -1,4 +1,4 @@
-"""The two ways a lowered program renews its inputs, against running it plainly and copying."""
+"""The two ways a lowered program updates its inputs, against running it plainly and copying."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bounds
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import foreach, lower, to_torch
-from chainrule.bridges.lowering.pieces import by_kind, cut, fake_values
-from chainrule.bridges.lowering.recompute import recompute
+from chainrule.bridges.lowering import lower, to_torch
+from chainrule.bridges.lowering.backends import parts
+from chainrule.bridges.lowering.nodes import value_of
+from chainrule.bridges.lowering.passes.infer_values import infer_values
+from chainrule.bridges.lowering.passes.partition import by_kind, partition
+from chainrule.bridges.lowering.passes.rematerialise import rematerialise
+from chainrule.bridges.lowering.pipeline import make_step, run
+from chainrule.bridges.lowering.step_program import StepProgram
 
 SHAPES = {"bias": (3,), "kernel": (4, 3), "scale": (), "twin": (4, 3)}
 CASES = {
@@ -42,9 +47,9 @@ def program(make, **options):
     return lower(step, params, params, state, **options), targets, inputs
 
 
-def assert_same_steps(build, make):
+def assert_same_steps(make, **options):
     lowered, targets, inputs = program(make)
-    step = build(lowered, targets, torch.device("cpu"))
+    step = make_step(lowered, targets, **options)
     ours, plain = [x.clone() for x in inputs], [x.clone() for x in inputs]
     for _ in range(3):
         step(ours)
@@ -58,12 +63,12 @@ def assert_same_steps(build, make):
 @pytest.mark.parametrize("part", [1 << 18, 5, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_batched_over_leaves(name, part, monkeypatch):
-    monkeypatch.setattr(foreach, "_PART", part)
-    assert_same_steps(foreach.foreach_step, CASES[name])
+    monkeypatch.setattr(parts, "PART", part)
+    assert_same_steps(CASES[name])
 
 
 def test_parts_make_what_another_piece_reads(monkeypatch):
-    monkeypatch.setattr(foreach, "_PART", 4)
+    monkeypatch.setattr(parts, "PART", 4)
     aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
 
     def sorted_beside(a, b, c):
@@ -72,18 +77,18 @@ def test_parts_make_what_another_piece_reads(monkeypatch):
     lowered = lower(sorted_beside, aval, aval, aval)
     inputs = [torch.randn(3, 4) for _ in range(3)]
     expected = [x.clone() for x in lowered(*inputs)]
-    foreach.foreach_step(lowered, (0, 1, 2), torch.device("cpu"))(inputs)
+    make_step(lowered, (0, 1, 2))(inputs)
     for got, want in zip(inputs, expected, strict=True):
         torch.testing.assert_close(got, want, **bounds.of_normals())
 
 
 def test_a_tensor_of_one_element_is_broadcast_to_all_parts(monkeypatch):
-    monkeypatch.setattr(foreach, "_PART", 5)
+    monkeypatch.setattr(parts, "PART", 5)
     aval, one = jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.float32)
     lowered = lower(lambda f, x, g: (f * 2, x - g * f, g + 1), one, aval, aval)
     inputs = [torch.full((1, 1), 3.0), torch.randn(3, 4), torch.randn(3, 4)]
     expected = [x.clone() for x in lowered(*inputs)]
-    foreach.foreach_step(lowered, (0, 1, 2), torch.device("cpu"))(inputs)
+    make_step(lowered, (0, 1, 2))(inputs)
     for got, want in zip(inputs, expected, strict=True):
         torch.testing.assert_close(got, want, **bounds.of_normals())
 
@@ -91,7 +96,7 @@ def test_a_tensor_of_one_element_is_broadcast_to_all_parts(monkeypatch):
 def test_zeros_for_what_is_not_finite_are_one_pass():
     aval = jax.ShapeDtypeStruct((5,), jnp.float32)
     lowered = lower(lambda g, _: (g, jnp.where(jnp.isfinite(g), g, 0.0)), aval, aval)
-    step = foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))
+    step = make_step(lowered, (0, 1)).ready()
     inputs = [torch.tensor([torch.nan, -torch.inf, torch.inf, -3.0, 1e38]), torch.ones(5)]
     with torch.profiler.profile() as profile:
         step(inputs)
@@ -115,13 +120,13 @@ def with_gaps():
 @pytest.mark.parametrize("first", [as_given, transposed, with_gaps])
 @pytest.mark.parametrize("second", [as_given, transposed, with_gaps])
 def test_parts_of_tensors_of_any_strides(first, second, monkeypatch):
-    monkeypatch.setattr(foreach, "_PART", 5)
+    monkeypatch.setattr(parts, "PART", 5)
     aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
     # a * b - 1 is carried to a piece that is not elementwise.
     lowered = lower(lambda a, b: (a + 2 * b, jnp.sort(a * b - 1, axis=0)), aval, aval)
     inputs = [first(), second()]
     expected = [x.clone() for x in lowered(*inputs)]
-    foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))(inputs)
+    make_step(lowered, (0, 1))(inputs)
     for got, want in zip(inputs, expected, strict=True):
         torch.testing.assert_close(got, want, **bounds.of_normals())
 
@@ -129,9 +134,7 @@ def test_parts_of_tensors_of_any_strides(first, second, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name):
-    from chainrule.bridges.lowering.inductor import compiled_step
-
-    assert_same_steps(compiled_step, CASES[name])
+    assert_same_steps(CASES[name], compile=True)
 
 
 @pytest.mark.slow
@@ -184,29 +187,28 @@ def test_adamw_makes_the_passes_of_torch(make):
 def test_no_tensor_is_carried_between_stages(name):
     makes = {**CASES, "magma": lambda: chains.magma(optax.adamw(1e-2))}
     lowered, targets, _ = program(makes[name], compiled=True)
-    graph, values = lowered.graph.graph, fake_values(lowered, torch.device("cpu"))
-    recompute(graph, values, targets)
+    passes = (infer_values, rematerialise, partition)
+    stages = run(passes, StepProgram.of(lowered, targets)).stages
     shape = SHAPES["kernel"]
-    pieces = [p for stage in cut(graph, targets, values).stages for p in stage]
-    pieces = [p for p in pieces if any(values[n].shape == shape for n in p.inputs)]
+    pieces = [p for stage in stages for p in stage]
+    pieces = [p for p in pieces if any(value_of(n).shape == shape for n in p.inputs)]
     sums, steps = pieces[:2], pieces[2:]
-    assert [len(p.renews) for p in pieces] == [0, 0, 3, 3]  # parameter and both moments at the end
+    assert [len(p.updates) for p in pieces] == [0, 0, 3, 3]  # parameter and both moments at the end
     for piece in (*sums, *steps):
-        tensors = [n for n in piece.inputs if values[n].ndim > 0]
+        tensors = [n for n in piece.inputs if value_of(n).ndim > 0]
         assert all(n.op == "placeholder" for n in tensors)
 
 
 def test_alike_leaves_are_one_kind():
     lowered, targets, _ = program(CASES["adamw"])
-    values = fake_values(lowered, torch.device("cpu"))
-    stages = cut(lowered.graph.graph, targets, values).stages
+    stages = run((infer_values, partition), StepProgram.of(lowered, targets)).stages
     kinds = [[len(kind) for kind in by_kind(stage)] for stage in stages]
     assert kinds[-1] == [3]  # bias, kernel and twin; the scalar belongs to what is shared
 
 
-def test_what_is_renewed_may_be_an_input_elsewhere():
+def test_what_is_updated_may_be_an_input_elsewhere():
     aval = jax.ShapeDtypeStruct((3,), jnp.float32)
     lowered = lower(lambda a, b: (b, a + b), aval, aval)
     a, b = torch.ones(3), torch.full((3,), 2.0)
-    foreach.foreach_step(lowered, (0, 1), torch.device("cpu"))([a, b])
+    make_step(lowered, (0, 1))([a, b])
     assert a.tolist() == [2.0] * 3 and b.tolist() == [3.0] * 3

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.arrays import MASKS, torch_dtype
 from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value, scalar
-from chainrule.bridges.lowering.convert import MASKS, torch_dtype
 
 
 def _axes(eqn: Equation) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
-"""The primitives of the compiled kernel (`chainrule.native.primitives`) as operations of the graph.
+"""Calls of the compiled kernel on torch memory.
 
-Where the kernel runs, a primitive is one operation, which runs the same arithmetic as its foreign call in XLA through
-the kernel's other door, on torch memory: `kernel_call` returns new tensors, as XLA does; `run_tier2` works in place.
-Elsewhere a primitive is the operations of its form. `runs_in_kernel` decides.
+Each runs the same arithmetic as the primitive's foreign call in XLA, through the kernel's other door: `kernel_call`
+returns new tensors, as XLA does; `run_tier2` works in place.
 """
 
 import functools
@@ -10,14 +9,12 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from torch import Tensor
 
-from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Target, Value
 from chainrule.native import _kernel, forms
-from chainrule.native.primitives import OPERATIONS, TIER2_NUMBERS, step_of
+from chainrule.native.primitives import TIER2_NUMBERS, step_of
 
 Params = tuple[tuple[str, Any], ...]
 """The parameters of a primitive, hashable."""
@@ -87,14 +84,14 @@ def _sums(params: Params, operands: Sequence[Any]) -> list[Tensor]:
     return list(table.unbind(-1))
 
 
-_CALLS = {
+CALLS = {
     "chainrule_tier2": _tier2,
     "chainrule_statistics": _statistics,
     "chainrule_sums": _sums,
 }
 
 # How many operands come before the tensors; where the graph knows these they are Python's.
-_NUMBERS = {
+NUMBERS = {
     "chainrule_tier2": len(TIER2_NUMBERS),
     "chainrule_statistics": 0,
     "chainrule_sums": 1,
@@ -103,43 +100,4 @@ _NUMBERS = {
 
 def kernel_call(name: str, params: Params, operands: Sequence[Any]) -> list[Tensor]:
     """What the primitive `name` returns; no operand is written."""
-    return _CALLS[name](params, operands)
-
-
-def runs_in_kernel(eqn: Equation, target: Target) -> bool:
-    """Whether a bridge leaves an equation to the kernel: on the CPU, but for sums that a compiler fuses.
-
-    The sums of magnitudes stay, because the kernel makes all the rest of the step that reads them.
-    """
-    name, params = eqn.primitive.name, eqn.params
-    if name not in _CALLS or target.device != "cpu":
-        return False
-    if not OPERATIONS[name].fits([v.aval for v in eqn.invars], params):
-        return False
-    fused = name == "chainrule_sums" and target.compiled and params["kind"] != "magnitude"
-    return not fused or params["kernel"] == "native"
-
-
-@functools.lru_cache(maxsize=4096)
-def _form(name: str, params: Params, avals: tuple[Any, ...]) -> Any:
-    """The jaxpr of a primitive's form."""
-    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals]
-    return jax.make_jaxpr(functools.partial(OPERATIONS[name].form, **dict(params)))(*structs)
-
-
-def _primitive(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
-    name = eqn.primitive.name
-    avals = [v.aval for v in eqn.invars]
-    params: Params = tuple(eqn.params.items())
-    if runs_in_kernel(eqn, b.target):
-        numbers = _NUMBERS[name]
-        given = [
-            x if i < numbers and isinstance(x, (bool, int, float)) else b.tensor(x, a)
-            for i, (x, a) in enumerate(zip(operands, avals, strict=True))
-        ]
-        return b.items(b.emit(kernel_call, name, params, given), len(eqn.outvars))
-    jaxpr = _form(name, params, tuple(avals))
-    return b.inline(jaxpr.jaxpr, jaxpr.consts, operands)
-
-
-KERNEL: dict[str, Rule] = dict.fromkeys(OPERATIONS, _primitive)
+    return CALLS[name](params, operands)

@@ -1,6 +1,6 @@
 """Rules for primitives that move elements about: shapes, indexing, sorting, constants.
 
-Typed PRNG keys are their data with a trailing axis of words (see ``convert``), which these rules
+Typed PRNG keys are their data with a trailing axis of words (see ``arrays``), which these rules
 leave where it is.
 """
 
@@ -14,8 +14,8 @@ from jax.lax import GatherScatterMode
 from torch import fx
 
 from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.arrays import is_key, physical_shape, torch_dtype
 from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
-from chainrule.bridges.lowering.convert import is_key, physical_shape, torch_dtype
 
 
 def _physical(aval: Any, axes: Sequence[int]) -> list[int]:

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from torch import fx
 
 from chainrule.bridges.lowering import lower, ops
-from chainrule.bridges.lowering.entries import split_vectors
-from chainrule.bridges.lowering.pieces import fake_values
+from chainrule.bridges.lowering.passes.infer_values import infer_values
+from chainrule.bridges.lowering.passes.scalarise import scalarise
+from chainrule.bridges.lowering.step_program import StepProgram
 
 COUNT = 9
 SIZES = jnp.arange(1.0, COUNT + 1)
@@ -47,14 +49,13 @@ def beside_another(xs: Any, y: Any) -> Any:
 def test_split(function: Callable[..., Any], stacks: int, unbinds: int) -> None:
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     lowered = lower(function, [scalar] * COUNT, scalar)
-    module, values = lowered.graph, fake_values(lowered, torch.device("cpu"))
     xs = [torch.tensor(float(i)) / 4 for i in range(COUNT)]
     inputs = [*xs, torch.tensor(0.375)]
     expected = [x.clone() for x in lowered(*inputs)]
-    split_vectors(module, values)
-    module.graph.lint()
-    module.recompile()
-    targets = [node.target for node in module.graph.nodes]
+    program = scalarise(infer_values(StepProgram.of(lowered, ())))
+    program.graph.lint()
+    module = fx.GraphModule(program.attributes, program.graph)
+    targets = [node.target for node in program.graph.nodes]
     assert (targets.count(torch.stack), targets.count(ops.unbind)) == (stacks, unbinds)
     for got, want in zip(module(*inputs), expected, strict=True):
         assert got.equal(want)

@@ -12,91 +12,90 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.pieces import POINTWISE
-
-_COSTLY = {torch.pow}
-"""Compiled with a leaf, an entry may be computed again for each of its elements; with these that takes longer than all
-the rest of a step."""
+from chainrule.bridges.lowering.nodes import args_of, is_scalar, mark_like, value_of
+from chainrule.bridges.lowering.op_info import info
+from chainrule.bridges.lowering.step_program import StepProgram
 
 
-def split_vectors(module: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
-    """Replaces elementwise arithmetic between `torch.stack` and `ops.unbind` by arithmetic on the entries.
-
-    Args:
-      module: of nodes that are pure.
-      values: a fake tensor for every node; those of new nodes are added.
+def scalarise(program: StepProgram) -> StepProgram:
+    """Before: elementwise arithmetic on vectors between `torch.stack` and `ops.unbind`. After, on a CPU: arithmetic on
+    their entries. (Elsewhere a vector is one launch, and its entries are views.)
     """
-    graph = module.graph
-    found = _between(graph, values)
+    if not program.on_cpu:
+        return program
+    graph = program.graph
+    found = _between(graph)
     entries: dict[fx.Node, list[Any]] = {}
+    entry_of: dict[int, Any] = {}  # of the fake vector the fake entry
 
     def emit(vector: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
         """A node for an entry of `vector`."""
-        entry = graph.call_function(target, args)
-        entry.meta.update({k: v for k, v in vector.meta.items() if k != "aval"})
-        values[entry] = values[vector].new_empty(())
-        return entry
+        whole = value_of(vector)
+        if id(whole) not in entry_of:
+            entry_of[id(whole)] = whole.new_empty(())
+        return mark_like(graph.call_function(target, args), vector, entry_of[id(whole)])
 
     def entries_of(vector: fx.Node) -> list[Any]:
         if vector not in entries and vector.op == "get_attr":
-            entries[vector] = getattr(module, str(vector.target)).tolist()
+            entries[vector] = program.attributes[str(vector.target)].tolist()
         elif vector not in entries:  # it stays a vector
             parts = next((user for user in vector.users if user.target is ops.unbind), None)
             with graph.inserting_after(vector):
                 parts = parts or graph.call_function(ops.unbind, (vector,))
-            values.setdefault(parts, [None] * len(values[vector]))
+            parts.meta.setdefault("val", [None] * len(value_of(vector)))
             with graph.inserting_after(parts):
-                indices = reversed(range(len(values[vector])))
+                indices = reversed(range(len(value_of(vector))))
                 taken = [emit(vector, operator.getitem, (parts, i)) for i in indices]
             entries[vector] = taken[::-1]
         return entries[vector]
 
     for node in found:
         if node.target is torch.stack:
-            entries[node] = list(node.args[0])  # pyright: ignore[reportArgumentType]
+            entries[node] = list(args_of(node)[0])
             continue
-        length = len(values[node])
-        columns = [entries_of(a) if _is_vector(a, values) else [a] * length for a in node.args]  # pyright: ignore
+        length = len(value_of(node))
+        columns = [entries_of(a) if _is_vector(a) else [a] * length for a in args_of(node)]
         with graph.inserting_before(node):
             entries[node] = [emit(node, node.target, args) for args in zip(*columns, strict=True)]
     for node in reversed(found):
         for parts in list(node.users):
             for part in list(parts.users):
-                part.replace_all_uses_with(entries[node][part.args[1]])  # pyright: ignore
+                part.replace_all_uses_with(entries[node][args_of(part)[1]])
                 graph.erase_node(part)
             graph.erase_node(parts)
         graph.erase_node(node)
+    return program
 
 
-def _is_vector(node: Any, values: dict[fx.Node, Any]) -> bool:
-    return isinstance(node, fx.Node) and getattr(values[node], "ndim", 0) == 1
+def _is_vector(node: Any) -> bool:
+    return isinstance(node, fx.Node) and getattr(node.meta.get("val"), "ndim", 0) == 1
 
 
-def _between(graph: fx.Graph, values: dict[fx.Node, Any]) -> list[fx.Node]:
+def _between(graph: fx.Graph) -> list[fx.Node]:
     """Vectors stacked from scalars, or computed from such entry by entry, that are only taken apart again."""
 
     def are_scalars(nodes: Any) -> bool:
-        return all(isinstance(values[n], torch.Tensor) and values[n].ndim == 0 for n in nodes)
+        return all(is_scalar(value_of(n)) for n in nodes)
 
     found: dict[fx.Node, None] = {}
     for node in graph.nodes:
-        if not _is_vector(node, values):
+        if not _is_vector(node):
             continue
-        vectors = {a for a in node.all_input_nodes if _is_vector(a, values)}
+        vectors = {a for a in node.all_input_nodes if _is_vector(a)}
         others = [a for a in node.all_input_nodes if a not in vectors]
         if node.target is torch.stack:
-            begins = are_scalars(node.args[0])
+            begins = are_scalars(args_of(node)[0])
         else:
-            pointwise = node.target in POINTWISE and not node.kwargs
-            begins = pointwise and any(v in found for v in vectors)
-            begins = begins and all(len(values[v]) == len(values[node]) for v in vectors)
+            begins = info(node).elementwise and not node.kwargs and any(v in found for v in vectors)
+            begins = begins and all(len(value_of(v)) == len(value_of(node)) for v in vectors)
         if begins and are_scalars(others):
             found[node] = None
     for node in reversed(list(found)):
         if not all(user in found or user.target is ops.unbind for user in node.users):
             del found[node]
     for node in reversed(list(found)):
-        if node.target in _COSTLY:
+        # Compiled with a leaf, an entry may be computed again for each of the leaf's elements.
+        if info(node).costly:
             _drop(node, found)
     return list(found)
 

@@ -19,7 +19,7 @@ from torch import fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Target, Value
-from chainrule.bridges.lowering.kernel import runs_in_kernel
+from chainrule.bridges.lowering.rules.kernel import runs_in_kernel
 
 _LINEAR_ALGEBRA = {"svd", "qr", "eigh", "cholesky", "triangular_solve", "lu"}
 _CHEAP_PRODUCT = 2**20  # multiply-adds of a dot_general that a `cond` may evaluate in vain

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.arrays import is_key, physical_shape, torch_dtype
 from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
-from chainrule.bridges.lowering.convert import MASKS, is_key, physical_shape, torch_dtype
+from chainrule.bridges.lowering.rules.dtypes import convert_element_type, reduce_precision
 
 
 def _is(aval: Any, kind: Any) -> bool:
@@ -166,34 +167,6 @@ def _population_count(b: Builder, eqn: Equation, x: Value) -> Value:
     return b.emit(ops.population_count, x, np.iinfo(eqn.outvars[0].aval.dtype).bits)
 
 
-def convert(b: Builder, x: fx.Node, old: Any, new: Any) -> fx.Node:
-    """``x`` from dtype ``old`` to ``new`` as XLA converts."""
-    if old == new:
-        return x
-    dtype = torch_dtype(new)
-    integer = jnp.issubdtype(new, np.integer)
-    if jnp.issubdtype(old, np.complexfloating) and not jnp.issubdtype(new, np.complexfloating):
-        x, old = b.emit(torch.real, x), np.finfo(old).dtype
-    if new == np.bool_:
-        return b.emit(torch.ne, x, 0)
-    if integer and jnp.issubdtype(old, np.floating):
-        info = np.iinfo(new)
-        return b.emit(ops.float_to_int, x, dtype, int(info.min), int(info.max))
-    node = x if torch_dtype(old) == dtype else b.emit(torch.Tensor.to, x, dtype)
-    fits = old == np.bool_ or (
-        integer
-        and np.iinfo(old).min >= np.iinfo(new).min
-        and np.iinfo(old).max <= np.iinfo(new).max
-    )
-    if np.dtype(new).name not in MASKS or fits:
-        return node
-    return b.emit(torch.bitwise_and, node, MASKS[np.dtype(new).name])
-
-
-def _convert(b: Builder, eqn: Equation, x: fx.Node) -> Value:
-    return convert(b, x, eqn.invars[0].aval.dtype, eqn.params["new_dtype"])
-
-
 def _select(b: Builder, eqn: Equation, which: Value, *cases: Any) -> Value:
     values = list(cases)
     if is_key(eqn.outvars[0].aval.dtype) and eqn.invars[0].aval.shape:
@@ -221,19 +194,6 @@ def _identity(b: Builder, eqn: Equation, x: Value) -> Value:
     return x
 
 
-def _reduce_precision(b: Builder, eqn: Equation, x: Value) -> Value:
-    exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
-    dtype = eqn.outvars[0].aval.dtype
-    info = jnp.finfo(dtype)
-    if exponent >= info.nexp and mantissa >= info.nmant:
-        return x
-    if dtype == np.float32 and exponent == 8 and mantissa >= 1:
-        return b.emit(ops.reduce_precision, x, mantissa)
-    if dtype in (np.float32, np.float64) and (exponent, mantissa) == (5, 10):
-        return b.emit(ops.half_precision, x)
-    raise b.unsupported(eqn, f"{exponent} exponent and {mantissa} mantissa bits of {dtype}")
-
-
 _product: Rule = binary(torch.mul, wraps=True)
 
 ELEMENTWISE: dict[str, Rule] = {
@@ -253,7 +213,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "clamp": _clamp,
     "complex": strict(torch.complex),
     "conj": unary(torch.conj_physical),
-    "convert_element_type": _convert,
+    "convert_element_type": convert_element_type,
     "copy": _identity,
     "copy_p": _identity,
     "cos": unary(torch.cos),
@@ -290,7 +250,7 @@ ELEMENTWISE: dict[str, Rule] = {
     "population_count": _population_count,
     "pow": _pow,
     "real": unary(torch.real),
-    "reduce_precision": _reduce_precision,
+    "reduce_precision": reduce_precision,
     "rem": _rem,
     "round": _round,
     "rsqrt": unary(torch.rsqrt),

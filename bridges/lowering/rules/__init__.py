@@ -6,10 +6,10 @@ sequence of values, of the equation's outputs. A primitive that is not here rais
 """
 
 from chainrule.bridges.lowering.builder import Rule
-from chainrule.bridges.lowering.control import CONTROL
-from chainrule.bridges.lowering.elementwise import ELEMENTWISE
-from chainrule.bridges.lowering.kernel import KERNEL
-from chainrule.bridges.lowering.numeric import NUMERIC
-from chainrule.bridges.lowering.structural import STRUCTURAL
+from chainrule.bridges.lowering.rules.control import CONTROL
+from chainrule.bridges.lowering.rules.elementwise import ELEMENTWISE
+from chainrule.bridges.lowering.rules.kernel import KERNEL
+from chainrule.bridges.lowering.rules.numeric import NUMERIC
+from chainrule.bridges.lowering.rules.structural import STRUCTURAL
 
 TABLE: dict[str, Rule] = {**ELEMENTWISE, **STRUCTURAL, **NUMERIC, **CONTROL, **KERNEL}

@@ -3,45 +3,42 @@
 A chain that needs a scalar of a whole tensor before it can scale an update (an alignment, a trust ratio) falls into
 stages with the tensor's update between them. Written and read again, that costs two passes over fresh memory; made
 again from the moments, which are in memory anyway, it costs reading them. And a moment that a later stage reads is
-renewed there: the stage that sums over it then only reads.
+updated there: the stage that sums over it then only reads.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
 
-from chainrule.bridges.lowering.pieces import POINTWISE, SHARED, is_array, places
-from chainrule.bridges.lowering.simplify import drop_dead
+from chainrule.bridges.lowering.nodes import is_array, mark_like, return_, value_of
+from chainrule.bridges.lowering.op_info import info
+from chainrule.bridges.lowering.passes.partition import SHARED, owners_and_ranks
+from chainrule.bridges.lowering.passes.simplify import drop_dead
+from chainrule.bridges.lowering.step_program import StepProgram
 
 _WRITE_AND_READ = 2
 """Passes that carrying a tensor costs; it is computed again from no more new tensors than that."""
 
 
-def recompute(graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]) -> None:
-    """Changes a graph so that elementwise results of an early stage are made again where a later one reads them.
-
-    Args:
-      graph: the program; changed in place.
-      values: a fake tensor for every node; those of new nodes are added.
-      targets: for every output, the position of the input that it renews.
+def rematerialise(program: StepProgram) -> StepProgram:
+    """Before: later stages read elementwise results of earlier ones. After: they make them again from what is in
+    memory, where that reads less; a copy has `meta["rank"]`, its stage.
     """
-    _Recompute(graph, values, targets).run()
+    _Rematerialise(program).run()
+    return program
 
 
-class _Recompute:
-    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any], targets: Sequence[int]):
-        self.graph, self.values = graph, values
-        self.output = graph.output_node()
-        self.results: list[fx.Node] = list(self.output.args[0])  # pyright: ignore
-        inputs = list(graph.find_nodes(op="placeholder"))
-        self.olds = [inputs[t] for t in targets]
-        self.where = places(graph, values)
+class _Rematerialise:
+    def __init__(self, program: StepProgram):
+        self.graph = program.graph
+        self.output = self.graph.output_node()
+        self.results, self.olds = map(list, zip(*program.updates, strict=True))
+        self.where = owners_and_ranks(self.graph)
         self.members: dict[Any, list[fx.Node]] = {}
         for node, place in self.where.items():
             self.members.setdefault(place, []).append(node)
         self.stored = set(self.results)
-        self.renewed_at = {
+        self.updated_at = {
             old: self.where[new][1]
             for new, old in zip(self.results, self.olds, strict=True)
             if new is not old
@@ -53,13 +50,13 @@ class _Recompute:
             self.uncarry(node)
         for i, node in enumerate(self.results):
             self.sink(i, node)
-        self.output.args = (tuple(self.results),)
+        return_(self.graph, self.results)
         drop_dead(self.graph)
 
     def is_leafs(self, node: fx.Node) -> bool:
         """Whether a node computes a tensor of one leaf."""
         owner = self.where[node][0]
-        return node.op == "call_function" and owner != SHARED and is_array(self.values[node])
+        return node.op == "call_function" and owner != SHARED and is_array(value_of(node))
 
     def uncarry(self, node: fx.Node) -> None:
         """Makes again what a node reads of earlier stages."""
@@ -75,8 +72,8 @@ class _Recompute:
                 node.replace_input_with(source, self.remade(source, stage))
 
     def sink(self, i: int, node: fx.Node) -> None:
-        """Renews an input at the one later stage that reads what it becomes."""
-        if not self.is_leafs(node) or node.target not in POINTWISE or node is self.olds[i]:
+        """Updates an input at the one later stage that reads what it becomes."""
+        if not self.is_leafs(node) or not info(node).elementwise or node is self.olds[i]:
             return
         owner, stage = self.where[node]
         later = [u for u in node.users if u is not self.output and self.where[u] != (owner, stage)]
@@ -86,9 +83,9 @@ class _Recompute:
         ((reader, last),) = readers
         if reader != owner or last < stage:
             return
-        self.renewed_at[self.olds[i]] = last
+        self.updated_at[self.olds[i]] = last
         if any(self.sources(s, last) is None for s in node.all_input_nodes):
-            self.renewed_at[self.olds[i]] = stage
+            self.updated_at[self.olds[i]] = stage
             return
         new = self.copy(node, last)
         for user in later:
@@ -103,13 +100,13 @@ class _Recompute:
 
     def sources(self, node: fx.Node, stage: int) -> set[fx.Node] | None:
         """The tensors in memory that `node` can be computed from at a stage; None if it cannot."""
-        if not is_array(self.values[node]):
+        if not is_array(value_of(node)):
             return set()
         if node.op == "placeholder":
-            return {node} if self.renewed_at.get(node, stage) >= stage else None
+            return {node} if self.updated_at.get(node, stage) >= stage else None
         if node in self.stored or self.where[node][1] == stage:
             return {node}
-        if node.op != "call_function" or node.target not in POINTWISE:
+        if not info(node).elementwise:
             return None
         found = [self.sources(s, stage) for s in node.all_input_nodes]
         return None if None in found else set().union(*found)  # pyright: ignore
@@ -123,8 +120,7 @@ class _Recompute:
         if (node, stage) not in self.copies:
             with self.graph.inserting_after(node):
                 new = self.graph.node_copy(node, lambda s: self.remade(s, stage))
-            new.meta["rank"] = stage
-            self.values[new] = self.values[node]
+            mark_like(new, node, value_of(node)).meta["rank"] = stage
             self.where[new] = place = self.where[node][0], stage
             self.members[place].append(new)
             self.copies[node, stage] = new

@@ -1,0 +1,1 @@
+"""What turns pieces of a program into calls; `pipeline` says which runs when."""

@@ -1,0 +1,92 @@
+"""One piece through Inductor."""
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.convert_frame import compile_lock
+from torch._inductor import config, cpu_vec_isa
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from chainrule.bridges.lowering.backends.body import body_of
+from chainrule.bridges.lowering.nodes import inputs_of, results_of, return_, value_of
+from chainrule.bridges.lowering.passes.partition import Piece
+
+Compiled = Callable[[list[Any]], Sequence[Tensor]]
+"""Takes the inputs of a piece, and returns its outputs but those that it writes into inputs."""
+
+
+def compile_piece(piece: Piece, large: bool) -> Compiled:
+    """The piece through Inductor, with updates as copies into its inputs, which Inductor does in place.
+
+    Args:
+      piece: one of its kind.
+      large: whether to compile it for all threads.
+    """
+    body = body_of(piece)
+
+    def example(node: fx.Node) -> Tensor:
+        fake = value_of(node)
+        if not (piece.flat and fake.ndim):
+            shape = tuple(fake.shape)
+        elif fake.numel() < 2:
+            shape = (fake.numel(),)
+        else:  # a length that is no other's, so that nothing is specialised to it
+            shape = ((1 << 20) + 7 if large else 97,)
+        if (
+            not shape
+        ):  # an entry of a vector lies anywhere: code that wants it aligned would copy it first
+            return torch.empty((2,), dtype=fake.dtype, device=fake.device)[1]
+        return torch.empty(shape, dtype=fake.dtype, device=fake.device)
+
+    # Tracing and Inductor keep state of the process: torch's own lock, so that its threads wait too.
+    with compile_lock, torch.no_grad():
+        return _through_inductor(piece, body, [example(n) for n in piece.inputs])
+
+
+def _through_inductor(piece: Piece, body: Callable[..., Any], inputs: list[Tensor]) -> Compiled:
+    mode = "symbolic" if piece.flat else "fake"
+    module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
+    graph = module.graph
+    placeholders, results = inputs_of(graph), results_of(graph)
+    updated = {}
+    with graph.inserting_before(graph.output_node()):
+        for i, old in piece.updates:
+            target = placeholders[piece.inputs.index(old)]
+            node = graph.call_function(torch.ops.aten.copy_.default, (target, results[i]))
+            node.meta["val"] = value_of(target)
+            updated[i] = node
+    return_(graph, [r for i, r in enumerate(results) if i not in updated])
+    module.recompile()
+    # The bridge checks what it hands over; asserting it again costs a tenth of a small step. But since torch 2.14 it is
+    # with the assertions that Inductor reads the length of a flat piece from its inputs.
+    asserts = piece.flat and torch.__version__ >= "2.14"
+    options = {"size_asserts": asserts, "cpp.vec_isa_ok": _instructions_are_known()}
+    with config.patch(options):
+        compiled: Any = compile_fx_inner(module, [value_of(p) for p in placeholders])
+        return compiled
+
+
+@functools.cache
+def _instructions_are_known() -> bool | None:
+    """True where the C++ compiler knows the processor's vector instructions, else None: Inductor finds out.
+
+    It would build and load a library for each set of instructions: six seconds, of which one again in every process.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    supported = cpu_vec_isa.x86_isa_checker()
+    sets = [s for s in cpu_vec_isa.supported_vec_isa_list if {*str(s).split()} <= {*supported}]
+    flags = [flag for s in sets for flag in s.build_arch_flags().split()]
+    command = [get_cpp_compiler(), *flags, "-E", "-x", "c++", os.devnull]
+    found = subprocess.run(command, capture_output=True, check=False)
+    return True if found.returncode == 0 else None

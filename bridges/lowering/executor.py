@@ -1,0 +1,118 @@
+"""A step as calls on one memory: the one place where results meet the inputs that they are written into.
+
+Memory is a list with a slot for each value: the step's inputs, the buffers and constants that the program brings, then
+whatever the calls make. A backend turns pieces of a program into calls; a call reads slots and fills others. What a
+backend did not write in place is copied at the end, and an input that another result hands on is kept before anything
+is written.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from chainrule.bridges.lowering.release import dissolve, dissolve_with, graphs_in
+from chainrule.bridges.lowering.step_program import StepProgram
+
+InPlace = Callable[[Sequence[Tensor]], None]
+"""Takes the flat inputs of a program and writes every result into the input that it updates."""
+Call = Callable[[list[Any]], None]
+"""Part of a step: reads slots of the memory, fills others, or writes into tensors that are there."""
+
+
+class Slots:
+    """The slot of each node, in order of its first use."""
+
+    def __init__(self, program: StepProgram):
+        self._slot = {node: i for i, node in enumerate(program.inputs)}
+        self._given = len(self._slot) - len(program.buffers)
+        self._brought: list[Any] = [*program.buffers]
+        for node in program.graph.find_nodes(op="get_attr"):
+            self._slot[node] = self._new(program.attributes[str(node.target)])
+
+    def _new(self, content: Any = None) -> int:
+        self._brought.append(content)
+        return self._given + len(self._brought) - 1
+
+    def __getitem__(self, node: fx.Node) -> int:
+        if node not in self._slot:
+            self._slot[node] = self._new()
+        return self._slot[node]
+
+    def alias(self, node: fx.Node, old: fx.Node) -> None:
+        """What `node` makes is found where `old` was: it is written into its memory."""
+        self._slot[node] = self[old]
+
+    def free(self) -> int:
+        """A slot that is no node's."""
+        return self._new()
+
+    def contents(self) -> list[Any]:
+        """What is in memory behind the inputs, before the first call."""
+        return list(self._brought)
+
+
+class Parts(NamedTuple):
+    """What a backend makes of a program."""
+
+    calls: list[Call]
+    written: set[tuple[fx.Node, fx.Node]]
+    """Results that the calls write into inputs, with these."""
+    graphs: Sequence[fx.Graph] = ()
+    """Graphs that live as long as the calls."""
+
+
+class _Keep(NamedTuple):
+    """Copies of inputs, before they are written."""
+
+    pairs: list[tuple[int, int]]
+
+    def __call__(self, memory: list[Any]) -> None:
+        for slot, kept in self.pairs:
+            memory[kept] = memory[slot].clone()
+
+
+class _Copy(NamedTuple):
+    """Values into the tensors that they update."""
+
+    values: list[int]
+    targets: list[int]
+
+    def __call__(self, memory: list[Any]) -> None:
+        write([memory[i] for i in self.targets], [memory[i] for i in self.values])
+
+
+class Executor:
+    """A program as a function of its flat inputs that writes its results into them."""
+
+    def __init__(self, program: StepProgram, slots: Slots, parts: Parts, moves: Iterable[Call]):
+        left = [
+            (new, old)
+            for new, old in program.updates
+            if new is not old and (new, old) not in parts.written
+        ]
+        kept = {new: slots.free() for new, _ in left if new.op == "placeholder"}
+        self._calls: list[Call] = list(parts.calls)
+        if kept:
+            self._calls.insert(0, _Keep([(slots[new], slot) for new, slot in kept.items()]))
+        if left:
+            values = [kept[new] if new in kept else slots[new] for new, _ in left]
+            self._calls.append(_Copy(values, [slots[old] for _, old in left]))
+        self._calls += moves
+        self._brought = slots.contents()
+        dissolve([program.graph])
+        dissolve_with(self, [*parts.graphs, *graphs_in(program.attributes.values())])
+
+    @torch.no_grad()
+    def __call__(self, inputs: Sequence[Tensor]) -> None:
+        memory = [*inputs, *self._brought]
+        for call in self._calls:
+            call(memory)
+
+
+def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copies every value into its target."""
+    if targets:
+        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        copy(list(targets), list(values))

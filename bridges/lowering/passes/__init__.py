@@ -1,0 +1,1 @@
+"""Passes over programs, a file each; `pipeline` has their order."""

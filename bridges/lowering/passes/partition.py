@@ -1,0 +1,171 @@
+"""A program in pieces: what belongs to one leaf, what is shared, and which pieces are alike.
+
+A chain over N parameters is N copies of one program, tied together by scalars (counts, bias corrections, a global
+norm). Cutting the graph at the scalars that several leaves share leaves pieces that touch one leaf each. Alike pieces
+are one `kind`: they run batched (`foreach`) or are compiled once (`inductor`).
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering.nodes import args_of, first_arg, is_array, value_of
+from chainrule.bridges.lowering.op_info import info
+from chainrule.bridges.lowering.passes.signature import flat_shape, signature
+from chainrule.bridges.lowering.step_program import StepProgram
+
+_MANY_SCALARS = 8
+_FEW_BITS = 4096
+
+SHARED, _MANY = "shared", "many"
+
+
+class Piece(NamedTuple):
+    """Some nodes of the graph, in order, that can run together."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    """Nodes of other pieces, placeholders and constants that it reads, in order of first use."""
+    outputs: tuple[fx.Node, ...]
+    """Its nodes that others read or the program returns."""
+    updates: tuple[tuple[int, fx.Node], ...]
+    """Pairs of an output's position and the placeholder that it may be written into: no other piece reads that at this
+    stage or later."""
+    flat: bool
+    """Whether it is elementwise over one shape, up to reductions of everything: the tensors may be given flat."""
+    kind: Any
+    """Equal for pieces that are alike, whatever their shapes if they are `flat`."""
+
+
+def partition(program: StepProgram) -> StepProgram:
+    """Before: a graph. After: `stages` holds its nodes in pieces; those of one stage do not depend on each other, and a
+    piece that updates an input in place is the last to read it.
+    """
+    where = owners_and_ranks(program.graph)
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            groups.setdefault(where[node], []).append(node)
+    old_of = dict(program.updates)
+    # A piece reads only from the shared scalars, which come first, and from pieces of a lower rank.
+    stage_of = {node: -1 if owner == SHARED else rank for node, (owner, rank) in where.items()}
+    stages: dict[int, list[Piece]] = {}
+    for nodes in groups.values():
+        stages.setdefault(stage_of[nodes[0]], []).append(_piece(nodes, old_of, stage_of))
+    program.stages = tuple(tuple(pieces) for _, pieces in sorted(stages.items()))
+    return program
+
+
+def is_apart(node: Any) -> bool:
+    """Whether a node is a piece of its own, with what unpacks its results, which runs as it is.
+
+    Such are control flow, the compiled kernel, the way from scalars of many leaves to a vector and back, and on a CPU a
+    few random bits, for whose hundred operations the compiler takes half a minute. (On a GPU it takes a second, and to
+    launch them costs more than all the rest of a step.)
+    """
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is torch.stack:
+        return len(args_of(node)[0]) >= _MANY_SCALARS
+    if node.target is ops.threefry2x32:
+        words = [value_of(s) for s in node.all_input_nodes]
+        return all(w.device.type == "cpu" and w.numel() <= _FEW_BITS for w in words)
+    return info(node).host or node.target is ops.unbind
+
+
+def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
+    """Each node's owner (a leaf, the shared scalars, or many leaves) and its rank.
+
+    A node's `meta["rank"]` is the least that it may have.
+    """
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def leaf_of(node: fx.Node) -> fx.Node:
+        root = node
+        while parent.setdefault(root, root) is not root:
+            root = parent[root]
+        while parent[node] is not root:
+            parent[node], node = root, parent[node]
+        return root
+
+    apart = {node for node in graph.nodes if is_apart(node)}
+
+    def unpacks(node: fx.Node) -> bool:
+        return node.target is operator.getitem and first_arg(node) in apart
+
+    def joins(node: fx.Node) -> bool:
+        is_own = node.op != "get_attr" and node not in apart and not unpacks(node)
+        return is_own and is_array(value_of(node))
+
+    for node in graph.nodes:
+        if node.op == "call_function" and joins(node):
+            for source in node.all_input_nodes:
+                if joins(source):
+                    parent[leaf_of(source)] = leaf_of(node)
+
+    owners: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node in apart:
+            owners[node] = node
+        elif unpacks(node):
+            owners[node] = node.args[0]
+        elif node.op != "get_attr" and is_array(node.meta.get("val")):
+            owners[node] = leaf_of(node)
+        else:
+            found = {owners[s] for s in node.all_input_nodes} - {SHARED}
+            owners[node] = found.pop() if len(found) == 1 else _MANY if found else SHARED
+    for node in reversed(graph.nodes):
+        # A scalar from elsewhere that only one leaf reads is computed there.
+        readers = {owners[user] for user in node.users}
+        owner = owners[node]
+        from_many = owner == _MANY or (owner in apart and owner is not node and not unpacks(node))
+        if from_many and len(readers) == 1:
+            (reader,) = readers
+            if reader not in (SHARED, _MANY) and reader not in apart:
+                owners[node] = reader
+
+    where: dict[fx.Node, tuple[Any, int]] = {}
+    for node in graph.nodes:
+        rank = node.meta.get("rank", 0)
+        for source in node.all_input_nodes:
+            if source.op != "placeholder":
+                owner, before = where[source]
+                rank = max(rank, before + (owner not in (SHARED, owners[node])))
+        where[node] = owners[node], rank
+    return {node: place for node, place in where.items() if node.op != "output"}
+
+
+def _piece(
+    nodes: list[fx.Node], old_of: dict[fx.Node, fx.Node], stage_of: dict[fx.Node, int]
+) -> Piece:
+    inside = set(nodes)
+    stage = stage_of[nodes[0]]
+
+    def is_last(user: fx.Node) -> bool:
+        return user in inside or stage_of.get(user, stage) < stage
+
+    inputs = tuple(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    outputs = tuple(n for n in nodes if n in old_of or any(u not in inside for u in n.users))
+    updates = []
+    for i, node in enumerate(outputs):
+        old = old_of.get(node)
+        if old is None or old not in inputs or not all(map(is_last, old.users)):
+            continue
+        now, before = value_of(node), value_of(old)
+        if (now.shape, now.dtype) == (before.shape, before.dtype):
+            updates.append((i, old))
+    shape = flat_shape(nodes, inputs)
+    kind = signature(nodes, inputs, outputs, updates, shape)
+    return Piece(tuple(nodes), inputs, outputs, tuple(updates), shape is not None, kind)
+
+
+def by_kind(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """The pieces of a stage, those of one kind together."""
+    groups: dict[Any, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.kind, []).append(piece)
+    yield from groups.values()

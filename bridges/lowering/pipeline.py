@@ -1,0 +1,124 @@
+"""The way of a lowered program to calls: the file to open first.
+
+`lower` (`program.py`) traces a chain with JAX, translates the jaxpr to a graph by the rules in `rules/`, and runs
+`simplify` and `own_outputs` over each graph. The rest of the way is here. A pass takes a `StepProgram` and returns it
+changed; its docstring says what holds before and after. What the passes know about an operation stands in `op_info.py`.
+
+1. `infer_values`: a fake tensor for every node;
+2. `join_measures`: the kernel's sums over single tensors in one call;
+3. `take_kernel_moves`: what the kernel does in place is taken out of the graph;
+4. the passes of a backend:
+   - *scalars* (`backends/scalar_program.py`), where nothing but scalars is left beside the kernel: none;
+   - *eager* (`backends/foreach.py`): `fuse`, `rematerialise` on a CPU, `partition`;
+   - *compiled* (`backends/inductor.py`): `scalarise`, `rematerialise`, `partition`;
+5. the backend turns pieces into calls, and the `Executor` runs them.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from chainrule.bridges.lowering.backends.foreach import foreach_calls
+from chainrule.bridges.lowering.backends.kernel import KernelCall
+from chainrule.bridges.lowering.backends.scalar_program import only_scalars, scalar_calls
+from chainrule.bridges.lowering.executor import Executor, Parts, Slots
+from chainrule.bridges.lowering.passes.fuse import fuse
+from chainrule.bridges.lowering.passes.infer_values import infer_values
+from chainrule.bridges.lowering.passes.join_measures import join_measures
+from chainrule.bridges.lowering.passes.partition import partition
+from chainrule.bridges.lowering.passes.rematerialise import rematerialise
+from chainrule.bridges.lowering.passes.scalarise import scalarise
+from chainrule.bridges.lowering.passes.take_kernel_moves import take_kernel_moves
+from chainrule.bridges.lowering.program import Lowered, collector_paused
+from chainrule.bridges.lowering.step_program import StepProgram
+
+Pass = Callable[[StepProgram], StepProgram]
+Backend = Callable[[StepProgram, Slots], Parts]
+
+FRONT: tuple[Pass, ...] = (infer_values, join_measures, take_kernel_moves)
+
+
+def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]:
+    """The passes that are left, and the backend that follows them."""
+    if program.moves and only_scalars(program):
+        return (), scalar_calls
+    if compiled:  # Inductor takes seconds to import
+        from chainrule.bridges.lowering.backends.inductor import inductor_calls
+
+        return (scalarise, rematerialise, partition), inductor_calls
+    # On a device a pass over memory costs less than a launch.
+    carried = (rematerialise,) if program.on_cpu else ()
+    return (fuse, *carried, partition), foreach_calls
+
+
+def run(passes: Sequence[Pass], program: StepProgram) -> StepProgram:
+    """Runs passes in order, and notes what each did."""
+    for each in passes:
+        before = Counter(node.target for node in program.graph.nodes)
+        program = each(program)
+        after = Counter(node.target for node in program.graph.nodes)
+        gone, new = (before - after).total(), (after - before).total()
+        program.log.append(f"{each.__name__:20}{after.total():>8,} nodes{-gone:>+9,}{new:>+9,}")
+    return program
+
+
+def build(program: StepProgram, compiled: bool) -> Executor:
+    """A program as a function of its flat inputs; its graph is gone after it."""
+    program = run(FRONT, program)
+    passes, backend = back(program, compiled)
+    program = run(passes, program)
+    slots = Slots(program)
+    parts = backend(program, slots)
+    return Executor(program, slots, parts, map(KernelCall, program.moves))
+
+
+class Step:
+    """A lowered program that writes its results into its inputs; it is built when it first runs, or is made `ready`.
+
+    Attributes:
+      log: what each pass did, once it is built.
+    """
+
+    def __init__(self, lowered: Lowered, targets: Sequence[int], compiled: bool):
+        self._make = functools.partial(StepProgram.of, lowered, targets)
+        self._compiled = compiled
+        self._run: Executor | None = None
+        self.log: list[str] = []
+
+    def ready(self) -> Executor:
+        """The step, built; nothing is written."""
+        if self._run is None:
+            with collector_paused():
+                program = self._make()
+                self._run = build(program, self._compiled)
+            self.log = program.log
+            del self._make  # and with it the lowered graph
+        return self._run
+
+    def __call__(self, inputs: Sequence[Tensor]) -> None:
+        self.ready()(inputs)
+
+
+def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False) -> Step:
+    """The program as a function that writes its outputs into its inputs.
+
+    Args:
+      lowered: the program.
+      targets: for every output, the position of the input that it updates; no input twice.
+      compile: whether to run it through Inductor.
+
+    Returns:
+      A function of the flat inputs. They may be other tensors at every call, of the same shapes and
+      dtypes.
+
+    >>> import jax, jax.numpy as jnp, torch
+    >>> from chainrule.bridges.lowering import lower
+    >>> aval = jax.ShapeDtypeStruct((), jnp.float32)
+    >>> swap = make_step(lower(lambda a, b: (b, a + b), aval, aval), (0, 1))
+    >>> a, b = torch.tensor(1.0), torch.tensor(2.0)
+    >>> swap([a, b]), a, b
+    (None, tensor(2.), tensor(3.))
+    """
+    return Step(lowered, targets, compile)
