@@ -145,11 +145,11 @@ def test_an_error_before_the_first_write_leaves_the_bridge_as_it_was(
     before = content(bridge, params)
     second: Any = bridge._groups[1].tree
 
-    def fail(_: Any) -> Any:
+    def fail() -> Any:
         raise RuntimeError("no compiler")
 
     with monkeypatch.context() as patch:
-        patch.setattr(second.program.step, "_build", fail)
+        patch.setattr(second.program.step, "_make", fail)
         with pytest.raises(RuntimeError, match="no compiler"):
             bridge.step()
     assert equal(content(bridge, params), before)
