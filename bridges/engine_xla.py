@@ -34,6 +34,9 @@ class XlaProgram:
     def ready(self) -> InPlace:
         return self
 
+    def passes(self) -> list[str]:
+        return ["  passes: XLA's own"]
+
     def explained(self, parameters: int) -> list[str]:
         return ["  runs in XLA over DLPack"]
 

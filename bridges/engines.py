@@ -28,6 +28,10 @@ class Program(Protocol):
         """How it runs, as lines of text; `parameters` is their number."""
         ...
 
+    def passes(self) -> list[str]:
+        """What each pass did to it, as lines of text; it is built, if it was not."""
+        ...
+
 
 class Engine(Protocol):
     """A way to compute a step."""
@@ -70,6 +74,10 @@ class TorchProgram:
         for link, count in Counter(n.meta.get("link") or "(apply updates)" for n in nodes).items():
             lines.append(f"  {link:40}{count:>12,}{count / parameters:>14.1f}")
         return lines
+
+    def passes(self) -> list[str]:
+        self.ready()
+        return [f"  {'pass':40}{'nodes':>12}{'gone':>7}{'new':>7}", *self.step.log]
 
 
 class TorchEngine:

@@ -13,13 +13,14 @@ def _size(count: float) -> str:
     return f"{count:.4g} GB"
 
 
-def explain_group(index: int, leaves: list[Tensor], tree: GroupTree) -> str:
+def explain_group(index: int, leaves: list[Tensor], tree: GroupTree, *, passes: bool) -> str:
     """The report of one parameter group.
 
     Args:
       index: position of the group.
       leaves: the leaves of its state.
       tree: the group.
+      passes: whether to tell what the passes did; the program is built if it was not.
     """
     elements = sum(p.numel() for p in tree.params)
     lines = [
@@ -40,4 +41,6 @@ def explain_group(index: int, leaves: list[Tensor], tree: GroupTree) -> str:
         lines.append(f"  {name:40}{len(sizes):>12,}{_size(sum(sizes)):>14}")
     total = sum(sum(sizes) for sizes in fields.values())
     lines.append(f"  {'total':40}{sum(map(len, fields.values())):>12,}{_size(total):>14}")
+    if passes:
+        lines += tree.program.passes()
     return "\n".join(lines)

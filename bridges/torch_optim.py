@@ -301,8 +301,11 @@ class TorchBridge(GroupedOptimizer):
         found = [metrics(tree.state(leaves)) for _, leaves, tree in self._synced()]
         return found[0] if len(self.param_groups) == 1 else found
 
-    def explain(self) -> str:
-        """What the chain became: operations by link, bytes of the state by field, how it runs."""
-        return "\n\n".join(
-            explain_group(index, leaves, tree) for index, leaves, tree in self._synced()
-        )
+    def explain(self, passes: bool = False) -> str:
+        """What the chain became: operations by link, bytes of the state by field, how it runs.
+
+        Args:
+          passes: whether to say too what each pass of the lowering did to the program.
+        """
+        groups = self._synced()
+        return "\n\n".join(explain_group(*group, passes=passes) for group in groups)

@@ -60,7 +60,7 @@ def run(passes: Sequence[Pass], program: StepProgram) -> StepProgram:
         program = each(program)
         after = Counter(node.target for node in program.graph.nodes)
         gone, new = (before - after).total(), (after - before).total()
-        program.log.append(f"{each.__name__:20}{after.total():>8,} nodes{-gone:>+9,}{new:>+9,}")
+        program.log.append(f"  {each.__name__:40}{after.total():>12,}{gone:>7,}{new:>7,}")
     return program
 
 
@@ -71,6 +71,8 @@ def build(program: StepProgram, compiled: bool) -> Executor:
     program = run(passes, program)
     slots = Slots(program)
     parts = backend(program, slots)
+    calls = len(parts.calls) + len(program.moves)
+    program.log.append(f"  {backend.__name__:40}{calls:>12,} calls")
     return Executor(program, slots, parts, map(KernelCall, program.moves))
 
 

@@ -61,11 +61,6 @@ class Lowered:
         return [self.graph, *graphs_in(self.attributes.values())]
 
     @property
-    def reads(self) -> list[bool]:
-        """Whether it reads each flat input."""
-        return [bool(node.users) for node in inputs_of(self.graph)]
-
-    @property
     def synchronises(self) -> bool:
         """Whether a run reads a value on the host: a heavy ``cond``, or a ``while``, somewhere."""
         return any(info(node).synchronises for graph in self.graphs for node in graph.nodes)

@@ -740,6 +740,13 @@ def test_metrics_and_explain() -> None:
     text = bridge.explain()
     for part in ("param group 0: 4 parameters, 83 elements, cpu", "adaptive_beta1", "mu", "total"):
         assert part in text
+    assert "partition" not in text
+    passes = [line.split()[0] for line in bridge.explain(passes=True).splitlines()]
+    after = passes.index("pass") + 1
+    assert passes[after:] == [
+        *("infer_values", "join_measures", "take_kernel_moves"),
+        *("fuse", "rematerialise", "partition", "foreach_calls"),
+    ]
     bridge.add_param_group({"params": [("extra", nn.Parameter(torch.ones(2)))]})
     assert len(bridge.metrics()) == 2
     assert "param group 1" in bridge.explain()
