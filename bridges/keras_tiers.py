@@ -9,7 +9,6 @@ import keras
 
 import chainrule
 from chainrule.bridges.flat_chain import FlatChain
-from chainrule.bridges.keras_hyperparams import number_in
 from chainrule.bridges.keras_optimizer import KerasBridge
 from chainrule.bridges.probing import in_tiers
 from chainrule.bridges.step.tiers import tiered_states
@@ -81,7 +80,11 @@ class Retier(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Finds how many steps were made."""
         optimizer = self._optimizer()
-        self._made = int(number_in(optimizer.iterations)) if optimizer.built else 0
+        self._made = (
+            int(cast(Any, keras.ops.convert_to_numpy(optimizer.iterations)))
+            if optimizer.built
+            else 0
+        )
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Reassigns, if the step that comes is due."""
