@@ -216,10 +216,12 @@ def run_jax(composition: Composition) -> Step | None:
         state = outcome(lambda: tx.init(params))
         if state is None:
             return None
-        result = outcome(lambda: jitted(*given(0)))
-        if result is None:  # and so it is without jit
-            assert outcome(lambda: update(*given(0))) is None
-            return None
+        try:
+            result = jitted(*given(0))
+        except Exception:  # as without jit, where the traceback says whose it is
+            if outcome(lambda: update(*given(0))) is None:
+                return None
+            raise
         for index in range(1, composition.before + 1):
             params, state = result
             result = jitted(*given(index))

@@ -92,6 +92,10 @@ KEPT: dict[str, Composition] = {
         named=False,
         seed=8,
     ),
+    # JAX says so when it compiles, which optax is no part of.
+    "singular values in float16": Composition(
+        links=("optax.contrib.muon[spectral]",), tree={"a": ((3, 2), "float16")}
+    ),
     "tiers of nothing": Composition(links=("tiered_state-0",), tree={"b": None}),
     "a hyperparameter that bfloat16 rounds to 1": Composition(
         links=("optax.inject_hyperparams[schedule]",), tree={"b": ((), "bfloat16")}
