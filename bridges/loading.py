@@ -117,20 +117,22 @@ def from_state_dict(
             raise ValueError(
                 f"{where}: parameter {label[p]} has no state entry `{name}`; is it of another chain?"
             )
-        value = entries[p][name]
-        if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
-            value = torch.as_tensor(value, device=target.device)
-        if (
-            not isinstance(value, Tensor)
-            or value.shape != target.shape
-            or value.is_floating_point() != target.is_floating_point()
-        ):
-            raise ValueError(
-                f"{where}: state entry `{name}` of parameter {label[p]} is {_described(value)}, expected "
-                f"{_described(target)}"
-            )
-        copies.append((target, value))
+        entry = f"{where}: state entry `{name}` of parameter {label[p]}"
+        copies.append((target, _fitting(entries[p][name], target, entry)))
     return copies
+
+
+def _fitting(value: Any, target: Tensor, entry: str) -> Tensor:
+    """A saved value as a tensor; raises `ValueError` if it is none like the target."""
+    if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
+        value = torch.as_tensor(value, device=target.device)
+    if (
+        not isinstance(value, Tensor)
+        or value.shape != target.shape
+        or value.is_floating_point() != target.is_floating_point()
+    ):
+        raise ValueError(f"{entry} is {_described(value)}, expected {_described(target)}")
+    return value
 
 
 def from_group(
