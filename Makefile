@@ -66,7 +66,7 @@ clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch br
 keras: $(VENV)/.dev  ## the Keras bridge, one process a backend (BACKENDS="jax torch")
 	for backend in $(BACKENDS); do \
 	  echo "KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) --doctest-modules $(KERAS) tests/bridges/keras || exit 1; \
+	  KERAS_BACKEND=$$backend $(PYTEST) --doctest-modules $(KERAS) tests/bridges/keras -n $(WORKERS) || exit 1; \
 	done
 
 notebooks: $(VENV)/.dev  ## execute every notebook
