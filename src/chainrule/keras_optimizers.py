@@ -258,8 +258,8 @@ class Grokfast(NamedAround):
 class Orthograd(NamedAround):
     """OrthoGrad in front of any optimizer of Keras: gradients orthogonal to the weights, as long as before.
 
-    >>> Orthograd("sgd").optimizer.learning_rate.shape
-    ()
+    >>> Orthograd("sgd").get_config()["rtol"]
+    1e-06
     """
 
     chain_name = "orthograd"

@@ -8,4 +8,6 @@ collect_ignore_glob = [] if BACKEND else ["test_*.py"]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if BACKEND == "jax":
+    # Programs on eight devices that wait for each other need a thread each: one program at a time.
+    os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
