@@ -68,16 +68,16 @@ class GroupTree:
         labels: Sequence[str],
         named: bool,
         tiers: tuple[int, ...] | None = None,
+        state: Any = None,
         has_loss: bool = True,
     ):
-        """Traces the chain; `tiers` None: those that `init` gives; `has_loss`: whether the next step has a loss."""
+        """Traces the chain: see `describe`; `has_loss`: whether the next step has a loss."""
         self.named = named
         self._engine: Engine = engine_named(options.engine, options.compile)
         keys = labels if named else list(map(str, range(len(params))))
         assert options.meant is not None
-        chain = options.meant.told(
-            as_transformation(options.chain), dict(zip(params, keys, strict=True))
-        )
+        names = dict(zip(params, keys, strict=True))
+        chain = options.meant.told(as_transformation(options.chain), names)
         positions = range(len(params))
         order: list[int]
         order, structure = jax.tree.flatten(
@@ -91,7 +91,9 @@ class GroupTree:
         structs = jax.tree.unflatten(structure, map(_struct, self.params))
         rounding = options.rounding is not None
         with collector_paused():
-            self.step = describe(chain, structs, rounding=rounding, tiers=tiers, value=has_loss)
+            self.step = describe(
+                chain, structs, rounding=rounding, tiers=tiers, state=state, value=has_loss
+            )
         self._has_loss = has_loss
         self.live = {key_of(name): leaf for name, leaf in self.step.live.items()}
         self.state_avals, self._state_structure = jax.tree.flatten(self.step.state)
@@ -155,10 +157,10 @@ class GroupTree:
 
     def initial_state(self) -> tuple[list[Tensor], dict[str, float | int]]:
         """The leaves of the state that `init` makes, and the hyperparameters in it by group key."""
-        leaves = self._engine.initial(self.step.init, self.params, self.device)
+        leaves = self._engine.initial(self.step.init(), self.params, self.device)
         found = [leaves[leaf] for leaf in self.live.values()]
         if self.device.type == "meta":  # where nothing has a value
-            found = map(to_torch, self.step.init.constants(self.live.values()))
+            found = map(to_torch, self.step.init().constants(self.live.values()))
         values = dict(zip(self.live, map(shortest, found), strict=True))
         for key in self.hyperparameters.tensors:
             values.setdefault(key, 1.0)  # the multiplier

@@ -18,6 +18,8 @@ from chainrule.bridges.meant import Meant
 from chainrule.bridges.param_group import Change, Group, adopted
 from chainrule.bridges.tier_moves import between_tiers
 
+_NO_DYNAMO = "the step of a TorchBridge is a traced program already; TorchBridge(..., compile=True) compiles it"
+
 
 class GroupedOptimizer(torch.optim.Optimizer):
     """An optimizer whose groups each have a tree of their own, which can be copied and pickled.
@@ -32,6 +34,13 @@ class GroupedOptimizer(torch.optim.Optimizer):
         self._options = options
         self._groups: list[Group] = []
         super().__init__(params, defaults)
+
+    def _patch_step_function(self) -> None:
+        """Wraps `step` in torch's hooks, and in what keeps Dynamo out of it, once a class."""
+        super()._patch_step_function()
+        cls = type(self)
+        if not hasattr(cls.step, "_torchdynamo_disable"):
+            cls.step = torch.compiler.disable(cls.step, reason=_NO_DYNAMO)  # pyright: ignore
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with a tree and a state of its own.

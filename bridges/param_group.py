@@ -53,13 +53,14 @@ class Group(NamedTuple):
         self,
         members: Sequence[Tensor],
         tiers: tuple[int, ...] | None = None,
+        state: Any = None,
         has_loss: bool = True,
     ) -> GroupTree:
         """A new tree of some of the parameters."""
         group = self.known.restored()
         label = dict(zip(group["params"], _labels(group), strict=True))
         labels = [label[p] for p in members]
-        return GroupTree(self.options, members, labels, is_by_name(group), tiers, has_loss)
+        return GroupTree(self.options, members, labels, is_by_name(group), tiers, state, has_loss)
 
     def started(self, tree: GroupTree) -> "Change":
         """The group with a state as at the start."""

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from torch import Tensor
 
 from chainrule.bridges.param_group import Change, Group
 from chainrule.bridges.step.tiers import retiered, tiers_of
+from chainrule.bridges.step.trace import Struct
+from chainrule.bridges.step.vectors import unstack
 
 
 def between_tiers(
@@ -29,7 +32,8 @@ def between_tiers(
     ):
         group, tiers = groups[index], tiers_of(new_state)
         if tiers != tree.tiers:
-            group = group.with_tree(group.tree_of(group.members, tiers, has_loss))
+            known = jax.tree.map(lambda x: Struct(x.shape, x.dtype), unstack(new_state))
+            group = group.with_tree(group.tree_of(group.members, tiers, known, has_loss))
         own = leaves[index][-1:] if group.options.rounding else []
         changes[index] = group, [*group.tree.torch_leaves(new_state), *own]  # pyright: ignore
     return changes

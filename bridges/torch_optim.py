@@ -27,8 +27,6 @@ from chainrule.bridges.tier_moves import in_tiers_of
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
 
-_NO_DYNAMO = "the step of a TorchBridge is a traced program already; TorchBridge(..., compile=True) compiles it"
-
 
 class TorchBridge(GroupedOptimizer):
     r"""Runs a gradient transformation as a `torch.optim.Optimizer`, without JAX at step time.
@@ -111,13 +109,6 @@ class TorchBridge(GroupedOptimizer):
         meant.check(p for group in self.param_groups for p in group["params"])
 
     # ---- the step --------------------------------------------------------------------------
-
-    def _patch_step_function(self) -> None:
-        """Wraps `step` in torch's hooks, and in what keeps Dynamo out of it, once a class."""
-        super()._patch_step_function()
-        cls = type(self)
-        if not hasattr(cls.step, "_torchdynamo_disable"):
-            cls.step = torch.compiler.disable(cls.step, reason=_NO_DYNAMO)  # pyright: ignore
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -273,9 +264,8 @@ class TorchBridge(GroupedOptimizer):
         self._follow()
         check_layout(state_dict, "load_torch_adam: the state dict")
         saved_groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in saved_groups] != [
-            len(g["params"]) for g in self.param_groups
-        ]:
+        theirs, own = ([len(g["params"]) for g in gs] for gs in (saved_groups, self.param_groups))
+        if theirs != own:
             raise ValueError(
                 "load_torch_adam: the state dict has other parameter groups than this optimizer"
             )

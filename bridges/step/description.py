@@ -6,6 +6,7 @@ The flat inputs of a step are the leaves of (parameters, gradients, state, extra
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ class Description:
 
     Attributes:
       params: the parameters, a tree of structs.
-      init: parameters -> the chain's state at the start.
+      init: gives parameters -> the chain's state at the start, traced once, when it is first asked for.
       function: the step function with a loss.
       state: the state, a tree of structs in the dtypes that the step keeps.
       slots: the home of every leaf of the state.
@@ -37,7 +38,7 @@ class Description:
     """
 
     params: Any
-    init: Trace
+    init: Callable[[], Trace]
     function: StepFunction
     state: BridgeState
     slots: list[Slot]
@@ -93,6 +94,7 @@ def describe(
     *,
     rounding: bool = False,
     tiers: tuple[int, ...] | None = None,
+    state: Any = None,
     value: bool = True,
 ) -> Description:
     """Traces a chain for parameters of given shapes.
@@ -102,6 +104,7 @@ def describe(
       params: a tree of structs: a dict by name or a list.
       rounding: whether bfloat16 parameters are rounded stochastically.
       tiers: of every parameter, for a chain with tiers; None: those that `init` gives.
+      state: the chain's state, `unstack`ed, in structs, if it is known; else `init` is traced.
       value: whether to trace the step with the loss first.
 
     Raises:
@@ -114,15 +117,16 @@ def describe(
     """
 
     def initial(params: Any) -> Any:
-        state = chain.init(params)
-        return unstack(state if tiers is None else assign(state, tiers, params))
+        made = chain.init(params)
+        return unstack(made if tiers is None else assign(made, tiers, params))
 
-    init = trace(initial, params)
+    init = functools.cache(lambda: trace(initial, params))
+    first = init().outputs if state is None else state
     own = Struct((2,), jnp.int32) if rounding else None
-    live = live_leaves(jax.tree.structure(init.outputs))
+    live = live_leaves(jax.tree.structure(first))
     start = 2 * len(jax.tree.leaves(params))
     function = StepFunction(chain, "learning_rate" not in live, rounding, value)
-    step, state = _traced(function, params, BridgeState(init.outputs, own))
+    step, state = _traced(function, params, BridgeState(first, own))
     # A hyperparameter that the step does not read is a schedule's last value: not for the user to set.
     used = step.used()
     live = {name: leaf for name, leaf in live.items() if used[start + leaf]}
@@ -135,7 +139,7 @@ def describe(
     tiered = next(iter(tiered_states(numbered)), None)
     return Description(
         *(params, init, function._replace(value=True), state, places, live),
-        *(tiers_of(init.outputs), tiered, {value: step}),
+        *(tiers_of(first), tiered, {value: step}),
     )
 
 
