@@ -144,9 +144,8 @@ class TorchBridge(GroupedOptimizer):
             if tree and (tree.is_initial or tree.device.type == "meta") and tree.is_stale():
                 self._leaves(index)
                 self._write({index: self._groups[index].cast(self.state)})
-        ready = [
-            (index, *self._prepared(index, loss)) for index in self._taking_part(loss is not None)
-        ]
+        found = self._taking_part(loss is not None)
+        ready = [(index, *self._prepared(index, loss)) for index in found]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
             self._torn = True
             for index, run, inputs in ready:
@@ -233,11 +232,10 @@ class TorchBridge(GroupedOptimizer):
         values: list[tuple[dict[str, Any], dict[str, float | int]]] = []
         moved: dict[int, Change] = {}
         for (index, leaves, tree), new in zip(self._synced(), states, strict=True):
-            where = f"load_jax_state: param group {index}"
             group, leaves = change = in_tiers_of(self._groups[index], leaves, new)
             if group.tree and group.tree is not tree:
                 tree, moved[index] = group.tree, change
-            own, hyperparams = from_jax(tree, leaves, new, where)
+            own, hyperparams = from_jax(tree, leaves, new, f"load_jax_state: param group {index}")
             copies += own
             values.append((self.param_groups[index], hyperparams))
         with self._writing():
