@@ -150,7 +150,10 @@ class TorchBridge(GroupedOptimizer):
             self._torn = True
             for index, run, inputs in ready:
                 run(inputs)
-                self._groups[index].tree.stepped(self.state)  # pyright: ignore
+                tree: Any = self._groups[index].tree
+                # What writes outside torch's operators (the kernel, compiled code) leaves autograd no trace.
+                torch.autograd.graph.increment_version(tree.params)
+                tree.stepped(self.state)
             self._torn = False
 
     # ---- saving and loading ----------------------------------------------------------------

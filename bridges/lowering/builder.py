@@ -65,13 +65,23 @@ _LINK = re.compile(r"(?:^|\.)(\w+)\.(?:<locals>\.)?_?update\w*(?:\.|$)")
 _PLACES: dict[Any, Place] = {}
 
 
-def place_of(eqn: Equation) -> Place:
-    """The innermost optax link, and the innermost line outside JAX, in an equation's traceback."""
+def place_of(eqn: Equation, inside: core.Jaxpr | None = None) -> Place:
+    """The innermost optax link, and the innermost line outside JAX, in an equation's traceback.
+
+    Args:
+      eqn: the equation.
+      inside: the jaxpr of a jitted function that holds it. JAX caches these, and the traceback goes on with the frames
+        of the first caller, which are not looked at.
+    """
     traceback = eqn.source_info.traceback
     if traceback is None:
         return Place("", "")
-    if traceback not in _PLACES:
+    function = None if inside is None else _function_of(inside)
+    if (traceback, function) not in _PLACES:
         frames = [f for f in traceback.frames if not f.file_name.startswith(_JAX_FILES)]
+        if function is not None:
+            names = [(f.file_name, f.function_name.rpartition(".")[2]) for f in frames]
+            frames = frames[: names.index(function)] if function in names else []
         found = (_LINK.search(f.function_name) for f in frames)
         link = next((match[1] for match in found if match), "")
         source = ""
@@ -80,8 +90,14 @@ def place_of(eqn: Equation) -> Place:
             source = f"{file}:{frames[0].line_num}"
         if len(_PLACES) > 100_000:  # tracebacks keep code objects alive
             _PLACES.clear()
-        _PLACES[traceback] = Place(link, source)
-    return _PLACES[traceback]
+        _PLACES[traceback, function] = Place(link, source)
+    return _PLACES[traceback, function]
+
+
+def _function_of(jaxpr: core.Jaxpr) -> tuple[str, str]:
+    """File and name of the function that a jaxpr was traced from."""
+    info: Any = jaxpr.debug_info
+    return str(info.func_filename), info.func_name
 
 
 class Target(NamedTuple):
@@ -194,8 +210,8 @@ class Builder:
 
         outer = self.place
         for eqn in self._live(jaxpr):
-            # JAX caches jitted functions: inside one, a traceback is that of its first caller.
-            self.place = outer if outer.link else place_of(eqn)
+            own = place_of(eqn, jaxpr) if outer.link else place_of(eqn)
+            self.place = own if own.link else outer
             values = self._apply(eqn, [read(v) for v in eqn.invars])
             for var, value in zip(eqn.outvars, values, strict=True):
                 if isinstance(value, fx.Node):

@@ -6,7 +6,7 @@ rules. An operation without a fact is treated with care: it runs as it is, in a 
 
 # pyright: reportPrivateImportUsage=false
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ class OpInfo(NamedTuple):
     synchronises: bool = False
     """Reads a value on the host."""
     free: bool = False
-    """Computes nothing, but moves numbers of other operations."""
+    """Costs nothing in torch: it moves numbers of other operations, or is the kernel's."""
     costly: bool = False
     """Takes longer for one element than to read and write it."""
     commutes: bool = False
@@ -63,6 +63,22 @@ def info(node: fx.Node) -> OpInfo:
       KeyError: the function has no record.
     """
     return _INFO[node.target] if node.op == "call_function" else _NOTHING
+
+
+def hands_on(node: fx.Node) -> bool:
+    """Whether a result of a node may lie in the memory of an operand."""
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and info(source).control
+    return info(node).view or info(node).control
+
+
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Whoever reads the memory of a node, directly or through views of it."""
+    for user in node.users:
+        yield user
+        if hands_on(user):
+            yield from readers(user)
 
 
 _NOTHING = OpInfo()
@@ -140,13 +156,3 @@ _add(
     *(ops.iota_2x32, ops.pad, ops.reduce_xor, ops.scatter),
     *(ops.singular_values, ops.sort, ops.svd, ops.top_k, ops.triangular_solve, ops.wide_mm),
 )
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether a node may share memory with its first operand."""
-    return info(node).view
-
-
-def is_elementwise(node: fx.Node) -> bool:
-    """Whether a node works element by element."""
-    return info(node).elementwise

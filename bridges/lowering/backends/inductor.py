@@ -149,14 +149,8 @@ class _Watch:
     def __init__(self, calls: Sequence[_CompiledCall]):
         self.calls, self.found = calls, []
         shape_of = {slot: shape for call in calls for slot, shape in call.remembered()}
-
-        def may_turn(shape: torch.Size) -> bool:
-            """Whether a tensor of this shape can lie in memory in another order, or strided."""
-            dims = [d for d in shape if d != 1]
-            return len(shape) == 1 or len(set(dims)) < len(dims)
-
-        self.moves = sorted(slot for slot, shape in shape_of.items() if len(shape) > 1)
-        self.turns = sorted(slot for slot, shape in shape_of.items() if may_turn(shape))
+        self.turns = sorted(shape_of)
+        self.moves = [slot for slot in self.turns if len(shape_of[slot]) > 1]
 
     def __call__(self, memory: list[Any]) -> None:
         found: list[Any] = [*map(Tensor.data_ptr, map(memory.__getitem__, self.moves))]

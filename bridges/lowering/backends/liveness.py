@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import fx
 
 from chainrule.bridges.lowering.nodes import args_of, value_of
-from chainrule.bridges.lowering.op_info import info
+from chainrule.bridges.lowering.op_info import hands_on, info
 from chainrule.bridges.lowering.passes.partition import Piece
 
 
@@ -63,6 +63,8 @@ def _heir(
     """The last reader of `x` and the position of `x` in it, if it may be computed in its memory."""
     node = last.get(x)
     if node is None or node not in batched or node in taken or list(node.args).count(x) != 1:
+        return None
+    if any(map(hands_on, x.users)):  # a view of it may be read later
         return None
     index = args_of(node).index(x)
     commutes = info(node).commutes and not node.kwargs

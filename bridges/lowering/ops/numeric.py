@@ -117,22 +117,28 @@ def cholesky(a: Tensor) -> Tensor:
     return torch.where((info == 0)[..., None, None], factor, math.nan)
 
 
+def _finite(a: Tensor) -> Tensor:
+    """Whether all entries of each matrix are finite, with axes of one for those of the matrix."""
+    return torch.isfinite(a).all(-1, keepdim=True).all(-2, keepdim=True)
+
+
 def svd(a: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular values, left vectors, right vectors transposed; NaN where ``a`` is not finite."""
-    finite = torch.isfinite(a).all()
+    """Singular values, left vectors, right vectors transposed; NaN for a matrix that is not finite."""
+    finite = _finite(a)
     u, s, vt = torch.linalg.svd(torch.where(finite, a, 0.0), full_matrices=full)
-    s, u, vt = (torch.where(finite, x, math.nan) for x in (s, u, vt))
-    return s, u, vt
+    u, vt = (torch.where(finite, x, math.nan) for x in (u, vt))
+    return torch.where(finite[..., 0], s, math.nan), u, vt
 
 
 def singular_values(a: Tensor) -> Tensor:
-    """Singular values, largest first; NaN where ``a`` is not finite."""
-    finite = torch.isfinite(a).all()
-    return torch.where(finite, torch.linalg.svdvals(torch.where(finite, a, 0.0)), math.nan)
+    """Singular values, largest first; NaN for a matrix that is not finite."""
+    finite = _finite(a)
+    found = torch.linalg.svdvals(torch.where(finite, a, 0.0))
+    return torch.where(finite[..., 0], found, math.nan)
 
 
 def eigh(a: Tensor, lower: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvectors and ascending eigenvalues; NaN where ``a`` is not finite."""
-    finite = torch.isfinite(a).all()
+    """Eigenvectors and ascending eigenvalues; NaN for a matrix that is not finite."""
+    finite = _finite(a)
     w, v = torch.linalg.eigh(torch.where(finite, a, 0.0), UPLO="L" if lower else "U")
-    return torch.where(finite, v, math.nan), torch.where(finite, w, math.nan)
+    return torch.where(finite, v, math.nan), torch.where(finite[..., 0], w, math.nan)

@@ -131,7 +131,7 @@ class _Fuser:
                     and args_of(weight) == (kept, 1.0)
                 )
             else:
-                complements = 0 <= weight <= 0.5 and abs(kept + weight - 1) <= 1e-6
+                complements = 0 <= weight <= 0.5 and abs(kept + weight - 1) <= 2**-24
             if complements:
                 self.become(node, torch.lerp, (start.tensor, end.tensor, weight))
                 return True

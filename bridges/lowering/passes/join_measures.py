@@ -40,8 +40,8 @@ def _join(graph: fx.Graph, params: Any, c: Any, calls: list[fx.Node]) -> None:
     with graph.inserting_before(calls[0]):
         whole = graph.call_function(ops.kernel_call, ("chainrule_sums", params, [c, *tensors]))
         mark_like(whole, calls[0], [None] * len(value_of(calls[0])))
-        for user in calls[0].users:
-            k = args_of(user)[1]
+        taken = {args_of(user)[1]: user for call in calls for user in call.users}
+        for k, user in taken.items():
             vectors[k] = graph.call_function(operator.getitem, (whole, k))
             mark_like(vectors[k], user, value_of(user).new_empty(len(tensors)))
             vectors[k].meta["aval"] = user.meta["aval"].update(shape=(len(tensors),))

@@ -14,7 +14,7 @@ from torch import fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.nodes import args_of, first_arg, is_array, value_of
-from chainrule.bridges.lowering.op_info import info
+from chainrule.bridges.lowering.op_info import info, readers
 from chainrule.bridges.lowering.passes.signature import flat_shape, signature
 from chainrule.bridges.lowering.step_program import StepProgram
 
@@ -153,7 +153,7 @@ def _piece(
     updates = []
     for i, node in enumerate(outputs):
         old = old_of.get(node)
-        if old is None or old not in inputs or not all(map(is_last, old.users)):
+        if old is None or old not in inputs or not all(map(is_last, readers(old))):
             continue
         now, before = value_of(node), value_of(old)
         if (now.shape, now.dtype) == (before.shape, before.dtype):

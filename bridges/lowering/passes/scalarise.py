@@ -28,12 +28,12 @@ def scalarise(program: StepProgram) -> StepProgram:
     entries: dict[fx.Node, list[Any]] = {}
     entry_of: dict[int, Any] = {}  # of the fake vector the fake entry
 
-    def emit(vector: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    def emit(vector: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
         """A node for an entry of `vector`."""
         whole = value_of(vector)
         if id(whole) not in entry_of:
             entry_of[id(whole)] = whole.new_empty(())
-        return mark_like(graph.call_function(target, args), vector, entry_of[id(whole)])
+        return mark_like(graph.call_function(target, args, kwargs), vector, entry_of[id(whole)])
 
     def entries_of(vector: fx.Node) -> list[Any]:
         if vector not in entries and vector.op == "get_attr":
@@ -49,6 +49,17 @@ def scalarise(program: StepProgram) -> StepProgram:
             entries[vector] = taken[::-1]
         return entries[vector]
 
+    def with_tensors(vector: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of an entry with tensors where torch takes no number, or would give it its default dtype."""
+        numbers = [not isinstance(a, fx.Node) for a in args]
+        if not (numbers[0] or (vector.target is torch.where and all(numbers[1:]))):
+            return args
+        options = {"dtype": value_of(vector).dtype, "device": program.device}
+        return tuple(
+            emit(vector, torch.full, ((), a), **options) if number else a
+            for a, number in zip(args, numbers, strict=True)
+        )
+
     for node in found:
         if node.target is torch.stack:
             entries[node] = list(args_of(node)[0])
@@ -56,7 +67,8 @@ def scalarise(program: StepProgram) -> StepProgram:
         length = len(value_of(node))
         columns = [entries_of(a) if _is_vector(a) else [a] * length for a in args_of(node)]
         with graph.inserting_before(node):
-            entries[node] = [emit(node, node.target, args) for args in zip(*columns, strict=True)]
+            rows = [with_tensors(node, args) for args in zip(*columns, strict=True)]
+            entries[node] = [emit(node, node.target, args) for args in rows]
     for node in reversed(found):
         for parts in list(node.users):
             for part in list(parts.users):

@@ -79,7 +79,7 @@ def _div(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:
         return b.emit(torch.div, b.tensor(x, eqn.invars[0].aval), y)
     if not isinstance(y, fx.Node) and y not in (0, -1):
         return b.emit(torch.div, x, y, rounding_mode="trunc")
-    return b.emit(ops.int_div, *_tensors(b, eqn, x, y))
+    return b.wrap(b.emit(ops.int_div, *_tensors(b, eqn, x, y)), eqn.outvars[0].aval)
 
 
 def _rem(b: Builder, eqn: Equation, x: Value, y: Value) -> Value:

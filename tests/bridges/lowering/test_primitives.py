@@ -292,6 +292,8 @@ CASES: list[tuple[Any, ...]] = [
     ),
     within(bounds.factorised(TALL, 1 / GAP), lambda x: jnp.abs(jnp.linalg.svd(x)[0]), TALL),
     (lambda x: jnp.linalg.svd(x, compute_uv=False), (matrix(2, 2).at[0, 0].set(NAN),)),
+    within(bounds.factorised(SQUARE), lambda x: jnp.linalg.svd(x, compute_uv=False), jnp.stack([SQUARE, SQUARE * NAN])),
+    (lambda x: x // jnp.uint32(0), (u32(WORDS),)),
     within(
         bounds.factorised(TALL, np.linalg.cond(TALL)),
         lambda x: tuple(jnp.abs(a) for a in jnp.linalg.qr(x)),

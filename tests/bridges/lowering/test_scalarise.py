@@ -27,6 +27,11 @@ def arithmetic(xs: Any, y: Any) -> Any:
     return entries(jnp.where(vector > y, vector, 2 * y)), entries(vector)
 
 
+def constant_first(xs: Any, y: Any) -> Any:
+    vector = jnp.stack(xs)
+    return entries(SIZES * vector), entries(jnp.where(vector > y, SIZES, 2 * SIZES))
+
+
 def power(xs: Any, y: Any) -> Any:
     return entries(jnp.stack(xs) ** y)
 
@@ -43,7 +48,13 @@ def beside_another(xs: Any, y: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("function", "stacks", "unbinds"),
-    [(arithmetic, 0, 0), (power, 1, 1), (total, 1, 1), (beside_another, 0, 1)],
+    [
+        (arithmetic, 0, 0),
+        (constant_first, 0, 1),
+        (power, 1, 1),
+        (total, 1, 1),
+        (beside_another, 0, 1),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_split(function: Callable[..., Any], stacks: int, unbinds: int) -> None:

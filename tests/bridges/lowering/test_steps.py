@@ -212,3 +212,42 @@ def test_what_is_updated_may_be_an_input_elsewhere():
     a, b = torch.ones(3), torch.full((3,), 2.0)
     make_step(lowered, (0, 1))([a, b])
     assert a.tolist() == [2.0] * 3 and b.tolist() == [3.0] * 3
+
+
+MATRIX = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+
+
+def plus_its_transpose(g, mu):
+    x = 2 * g
+    return x + x.T, mu
+
+
+def read_through_a_view_later(g, mu):
+    x = 2 * g
+    view, y = x.T, x + 1
+    return y - view, mu
+
+
+def state_read_through_a_view(g, mu):
+    view, new = mu.T, 0.9 * mu + 0.1 * g
+    return new - view, new
+
+
+def over_stages(g, mu):
+    rows, new = mu.reshape(-1), 0.9 * mu + 0.1 * g
+    norm = jnp.sqrt(jnp.sum(new**2) + jnp.sum(g**2))
+    return (rows / norm).reshape(g.shape), new
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "function",
+    [plus_its_transpose, read_through_a_view_later, state_read_through_a_view, over_stages],
+)
+def test_a_view_is_read_before_what_it_shows_is_written(function, compile):
+    lowered = lower(function, MATRIX, MATRIX)
+    inputs = [torch.randn(3, 3), torch.randn(3, 3)]
+    expected = [x.clone() for x in lowered(*inputs)]
+    make_step(lowered, (0, 1), compile=compile)(inputs)
+    for got, want in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(got, want, **bounds.of_normals())
