@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from chainrule.bridges.checks import outside_inference_mode
+from chainrule.bridges.checks import one_device, outside_inference_mode
 from chainrule.bridges.following import Known, check_groups, matches, origins, unchanged
 from chainrule.bridges.group_tree import TIERS, GroupTree, Options
 from chainrule.bridges.lowering.executor import InPlace
@@ -214,7 +214,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _prepared(self, index: int, loss: Any) -> tuple[InPlace, list[Tensor]]:
         """The program of a group that takes part in a step, and its inputs."""
         leaves, group, tree = self._leaves(index), self._groups[index], self._tree(index)
-        if tree.params[0].device != tree.device:
+        if one_device(tree.params) != tree.device:
             tree = tree.moved()
             leaves = [leaf.to(tree.device) for leaf in leaves]
             self._write({index: (group._replace(tree=tree), leaves)})

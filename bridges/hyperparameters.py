@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chainrule.bridges.checks import check_flags
+from chainrule.bridges.step.description import RATES
 from chainrule.transforms._checks import check_bounds
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -17,7 +18,7 @@ _RATE = "lr"  # the key of the learning rate, or of the multiplier that stands i
 
 def key_of(name: str) -> str:
     """The key in a group of a chain's hyperparameter."""
-    return _RATE if name == "learning_rate" else name
+    return _RATE if name in RATES else name
 
 
 def shortest(value: Tensor) -> float | int:

@@ -179,6 +179,15 @@ class Group(NamedTuple):
             return new._replace(tree=tree), old.leaves(_entries(old, state, origin))
         return new.with_members(members, state, origin, where)
 
+    def stepped(self, state: State) -> None:
+        """Takes note of a step that was made."""
+        tree = self.tree
+        assert tree is not None
+        # What writes outside torch's operators (the kernel, compiled code) leaves autograd no trace.
+        torch.autograd.graph.increment_version(tree.params)
+        tree.is_initial = False
+        tree.stepped(state)
+
     def prepared(self, leaves: list[Tensor], loss: Any, owner: str) -> tuple[InPlace, list[Tensor]]:
         """The program of a step and its inputs.
 
@@ -193,7 +202,6 @@ class Group(NamedTuple):
         tree.check(leaves, owner)
         tree.hyperparameters.sync(self.known.group, owner)
         run, extras = tree.ready(loss)  # compiled before anything is written
-        tree.is_initial = False
         absent = {i for i, g in enumerate(grads) if g is None}
         if absent:
             # The program runs on copies of what shall stay, which are then forgotten.

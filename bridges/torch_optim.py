@@ -150,10 +150,7 @@ class TorchBridge(GroupedOptimizer):
             self._torn = True
             for index, run, inputs in ready:
                 run(inputs)
-                tree: Any = self._groups[index].tree
-                # What writes outside torch's operators (the kernel, compiled code) leaves autograd no trace.
-                torch.autograd.graph.increment_version(tree.params)
-                tree.stepped(self.state)
+                self._groups[index].stepped(self.state)
             self._torn = False
 
     # ---- saving and loading ----------------------------------------------------------------
@@ -218,7 +215,7 @@ class TorchBridge(GroupedOptimizer):
           The state of the only group, or a list with the state of each.
         """
         states = [tree.jax_state(leaves) for _, leaves, tree in self._synced()]
-        return states[0] if len(self.param_groups) == 1 else states
+        return states[0] if states and len(self.param_groups) == 1 else states
 
     def load_jax_state(self, state: Any) -> None:
         """Takes over the state of a run in JAX whose parameters are this group's tree, with the tiers that it has.
@@ -290,7 +287,7 @@ class TorchBridge(GroupedOptimizer):
           The dict of the only group, or a list with the dict of each.
         """
         found = [metrics(tree.state(leaves)) for _, leaves, tree in self._synced()]
-        return found[0] if len(self.param_groups) == 1 else found
+        return found[0] if found and len(self.param_groups) == 1 else found
 
     def explain(self, passes: bool = False) -> str:
         """What the chain became: operations by link, bytes of the state by field, how it runs.

@@ -6,7 +6,7 @@ The flat inputs of a step are the leaves of (parameters, gradients, state, extra
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,6 +20,9 @@ from chainrule.bridges.step.tiers import tiered_states, tiers_of
 from chainrule.bridges.step.trace import Struct, Trace, trace
 from chainrule.bridges.step.vectors import unstack
 from chainrule.transforms import TieredState, assign
+
+RATES = ("learning_rate", "lr")
+"""What a chain may call its learning rate: one key of a parameter group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +128,13 @@ def describe(
     own = Struct((2,), jnp.int32) if rounding else None
     live = live_leaves(jax.tree.structure(first))
     start = 2 * len(jax.tree.leaves(params))
-    function = StepFunction(chain, "learning_rate" not in live, rounding, value)
+    check_one_rate(live)
+    function = StepFunction(chain, live.keys().isdisjoint(RATES), rounding, value)
     step, state = _traced(function, params, BridgeState(first, own))
     # A hyperparameter that the step does not read is a schedule's last value: not for the user to set.
     used = step.used()
     live = {name: leaf for name, leaf in live.items() if used[start + leaf]}
-    if not function.multiplier and "learning_rate" not in live:
+    if not function.multiplier and live.keys().isdisjoint(RATES):
         function = function._replace(multiplier=True)
         step, state = _traced(function, params, state)
     leaves, structure = jax.tree.flatten(state)
@@ -141,6 +145,15 @@ def describe(
         *(params, init, function._replace(value=True), state, places, live),
         *(tiers_of(first), tiered, {value: step}),
     )
+
+
+def check_one_rate(live: Iterable[str]) -> None:
+    """Raises `ValueError` if a chain has several hyperparameters that a framework knows by one name."""
+    if set(RATES) <= set(live):
+        raise ValueError(
+            "the chain has the hyperparameters `learning_rate` and `lr`, which are one key of a parameter group; "
+            "rename one of them"
+        )
 
 
 def _traced(function: StepFunction, params: Any, state: BridgeState) -> tuple[Trace, BridgeState]:

@@ -752,6 +752,31 @@ def test_metrics_and_explain() -> None:
     assert "param group 1" in bridge.explain()
 
 
+def test_a_hyperparameter_called_lr_is_the_learning_rate() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    bridge = TorchBridge(optax.inject_hyperparams(lambda lr: optax.sgd(lr))(lr=0.5), [weight])
+    weight.grad = torch.ones(1)
+    bridge.step()
+    assert weight.item() == 0.5
+    bridge.param_groups[0]["lr"] = 0.25
+    bridge.step()
+    assert weight.item() == 0.25
+    both = optax.inject_hyperparams(lambda lr, learning_rate: optax.sgd(lr * learning_rate))
+    with pytest.raises(ValueError, match="`learning_rate` and `lr`"):
+        TorchBridge(both(lr=0.5, learning_rate=0.5), [nn.Parameter(torch.ones(1))])
+
+
+@pytest.mark.parametrize("make", [optax.sign_sgd, chains.cosmic], ids=["sign", "cosmic"])
+def test_autograd_knows_that_a_step_changed_what_it_saved(make: Any) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    bridge = TorchBridge(make(0.1), [weight])
+    loss = weight.square().sum()
+    loss.backward(retain_graph=True)
+    bridge.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_repr_shows_the_hyperparameters() -> None:
     text = repr(TorchBridge(adamw(), model().parameters()))
     assert text.startswith("TorchBridge (") and "lr: 0.01" in text
