@@ -307,11 +307,13 @@ def check_bridge(composition: Composition, step: Step, **options: Any) -> None:
     grads = entries(composition, step.grads)
     move(grads, bridge)
     got = taken(composition, bridge)
-    eager, jitted = (
-        too_far(got, want, step.spread, composition.eps) for want in (step.eager, step.jitted)
-    )
-    far = {where: times for where, times in eager.items() if where in jitted}
-    assert not far, far
+    # Some of optax's promote their state in mixed trees from one step to the next; a bridge keeps it as it settles.
+    if signature_of(step.jitted[1]) == signature_of(step.retiered):
+        eager, jitted = (
+            too_far(got, want, step.spread, composition.eps) for want in (step.eager, step.jitted)
+        )
+        far = {where: times for where, times in eager.items() if where in jitted}
+        assert not far, far
     check_resumed(composition, bridge, grads, **options)
 
 

@@ -82,6 +82,18 @@ KEPT: dict[str, Composition] = {
     "prodigy in float16": Composition(
         links=("optax.contrib.prodigy[warmup]",), tree={"a": ((5,), "float16")}
     ),
+    "a state that optax promotes": Composition(
+        links=("optax.contrib.prodigy[warmup]",),
+        tree={"b": ((), "float32"), "a": ((), "bfloat16")},
+        named=False,
+    ),
+    # Compiled, the code for one element ran on none.
+    "no element beside one": Composition(
+        links=("optax.scale_by_lion",),
+        tree={"b": ((1,), "float32"), "a": ((0,), "float32")},
+        named=False,
+        before=1,
+    ),
     # Their tensors change their tiers before the first update.
     "tiers that move": Composition(
         links=("optax.trace", "tiered_state-0"),
@@ -131,4 +143,4 @@ KEPT: dict[str, Composition] = {
 
 @pytest.mark.parametrize("composition", KEPT.values(), ids=KEPT.keys())
 def test_what_failed_once(composition: Composition) -> None:
-    check(composition)
+    check(composition, compiled=composition is KEPT["no element beside one"])

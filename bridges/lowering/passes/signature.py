@@ -72,12 +72,14 @@ def signature(
         if not isinstance(value, torch.Tensor):  # a loop's results, or its body
             return (node.target, id(value) if node.op == "get_attr" else str(value))
         flat = shape is not None and value.ndim > 0
-        own = ("flat", value.numel() < 2) if flat else tuple(value.shape)
+        own = ("flat", min(value.numel(), 2)) if flat else tuple(value.shape)
         constant = node.target if node.op == "get_attr" else None
         return (value.dtype, own, constant)
 
     return (
-        None if shape is None else size < 2,
+        None
+        if shape is None
+        else min(size, 2),  # none, one and any number of elements are other code
         tuple(map(outer, inputs)),
         tuple(map(inner, nodes)),
         tuple(number[n] for n in outputs),
