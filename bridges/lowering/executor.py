@@ -22,7 +22,7 @@ Call = Callable[[list[Any]], None]
 
 
 class Slots:
-    """The slot of each node, in order of its first use."""
+    """The slot of each node: inputs, buffers and constants first, the others as they are asked for."""
 
     def __init__(self, program: StepProgram):
         self._slot = {node: i for i, node in enumerate(program.inputs)}

@@ -1,7 +1,7 @@
 """The way of a lowered program to calls: the file to open first.
 
-`lower` (`program.py`) traces a chain with JAX, translates the jaxpr to a graph by the rules in `rules/`, and runs
-`simplify` and `own_outputs` over each graph. The rest of the way is here. A pass takes a `StepProgram` and returns it
+`lower_jaxpr` (`program.py`) translates a chain's jaxpr to a graph by the rules in `rules/`, and runs `simplify` and
+`own_outputs` over each graph; `lower` traces a function first. The rest of the way is here. A pass takes a `StepProgram` and returns it
 changed; its docstring says what holds before and after. What the passes know about an operation stands in `op_info.py`.
 
 1. `infer_values`: a fake tensor for every node;
@@ -96,7 +96,7 @@ class Step:
                 program = self._make()
                 self._run = build(program, self._compiled)
             self.log = program.log
-            del self._make  # and with it the lowered graph
+            del self._make
         return self._run
 
     def __call__(self, inputs: Sequence[Tensor]) -> None:

@@ -164,7 +164,7 @@ class Plan:
         """All stages, the last of which writes the stores.
 
         Args:
-          stores: of `places`.
+          stores: of `words_of`.
           results: nodes for which the caller asks, in their slots.
         """
         asked = [*results, *(place.tensor for _, place in self._loads)]
