@@ -1,9 +1,9 @@
 """The way of a lowered program to calls: the file to open first.
 
 `lower_jaxpr` (`program.py`) translates a chain's jaxpr to a graph by the rules in `rules/`, and runs `simplify` and
-`own_outputs` over each graph; `lower` traces a function first. The rest of the way is here. A pass takes a `StepProgram`
-and returns it changed; its docstring says what holds before and after. What the passes know about an operation stands in
-`op_info.py`.
+`own_outputs` over each graph; `lower` traces a function first. The rest of the way is here. A pass takes a
+`StepProgram` and returns it changed; its docstring says what holds before and after. What the passes know about an
+operation stands in `op_info.py`.
 
 1. `infer_values`: a fake tensor for every node;
 2. `join_measures`: the kernel's sums over single tensors in one call;
