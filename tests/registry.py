@@ -186,11 +186,16 @@ ATOMS: tuple[Case, ...] = (
             },
             {"signal": "moments", "moment_decay": 0.9, "debias_eps": 1e-6, "max_abs": 0.5},
             {"nonfinite": "zero", "max_abs": 0.5},
+            {"signal": "noise", "b1_base": 0.98, "adapt_strength": 0.45, "moment_decay": 0.9},
         ),
         zeroes_nonfinite=True,
         errors=(
             ({"nonfinite": "raise"}, ValueError, r"`nonfinite` must be one of 'skip', 'zero'"),
-            ({"signal": "noise"}, ValueError, r"`signal` must be one of 'residual', 'moments'"),
+            (
+                {"signal": "variance"},
+                ValueError,
+                r"`signal` must be one of 'residual', 'moments', 'noise'",
+            ),
         ),
         reference=lambda **settings: stam_reference.adam_over(settings),
         complex_error="real floating-point",

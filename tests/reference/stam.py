@@ -44,6 +44,7 @@ class Moment:
         self.b1, self.mu = b1_base, np.zeros(())
         self.grad = self.mu
         """The gradient that is handed on."""
+        self.noise = NoiseAndDrift(moment_decay) if signal == "noise" else None
 
     def step(self, raw: np.ndarray) -> np.ndarray:
         """The moment after seeing the gradient `raw`, before bias correction."""
@@ -51,7 +52,11 @@ class Moment:
         self.t += 1
         g = self.grad = _safe(raw, has["max_abs"])
         seen = g if has["nonfinite"] == "zero" else raw
-        if np.all(np.isfinite(seen)):
+        whole = np.all(np.isfinite(seen))
+        if whole and self.noise:
+            self.noise.take_in(seen, self.mu / (1 - self.prod) if self.t > 1 else self.mu)
+            adapted = self._within(self.noise.b1(has["b1_base"]))
+        elif whole:
             adapted = self._take_in(seen)
         else:
             adapted = has["b1_base"]
@@ -59,6 +64,8 @@ class Moment:
             self.b1 = adapted
         self.mu = self.b1 * self.mu + (1 - self.b1) * g
         self.prod *= self.b1
+        if self.noise:
+            self.noise.step((1 - self.b1) / (1 - self.prod))
         return self.mu
 
     def _take_in(self, g: np.ndarray) -> float:
@@ -80,7 +87,44 @@ class Moment:
             z = second / q
         else:
             z = max(second - first**2, 0.0) / (second + has["eps"])
-        return min(max(base * (1 - strength * z / (1 + z)), 0.5, base * (1 - strength)), base)
+        return self._within(base * (1 - strength * z / (1 + z)))
+
+    def _within(self, b1: float) -> float:
+        base, strength = self.settings["b1_base"], self.settings["adapt_strength"]
+        return min(max(b1, 0.5, base * (1 - strength)), base)
+
+
+class NoiseAndDrift:
+    """Noise and drift of one tensor from two squared differences, as lists of what was seen."""
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.rows: list[tuple[float, ...]] = []
+        """Of every step: both mean squares, and what multiplies s^2 and d^2 in the second."""
+        self.n = self.l = 0.0
+        self.last: np.ndarray | None = None
+
+    def take_in(self, g: np.ndarray, moment: np.ndarray) -> None:
+        if self.last is not None:
+            steps, residual = (float(np.mean((g - other) ** 2)) for other in (self.last, moment))
+            self.rows.append((steps, residual, 1 + self.n, 1 + self.l))
+        self.last = g
+
+    def step(self, k: float) -> None:
+        self.n = (1 - k) ** 2 * self.n + k**2
+        self.l = (1 - k) ** 2 * (self.l + 1)
+
+    def b1(self, unknown: float) -> float:
+        if len(self.rows) < 2:
+            return unknown
+        weights = self.decay ** np.arange(len(self.rows))[::-1]
+        steps, residual, noise_factor, drift_factor = np.average(self.rows, axis=0, weights=weights)
+        equations = np.array([[2.0, 1.0], [noise_factor, drift_factor]])
+        s2 = max(np.linalg.solve(equations, [steps, residual])[0], 0.0)
+        d2 = max(steps - 2 * s2, 0.0)
+        if s2 == d2 == 0:
+            return unknown
+        return 1 - 2 * np.sqrt(d2) / (np.sqrt(d2) + np.sqrt(d2 + 4 * s2))
 
 
 def adam_over(moment: dict[str, Any], b2=0.999, eps=1e-8, debias_eps=0.0) -> Step:

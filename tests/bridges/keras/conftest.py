@@ -4,7 +4,7 @@ import os
 
 BACKEND = os.environ.get("KERAS_BACKEND")
 # Keras reads its backend when it is imported; without one, as in `make test`, nothing here is.
-collect_ignore_glob = [] if BACKEND else ["test_*.py"]
+collect_ignore_glob = [] if BACKEND else ["*.py"]
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if BACKEND == "jax":
