@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -135,6 +136,9 @@ def outside_inference_mode(function: Callable[..., _Result]) -> Callable[..., _R
     return call
 
 
+_dtype, _shape, _layout = map(operator.attrgetter, ("dtype", "shape", "layout"))
+
+
 def check_gradients(
     params: Sequence[Tensor],
     grads: Sequence[Any],
@@ -143,6 +147,16 @@ def check_gradients(
     labels: Sequence[str],
 ) -> None:
     """Raises `RuntimeError` for a sparse gradient, or where a dtype or a shape is not the one that was traced."""
+    # All at once, because a step on many small tensors spends much of its time in loops like the one below.
+    there = [g for g in grads if g is not None]
+    if (
+        list(map(_dtype, params)) == list(dtypes)
+        and list(map(_shape, params)) == list(shapes)
+        and set(map(_layout, there)) <= {torch.strided}
+        and list(map(_dtype, there))
+        == [d for d, g in zip(dtypes, grads, strict=True) if g is not None]
+    ):
+        return
     for p, g, dtype, shape, label in zip(params, grads, dtypes, shapes, labels, strict=True):
         if p.dtype is not dtype or p.shape != shape:
             then, now = f"{dtype} {tuple(shape)}", f"{p.dtype} {tuple(p.shape)}"
