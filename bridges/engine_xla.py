@@ -10,11 +10,13 @@ What DLPack does and does not do, and how this file meets it:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import torch
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import SingleDeviceSharding
 from torch import Tensor
 
 from chainrule.bridges.lowering.arrays import MASKS, is_key, to_jax, to_torch
@@ -25,13 +27,21 @@ from chainrule.bridges.step.trace import Trace, x64_if_wide
 class XlaProgram:
     """A step that JAX computes."""
 
-    def __init__(self, step: Trace, targets: Sequence[int]):
+    def __init__(self, step: Trace, targets: Sequence[int], device: torch.device):
         self._targets = targets
         self._avals = jax.tree.leaves(step.inputs)
         self._by_value = [is_key(a.dtype) or np.dtype(a.dtype).name in MASKS for a in self._avals]
-        self._flat = jax.jit(jaxpr_as_fun(step.jaxpr))
+        self._jaxpr, self._device = step.jaxpr, device
+        self._flat: Any = None
 
     def ready(self) -> InPlace:
+        if self._flat is None:  # compiled now: what fails in a step leaves it half done
+            where = SingleDeviceSharding(
+                jax.dlpack.from_dlpack(torch.empty(1, device=self._device)).device
+            )
+            avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where) for a in self._avals]
+            with x64_if_wide(self._avals):
+                self._flat = jax.jit(jaxpr_as_fun(self._jaxpr)).lower(*avals).compile()
         return self
 
     def passes(self) -> list[str]:
@@ -62,7 +72,7 @@ class XlaEngine:
     """Leaves steps to JAX."""
 
     def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> XlaProgram:
-        return XlaProgram(step, targets)
+        return XlaProgram(step, targets, device)
 
     def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         avals = jax.tree.leaves(init.inputs)

@@ -5,6 +5,7 @@ import functools
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -155,6 +156,36 @@ def test_an_error_before_the_first_write_leaves_the_bridge_as_it_was(
     assert equal(content(bridge, params), before)
     bridge.step()
     assert not equal(content(bridge, params), before)
+
+
+def compiles_for_vectors() -> optax.GradientTransformation:
+    """Of a matrix it asks XLA for a foreign call that nobody registered."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        def halved(u: jax.Array) -> jax.Array:
+            found = jax.ShapeDtypeStruct(u.shape, u.dtype)
+            return 0.5 * u if u.ndim == 1 else jax.ffi.ffi_call("chainrule_no_such_call", found)(u)
+
+        return jax.tree.map(halved, updates), {"count": state["count"] + 1}
+
+    return optax.GradientTransformation(lambda _: {"count": jnp.zeros((), jnp.int32)}, update)
+
+
+def test_a_step_that_xla_does_not_compile_leaves_the_bridge_as_it_was() -> None:
+    vector, matrix = params = parameters(((3,), (2, 2)))
+    bridge = TorchBridge(
+        compiles_for_vectors(), [{"params": [vector]}, {"params": [matrix]}], engine="xla"
+    )
+    give_gradients(params, 0)
+    before = content(bridge, params)
+    for _ in range(2):  # the second is not told of an interrupted step
+        with pytest.raises(RuntimeError, match="chainrule_no_such_call"):
+            bridge.step()
+        assert equal(content(bridge, params), before)
+    matrix.grad = None
+    bridge.step()
+    want = before[0][0] + 0.5 * vector.grad
+    assert vector.detach().equal(want) and int(bridge.state[vector]["count"]) == 1
 
 
 def test_a_bad_hyperparameter_of_one_group_moves_no_parameter_of_another() -> None:
