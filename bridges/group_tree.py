@@ -51,7 +51,6 @@ class GroupTree:
       labels: what messages call them.
       dtypes, shapes: what they were when the chain was traced.
       keepers: the parameters under which the state is kept.
-      is_initial: whether the state is known to be as `init` made it, no step since.
       head: the parameter that keeps what belongs to the whole group.
       device: the device of all of them.
       homes: for every leaf of the state the parameter and name it is kept under; None: a live hyperparameter.
@@ -87,7 +86,6 @@ class GroupTree:
         self.labels = [labels[i] for i in order]
         self.dtypes = [p.dtype for p in self.params]
         self.shapes = [p.shape for p in self.params]
-        self.is_initial = False
         structs = jax.tree.unflatten(structure, map(_struct, self.params))
         rounding = options.rounding is not None
         with collector_paused():
@@ -179,11 +177,8 @@ class GroupTree:
     def is_stale(self) -> bool:
         """Whether a parameter has another dtype or shape, or has left `meta`, since the chain was traced."""
         left = self.device.type == "meta" and self.params[0].device != self.device
-        return (
-            left
-            or any(p.dtype is not d for p, d in zip(self.params, self.dtypes, strict=True))
-            or any(p.shape != s for p, s in zip(self.params, self.shapes, strict=True))
-        )
+        kinds = zip(self.params, self.dtypes, self.shapes, strict=True)
+        return left or any((p.dtype, p.shape) != (dtype, shape) for p, dtype, shape in kinds)
 
     def leaves(self, state: State) -> list[Tensor]:
         """The leaves of the chain's state, from the optimizer's.
@@ -212,6 +207,16 @@ class GroupTree:
             if home and home[0] in state:
                 state[home[0]].pop(home[1], None)
 
+    def misfit(self, leaves: Sequence[Tensor]) -> str | None:
+        """Which entry of the state is not of the kind that the chain was traced for, or None."""
+        for leaf, aval, slot in zip(leaves, self.state_avals, self.step.slots, strict=True):
+            want = torch_dtype(aval.dtype), physical_shape(aval), self.device
+            got = leaf.dtype, tuple(leaf.shape), leaf.device
+            if got != want:
+                found, expected = ("{} {} on {}".format(*kind) for kind in (got, want))
+                return f"state entry `{slot.name}` is {found}, expected {expected}"
+        return None
+
     def check(self, leaves: Sequence[Tensor], owner: str) -> None:
         """Raises `RuntimeError` for an entry of the state that was replaced by one of another kind.
 
@@ -220,14 +225,8 @@ class GroupTree:
         found = list(map(id, leaves))
         if found == self._checked:
             return
-        for leaf, aval, slot in zip(leaves, self.state_avals, self.step.slots, strict=True):
-            want = torch_dtype(aval.dtype), physical_shape(aval), self.device
-            got = leaf.dtype, tuple(leaf.shape), leaf.device
-            if got != want:
-                raise RuntimeError(
-                    f"{owner}: state entry `{slot.name}` is {got[0]} {got[1]} on {got[2]}, expected "
-                    f"{want[0]} {want[1]} on {want[2]}"
-                )
+        if misfit := self.misfit(leaves):
+            raise RuntimeError(f"{owner}: {misfit}")
         self._checked = found
 
     # ---- tiers -----------------------------------------------------------------------------

@@ -115,9 +115,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return found
 
     def _is_loaded(self) -> None:
-        for group in self._groups:
-            if group.tree:
-                group.tree.is_initial = False
+        self._groups = [group._replace(is_initial=False) for group in self._groups]
 
     def _sync_betas(self) -> None:
         for own, group in zip(self._groups, self.param_groups, strict=True):
@@ -237,13 +235,17 @@ class GroupedOptimizer(torch.optim.Optimizer):
                 tiers = self.state[group.members[0]].get(TIERS)
                 tiers = None if tiers is None else tuple(tiers.tolist())
                 tree = group.tree_of(group.members, tiers)
-                self._groups[index] = group._replace(tree=tree)
+                self._groups[index] = group = group._replace(tree=tree)
+                if group.is_initial and tree.misfit(self._leaves(index)):  # cast since
+                    self._write({index: group.cast(self.state)})
 
     def _without_trees(self) -> dict[str, Any]:
         self._follow()
         kept = {"defaults", "state", "param_groups", "_options"}
         members = [group.members for group in self._groups]
-        return {name: self.__dict__[name] for name in kept} | {"_members": members}
+        initial = [group.is_initial for group in self._groups]
+        own = {"_members": members, "_initial": initial}
+        return {name: self.__dict__[name] for name in kept} | own
 
     def __getstate__(self) -> dict[str, Any]:
         try:
@@ -260,16 +262,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
         state = dict(state)
         options, members = Options(*state.pop("_options")), state.pop("_members")
         state.pop("_known", None)
+        initial = state.pop("_initial", [False] * len(members))  # earlier versions have none
         super().__setstate__(state)
         self._options = options if options.meant else options._replace(meant=Meant())
         self._groups = [
-            Group(self._options, Known.of(group), list(own), None)
-            for group, own in zip(self.param_groups, members, strict=True)
+            Group(self._options, Known.of(group), list(own), None, fresh)
+            for group, own, fresh in zip(self.param_groups, members, initial, strict=True)
         ]
 
     def __copy__(self) -> Self:
         new = type(self).__new__(type(self))
         new.__setstate__(self._without_trees())
+        new._is_loaded()  # a step of either is one of both
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

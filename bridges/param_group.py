@@ -38,12 +38,14 @@ class Group(NamedTuple):
       known: the group as the bridge last saw it.
       members: those of its parameters that have a place in the tree; the others are frozen.
       tree: the tree of the members; None if there are none.
+      is_initial: whether the state is known to be as `init` made it, no step since.
     """
 
     options: Options
     known: Known
     members: list[Tensor]
     tree: GroupTree | None
+    is_initial: bool = True
 
     def with_tree(self, tree: GroupTree) -> "Group":
         inside = set(tree.params)
@@ -64,8 +66,7 @@ class Group(NamedTuple):
 
     def started(self, tree: GroupTree) -> "Change":
         """The group with a state as at the start."""
-        tree.is_initial = True
-        return self.with_tree(tree), tree.initial_state()[0]
+        return self.with_tree(tree)._replace(is_initial=True), tree.initial_state()[0]
 
     def cast(self, state: State) -> "Change":
         """A group that has made no step, for parameters that were cast or left `meta`."""
@@ -124,7 +125,6 @@ class Group(NamedTuple):
         if old:
             before = old.leaves(_entries(old, state, origin))
             leaves = taken_over(old, before, new, leaves, origin, where)
-            new.is_initial = old.is_initial
         for key, value in values.items():
             self.known.group.setdefault(key, value)
         return self.with_tree(new), leaves
@@ -179,14 +179,14 @@ class Group(NamedTuple):
             return new._replace(tree=tree), old.leaves(_entries(old, state, origin))
         return new.with_members(members, state, origin, where)
 
-    def stepped(self, state: State) -> None:
-        """Takes note of a step that was made."""
+    def stepped(self, state: State) -> "Group":
+        """The group after a step that was made."""
         tree = self.tree
         assert tree is not None
         # What writes outside torch's operators (the kernel, compiled code) leaves autograd no trace.
         torch.autograd.graph.increment_version(tree.params)
-        tree.is_initial = False
         tree.stepped(state)
+        return self._replace(is_initial=False) if self.is_initial else self
 
     def prepared(self, leaves: list[Tensor], loss: Any, owner: str) -> tuple[InPlace, list[Tensor]]:
         """The program of a step and its inputs.
@@ -288,5 +288,4 @@ def adopted(
     if new.tree:
         new.tree.hyperparameters.check(group, owner)
         new.tree.hyperparameters.sync(group, owner)
-        new.tree.is_initial = True
     return new, leaves

@@ -141,7 +141,7 @@ class TorchBridge(GroupedOptimizer):
     def _run(self, loss: Any) -> None:
         for index, group in enumerate(self._groups):
             tree = group.tree
-            if tree and (tree.is_initial or tree.device.type == "meta") and tree.is_stale():
+            if tree and (group.is_initial or tree.device.type == "meta") and tree.is_stale():
                 self._leaves(index)
                 self._write({index: self._groups[index].cast(self.state)})
         found = self._taking_part(loss is not None)
@@ -150,7 +150,7 @@ class TorchBridge(GroupedOptimizer):
             self._torn = True
             for index, run, inputs in ready:
                 run(inputs)
-                self._groups[index].stepped(self.state)
+                self._groups[index] = self._groups[index].stepped(self.state)
             self._torn = False
 
     # ---- saving and loading ----------------------------------------------------------------

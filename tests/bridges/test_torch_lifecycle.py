@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import gc
+import pickle
 import weakref
 from typing import Any
 
@@ -162,6 +164,60 @@ def test_a_model_may_be_cast_before_the_first_step(make: Any, rounding: Any) -> 
         step(other, i)
     assert_same(weights(ours), weights(theirs))
     assert_same(bridge.state_dict()["state"], other.state_dict()["state"])
+
+
+def copied(net: Any, bridge: TorchBridge) -> Any:
+    return copy.deepcopy((net, bridge))
+
+
+def pickled(net: Any, bridge: TorchBridge) -> Any:
+    return pickle.loads(pickle.dumps((net, bridge)))
+
+
+@pytest.mark.parametrize("rounding", [None, "stochastic"])
+@pytest.mark.parametrize("when", ["before", "after", "after its first look"])
+@pytest.mark.parametrize("again", [copied, pickled])
+def test_a_copy_that_has_made_no_step_may_be_cast(again: Any, when: str, rounding: Any) -> None:
+    net, want = model(), model().to(torch.bfloat16)
+    torch.manual_seed(7)
+    make = functools.partial(optax.adamw, 0.1)
+    bridge = TorchBridge(make, net.parameters(), rounding=rounding)
+    other = TorchBridge(make, want.parameters(), rounding=rounding)
+    torch.manual_seed(8)
+    if when == "before":
+        net.to(torch.bfloat16)
+    net, bridge = again(net, bridge)
+    if when == "after its first look":
+        bridge.state_dict()
+    net.to(torch.bfloat16)
+    for i in range(2):
+        step(bridge, i)
+        step(other, i)
+    assert_same(weights(net), weights(want))
+    assert_same(bridge.state_dict()["state"], other.state_dict()["state"])
+
+
+@pytest.mark.parametrize("again", [copied, pickled])
+def test_a_copy_that_has_made_steps_is_not_made_again(again: Any) -> None:
+    net = model()
+    bridge = TorchBridge(functools.partial(optax.adamw, 0.1), net.parameters())
+    step(bridge)
+    net, bridge = again(net, bridge)
+    bridge.state_dict()
+    net.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"parameter 0 was torch.float32"):
+        step(bridge)
+
+
+def test_a_shallow_copy_does_not_make_again_what_another_stepped() -> None:
+    net = model()
+    bridge = TorchBridge(chains.adam(0.1), net.parameters())
+    other = copy.copy(bridge)
+    step(bridge)
+    other.state_dict()
+    net.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"parameter 0 was torch.float32"):
+        step(other)
 
 
 def test_a_loaded_state_is_no_fresh_one() -> None:
