@@ -19,12 +19,12 @@ from chainrule.bridges.lowering.program import collector_paused
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.step.description import describe
 from chainrule.bridges.step.function import as_transformation
+from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.step.trace import Struct
 from chainrule.bridges.step.vectors import stack, unstack
 
 State = dict[Tensor, dict[str, Tensor]]
 """`optimizer.state`."""
-TIERS = "tiers"  # the entry of a tiered state's assignment
 
 
 class Options(NamedTuple):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from chainrule.bridges.checks import one_device, outside_inference_mode
 from chainrule.bridges.following import Known, check_groups, matches, origins, unchanged
-from chainrule.bridges.group_tree import TIERS, GroupTree, Options
+from chainrule.bridges.group_tree import GroupTree, Options
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.param_group import Change, Group, adopted
+from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.tier_moves import between_tiers
 
 _NO_DYNAMO = "the step of a TorchBridge is a traced program already; TorchBridge(..., compile=True) compiles it"

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from chainrule.bridges.checks import check_flags
 from chainrule.bridges.following import Known
-from chainrule.bridges.group_tree import TIERS, GroupTree
+from chainrule.bridges.group_tree import GroupTree
 from chainrule.bridges.hyperparameters import check_number, shortest
 from chainrule.bridges.lowering import to_torch
 from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
 from chainrule.bridges.param_group import Change, Group
+from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.step.vectors import unstack
 
 Copies: TypeAlias = list[tuple[Tensor, Tensor]]

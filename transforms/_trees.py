@@ -30,7 +30,7 @@ ANY: Any = _Any()
 """Static data of a state that `optax.tree.map_params` asks for: it holds for every state of this kind."""
 
 
-def _placeholder_type() -> type:
+def _placeholder() -> Any:
     seen = []
 
     def init(params):
@@ -38,16 +38,17 @@ def _placeholder_type() -> type:
         return params
 
     optax.tree.map_params(init, lambda x: x, 0.0)
-    return type(seen[0])
+    return seen[0]
 
 
-_PLACEHOLDER = _placeholder_type()
+PLACEHOLDER = _placeholder()
+"""What `optax.tree.map_params` gives to `init` in the place of the parameters."""
 
 
 def is_placeholder(params: Any) -> bool:
     """Whether `params` is what `optax.tree.map_params` gives to `init`: it stands for the parameters, whatever they
     are, and what `init` makes in their shapes must hold it in their place."""
-    return isinstance(params, _PLACEHOLDER)
+    return isinstance(params, type(PLACEHOLDER))
 
 
 def map_to_other_shapes(f: Callable[..., Any], params: Any) -> Any:

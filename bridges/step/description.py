@@ -16,7 +16,7 @@ import optax
 from chainrule.bridges.step.function import BridgeState, Extras, StepFunction
 from chainrule.bridges.step.settled import settled
 from chainrule.bridges.step.slots import Slot, live_leaves, slots
-from chainrule.bridges.step.tiers import tiered_states, tiers_of
+from chainrule.bridges.step.tiers import TIERS, tiered_states, tiers_of
 from chainrule.bridges.step.trace import Struct, Trace, trace
 from chainrule.bridges.step.vectors import unstack
 from chainrule.transforms import TieredState, assign
@@ -125,12 +125,12 @@ def describe(
 
     init = functools.cache(lambda: trace(initial, params))
     first = init().outputs if state is None else state
-    own = Struct((2,), jnp.int32) if rounding else None
+    seed = Struct((2,), jnp.int32) if rounding else None
     live = live_leaves(jax.tree.structure(first))
     start = 2 * len(jax.tree.leaves(params))
     check_one_rate(live)
     function = StepFunction(chain, live.keys().isdisjoint(RATES), rounding, value)
-    step, state = _traced(function, params, BridgeState(first, own))
+    step, state = _traced(function, params, BridgeState(first, seed))
     # A hyperparameter that the step does not read is a schedule's last value: not for the user to set.
     used = step.used()
     live = {name: leaf for name, leaf in live.items() if used[start + leaf]}
@@ -138,7 +138,9 @@ def describe(
         function = function._replace(multiplier=True)
         step, state = _traced(function, params, state)
     leaves, structure = jax.tree.flatten(state)
-    places = slots(state.chain, params) + ([Slot(None, "rounding")] if rounding else [])
+    own = ["rounding"] if rounding else []
+    places = slots(state.chain, params, chain.init, reserved=(*own, TIERS))
+    places += [Slot(None, name) for name in own]
     numbered = jax.tree.unflatten(structure, range(len(leaves))).chain
     tiered = next(iter(tiered_states(numbered)), None)
     return Description(

@@ -6,12 +6,14 @@ belongs to the whole group.
 """
 
 from collections import Counter
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 
 from chainrule.bridges.step.vectors import THROUGH
 from chainrule.transforms import TieredState, hyperparams
+from chainrule.transforms._trees import PLACEHOLDER
 
 
 class Slot(NamedTuple):
@@ -41,7 +43,29 @@ def _short(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return path[names[-1] :] if names else path
 
 
-def slots(state: Any, params: Any) -> list[Slot]:
+def _own_lists(init: Callable[[Any], Any], size: int) -> set[tuple[Any, ...]]:
+    """The paths of lists of a size that `init` makes whatever the parameters are, so that they are not like them."""
+    found: set[tuple[Any, ...]] = set()
+
+    def note(path: tuple[Any, ...], node: Any) -> bool:
+        if type(node) is list and len(node) == size:
+            found.add(path)
+        return False
+
+    try:
+        made = jax.eval_shape(init, PLACEHOLDER)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return found  # it knows the parameters as a list and nothing else
+    jax.tree_util.tree_flatten_with_path(made, is_leaf=note, is_leaf_takes_path=True)
+    return found
+
+
+def slots(
+    state: Any,
+    params: Any,
+    init: Callable[[Any], Any] | None = None,
+    reserved: Collection[str] = (),
+) -> list[Slot]:
     """The home of every leaf of `state`, in the order of `jax.tree.leaves(state)`.
 
     A leaf is named by its field (`"mu"`); where two parts of the state would have one name, all of them are named by
@@ -50,6 +74,9 @@ def slots(state: Any, params: Any) -> list[Slot]:
     Args:
       state: the state of a chain, with any leaves.
       params: the parameters it was made for: a dict by name or a list.
+      init: of the chain, to tell a list that is the chain's own from one like a list of parameters; without it every
+        list that is as long is taken for one.
+      reserved: names that a bridge needs itself; a leaf whose path is one of them begins with `chain.`.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
@@ -66,10 +93,16 @@ def slots(state: Any, params: Any) -> list[Slot]:
             return isinstance(node, dict) and node.keys() == params.keys()
         return type(node) is list and len(node) == len(params)
 
+    named = isinstance(params, dict)
+    own = set() if init is None or named else _own_lists(init, len(keys))
+
+    def of_params(path: tuple[Any, ...], node: Any) -> bool:
+        return like_params(node) and path not in own
+
     found: list[tuple[int | None, tuple[str | int, ...], tuple[str | int, ...]]] = []
-    for path, node in jax.tree_util.tree_flatten_with_path(state, is_leaf=like_params)[0]:
+    for path, node in jax.tree_util.tree_flatten_with_path(state, of_params, True)[0]:
         prefix = _parts(path)
-        if not keys or not like_params(node):
+        if not keys or not of_params(path, node):
             found.append((None, prefix, ()))
             continue
         for inner, _ in jax.tree_util.tree_flatten_with_path(node)[0]:
@@ -85,7 +118,8 @@ def slots(state: Any, params: Any) -> list[Slot]:
                 found.append((None, prefix + parts, ()))
 
     def text(*parts: tuple[str | int, ...]) -> str:
-        return ".".join(str(part) for path in parts for part in path) or "state"
+        name = ".".join(str(part) for path in parts for part in path) or "state"
+        return f"chain.{name}" if name in reserved else name
 
     parts_of_state = {(owner is None, prefix, suffix) for owner, prefix, suffix in found}
     uses = Counter(text(_short(prefix), suffix) for _, prefix, suffix in parts_of_state)

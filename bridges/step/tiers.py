@@ -14,6 +14,9 @@ import jax
 from chainrule.bridges.step.trace import x64_if_wide
 from chainrule.transforms import GradientGateState, TieredState, retier
 
+TIERS = "tiers"
+"""The entry that keeps the tiers of a group beside its state: static in JAX."""
+
 _logger = logging.getLogger("chainrule.gate")
 
 

@@ -1,5 +1,6 @@
 """What the engines must agree on: dtypes, aliasing, layouts; and how the cost of tracing grows."""
 
+import copy
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from torch import nn
 import bounds
 from chainrule import TorchBridge, chains
 from chainrule.bridges.step.slots import slots
+from chainrule.transforms import quantized_state
 
 ENGINES = ("torch", "xla")
 
@@ -108,6 +110,93 @@ def test_names_of_state_entries_are_unique() -> None:
         "3.nu",
     }
     assert {slot.name for slot in found if slot.owner is None} == {"0.count", "1.count", "3.count"}
+
+
+def last_norms(count: int) -> optax.GradientTransformation:
+    """Divides by the largest of the last norms, which its state holds as a list."""
+
+    def update(updates, state, params=None):
+        last = [*state["last"][1:], optax.tree.norm(updates)]
+        size = jnp.stack(last).max()
+        return jax.tree.map(lambda u: -u / size, updates), {"last": last}
+
+    return optax.GradientTransformation(lambda _: {"last": [jnp.zeros(())] * count}, update)
+
+
+def by_order(make: Any) -> optax.GradientTransformation:
+    """A state that is a list made of the list of parameters, and of nothing else."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(jnp.negative, updates), state
+
+    return optax.GradientTransformation(lambda params: {"own": make(params)}, update)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_list_of_the_chains_own_is_the_groups_whatever_its_length(count: int) -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    bridge = TorchBridge(optax.chain(optax.trace(0.5), last_norms(count)), params)
+    assert set(bridge.state[params[1]]) == {"trace"}
+    for size in (3.0, 4.0):  # of the second parameter too the last norms go on without its gradient
+        params[0].grad = torch.tensor([size, 0.0])
+        bridge.step()
+    last = [float(bridge.state[params[0]][f"last.{i}"]) for i in range(count)]
+    assert last == [0.0, 3.0, 3.0 / 2 + 4.0][-count:]
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        optax.trace(0.9),
+        optax.masked(optax.trace(0.9), [True, True]),
+        optax.masked(optax.trace(0.9), lambda params: [True] * len(params)),
+        by_order(lambda params: [jnp.zeros(()) for _ in params]),
+        by_order(lambda params: [jnp.zeros(()) for _ in jax.tree.leaves(params)]),
+        by_order(lambda params: jax.tree.map(lambda p: (jnp.zeros(3), p), params)),
+        by_order(lambda params: [optax.tree.zeros_like(params)] * 2),
+        chains.muon(0.1),
+        optax.adafactor(0.1, min_dim_size_to_factor=2),
+        quantized_state(optax.trace(0.9)),
+    ],
+)
+def test_a_list_that_is_made_of_the_parameters_is_theirs(chain: Any) -> None:
+    params = [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 4))]
+    bridge = TorchBridge(chain, params)
+    second = set(bridge.state[params[1]])
+    assert second and second <= set(bridge.state[params[0]])
+
+
+def keeps(name: str, rounding: Any = None) -> Any:
+    """A chain whose state has a field of that name, in a bridge with two parameters."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(jnp.negative, updates), {name: state[name] + 2}
+
+    chain = optax.GradientTransformation(lambda _: {name: jnp.zeros((2,), jnp.int32)}, update)
+    params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2)]
+    return params, TorchBridge(chain, params, rounding=rounding)
+
+
+@pytest.mark.parametrize("name", ["rounding", "tiers"])
+def test_a_field_with_the_name_of_an_entry_of_the_bridges_own(name: str) -> None:
+    params, bridge = keeps(name, rounding="stochastic")
+    steps(bridge, params, 1)
+    params, bridge = copy.deepcopy((params, bridge))
+    steps(bridge, params, 2)
+    assert bridge.jax_state()[name].tolist() == [6, 6]
+    assert bridge.state[params[0]]["rounding"][1] == 3  # seed and step
+    state = bridge.state_dict()
+    params, bridge = keeps(name, rounding="stochastic")
+    bridge.load_state_dict(state)
+    steps(bridge, params, 1)
+    assert bridge.jax_state()[name].tolist() == [8, 8]
+    assert bridge.state[params[0]]["rounding"][1] == 4
+
+
+def test_a_field_called_rounding_has_its_name_where_the_bridge_keeps_none() -> None:
+    params, bridge = keeps("rounding")
+    steps(bridge, params, 1)
+    assert bridge.state[params[0]]["rounding"].tolist() == [2, 2]
 
 
 def test_a_partitioned_chain_keeps_each_part_with_its_parameter() -> None:
