@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from chainrule.bridges.lowering.nodes import args_of, is_array, value_of
+from chainrule.bridges.lowering.nodes import args_of, value_of
 from chainrule.bridges.lowering.passes.partition import Piece
-from chainrule.bridges.lowering.passes.signature import is_size, reduces_all
+from chainrule.bridges.lowering.passes.signature import is_size, reduces_all, spanning
 
 
 class Ref(int):
@@ -39,15 +39,16 @@ def body_of(piece: Piece) -> Callable[..., list[Tensor]]:
     flat, of any length.
     """
     position = {n: Ref(k) for k, n in enumerate((*piece.inputs, *piece.nodes))}
-    arrays = [n for n in position if is_array(value_of(n))] if piece.flat else []
-    size = value_of(arrays[0]).numel() if arrays else 0
+    # An input spans the piece, since nothing in it makes more elements of fewer.
+    whole = spanning(piece.inputs) if piece.flat else []
+    size = value_of(whole[0]).numel() if whole else 0
 
     def args_for(node: fx.Node) -> Any:
         args = args_of(node)
         if piece.flat and reduces_all(node):
             args = (args[0], (0,), *args[2:])
-        if arrays and position[arrays[0]] < position[node]:
-            measured = _Size(position[arrays[0]])
+        if whole:
+            measured = _Size(position[whole[0]])
             args = tuple(measured if is_size(a, node, size) else a for a in args)
         return without_nodes(args, position)
 

@@ -1,7 +1,7 @@
 """Signatures of pieces: what two of them must have in common to run as one call, or as one compiled function."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,18 @@ from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.simplify import key_of
 
 
+def spanning(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The arrays among some nodes that a flat piece is over: all but a tensor's first element beside the others."""
+    arrays = [n for n in nodes if is_array(value_of(n))]
+    return [n for n in arrays if value_of(n).numel() != 1] or arrays
+
+
 def flat_shape(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> tuple[int, ...] | None:
     """The shape over which nodes work element by element, up to reductions of everything; None if they do not."""
     tensors = [value_of(n) for n in (*nodes, *inputs)]
     if not all(isinstance(t, torch.Tensor) for t in tensors) or not all(map(_is_flat, nodes)):
         return None
-    shapes = {tuple(t.shape) for t in tensors if t.ndim}
-    if len(shapes) > 1:  # next to a tensor's first element
-        shapes = {shape for shape in shapes if math.prod(shape) != 1}
+    shapes = {tuple(value_of(n).shape) for n in spanning((*nodes, *inputs))}
     return shapes.pop() if len(shapes) == 1 else None
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import torch
@@ -204,6 +205,24 @@ def test_alike_leaves_are_one_kind():
     stages = run((infer_values, partition), StepProgram.of(lowered, targets)).stages
     kinds = [[len(kind) for kind in by_kind(stage)] for stage in stages]
     assert kinds[-1] == [3]  # bias, kernel and twin; the scalar belongs to what is shared
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_pieces_of_none_one_and_many_elements_that_begin_with_one_element(compile):
+    """The number that a mean divides by is that of the whole piece, not of its first array, which has one element."""
+    sizes = (0, 1, 2, 64, 32)
+    vectors = [jnp.arange(n, dtype=jnp.float32) for n in sizes]
+    singles = [jnp.full((1,), i, jnp.float32) for i, _ in enumerate(sizes)]
+
+    def shifted(singles, vectors):
+        return [x + jnp.mean(2 * q + x) for q, x in zip(singles, vectors, strict=True)]
+
+    inputs = [to_torch(x) for x in (*singles, *vectors)]
+    targets = range(len(singles), len(inputs))
+    make_step(lower(shifted, singles, vectors), targets, compile=compile)(inputs)
+    for i, (n, found) in enumerate(zip(sizes, inputs[len(singles) :], strict=True)):
+        x = np.arange(n)  # integers, and means over powers of two: exact in any order
+        assert found.tolist() == (x + 2 * i + (n - 1) / 2).tolist()
 
 
 def test_what_is_updated_may_be_an_input_elsewhere():
