@@ -4,7 +4,7 @@ import contextlib
 import copy
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -78,7 +78,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     # ---- writing ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self) -> Generator[None]:
         """Marks the state as torn unless all inside is done."""
         before, self._torn = self._torn, True
         yield

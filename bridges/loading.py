@@ -21,6 +21,7 @@ from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
 from chainrule.bridges.param_group import Change, Group
 from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.step.vectors import unstack
+from chainrule.transforms._protocols import is_state
 
 Copies: TypeAlias = list[tuple[Tensor, Tensor]]
 
@@ -223,8 +224,8 @@ def from_jax(
 
 def _adam_states(node: Any) -> list[Any]:
     """The states inside `node` that hold the two moments of Adam."""
-    if isinstance(node, tuple) and hasattr(node, "_fields"):
-        fields = node._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    if is_state(node):
+        fields = node._asdict()
         if {"count", "mu", "nu"} <= fields.keys():
             return [node]
         return [found for child in fields.values() for found in _adam_states(child)]

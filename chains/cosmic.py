@@ -164,14 +164,14 @@ def cosmic(
       COSMIC, https://github.com/Kranium2002/COSMIC
     """
     inside, outside = {"decoupled": (None, weight_decay), "gated": (weight_decay, None)}[decay]
-    full = {
+    full: dict[str, Any] = {
         "start": start,
         "debias": debias,
         "clock": clock,
         "state_dtype": state_dtype,
         "kernel": kernel,
     }
-    held = {"fields": ("mu", "mu_long"), "smaller": smaller, "rounding": rounding}
+    held: dict[str, Any] = {"fields": ("mu", "mu_long"), "smaller": smaller, "rounding": rounding}
     blended = scale_by_dual_ema(
         b1, b1_long=b1_long, b2=b2, eps=eps, blend=(0.0, 0.5, 1.0), blend_by=blend_by, **full
     )
@@ -184,6 +184,7 @@ def cosmic(
         scale_by_gradient_magnitude(b1_long, kernel=kernel),
     )
     sign = chain(optax.scale_by_sign(), decoupled_weight_decay(inside))
+    tiers: dict[bool, dict[int, optax.GradientTransformation]]
     tiers = {True: {2: short, 1: magnitude, 0: sign}, False: dict.fromkeys((2, 1, 0), blended)}
     return chain(
         tiered_state(tiers[tiered], policy),

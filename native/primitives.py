@@ -26,8 +26,10 @@ from jax.interpreters import ad, batching, mlir
 
 from chainrule.native import FLOATS, _kernel, available, forms
 
-TIER2_NUMBERS = ("learning_rate", "weight_decay", "b1", "b1_long", "blend", "b2", "eps")
-TIER2_NUMBERS += ("mu_correction", "nu_correction")
+TIER2_NUMBERS = (
+    *("learning_rate", "weight_decay", "b1", "b1_long", "blend", "b2", "eps"),
+    *("mu_correction", "nu_correction"),
+)
 """The first operands of a tier-2 step, each one number for all tensors or a vector with one for each."""
 
 TIER1_NUMBERS = ("learning_rate", "weight_decay", "decay", "mean_magnitude")

@@ -104,7 +104,7 @@ class Calibration(NamedTuple):
         least = fitted_c_min if self.adapt_c_min else c_min
         least = jnp.broadcast_to(jnp.where(calibrated, least, c_min), calibrated.shape)
 
-        def along(x):
+        def along(x: jax.Array) -> jax.Array:
             return x[..., None]
 
         safe = jnp.where(finite, agar, 0)
@@ -119,7 +119,7 @@ class Calibration(NamedTuple):
     def _fit(self, samples: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
         ordered = jnp.sort(samples, axis=-1)
 
-        def percentile(q):
+        def percentile(q: int) -> jax.Array:
             position = q / 100 * (self.steps - 1)
             low = int(position)
             high, weight = min(low + 1, self.steps - 1), position - low

@@ -20,7 +20,7 @@ import optax
 
 from chainrule.transforms._checks import check_link
 from chainrule.transforms._per_parameter import PerParameter
-from chainrule.transforms._protocols import Posts, holds_moments
+from chainrule.transforms._protocols import Posts, Tree, holds_moments
 
 _MOMENTS = ("mu", "nu", "trace")
 _BESIDE = ("count", "b1")
@@ -84,11 +84,17 @@ def _with_roads(
 ) -> optax.GradientTransformationExtraArgs:
     transforms = {name: optax.with_extra_args_support(link) for name, link in links.items()}
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Tree, state: Any, params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, Any]:
         board = {"grad": updates, **extra_args}
 
-        def reading_and_posting(link):
-            def link_update(updates, state, params=None, **_):
+        def reading_and_posting(
+            link: optax.GradientTransformationExtraArgs,
+        ) -> optax.GradientTransformationExtraArgs:
+            def link_update(
+                updates: Tree, state: Any, params: Tree = None, **_: Any
+            ) -> tuple[Tree, Any]:
                 updates, state = link.update(updates, state, params, **board)
                 board.update(posted(state))
                 return updates, state

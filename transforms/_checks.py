@@ -7,12 +7,14 @@ bounds are one table, used at construction, by `set_hyperparams` and by the brid
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+_T = TypeVar("_T")
 
 
 class Interval(NamedTuple):
@@ -208,7 +210,7 @@ def zeros_like(owner: str, params: optax.Params, dtype: Any = None) -> Any:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
 
-def require(owner: str, name: str, value: Any, remedy: str) -> Any:
+def require(owner: str, name: str, value: _T | None, remedy: str) -> _T:
     """Returns `value`, or raises `ValueError` naming the missing input and the remedies if it is `None`."""
     if value is None:
         raise ValueError(

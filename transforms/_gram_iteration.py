@@ -84,7 +84,7 @@ def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
     axis = x.ndim - 1 if tall else x.ndim - 2
     panels = [jax.lax.slice_in_dim(x, s, min(s + height, small), axis=axis) for s in starts]
 
-    def apply(hermitian):
+    def apply(hermitian: list[jax.Array]) -> jax.Array:
         whole = jnp.concatenate(hermitian, axis=-2)
         return _dot(x, whole, -1, -2) if tall else _dot(whole, x, -1, -2)
 

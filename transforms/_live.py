@@ -14,7 +14,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_link, check_params
 from chainrule.transforms._numerics import increment
-from chainrule.transforms._protocols import has_hyperparams, is_state
+from chainrule.transforms._protocols import Tree, has_hyperparams, is_state, typed
 from chainrule.transforms._trees import where_updated
 from chainrule.transforms._words import bind
 
@@ -83,13 +83,15 @@ def live(
     1.0
     """
 
-    def decorate(factory):
+    def decorate(
+        factory: Callable[..., optax.GradientTransformation],
+    ) -> Callable[..., optax.GradientTransformationExtraArgs]:
         signature, owner = inspect.signature(factory), factory.__name__
         unknown = set(static) - set(signature.parameters)
         assert not unknown, f"{owner} has no arguments {unknown}"
 
         @functools.wraps(factory)
-        def make(*args, **kwargs):
+        def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
             bound = bind(owner, signature, args, kwargs)
             bound.apply_defaults()
             numeric, schedules, structure = {}, {}, {}
@@ -119,7 +121,7 @@ def live(
             # Built here once for the errors; a schedule is not evaluated until there is a count.
             factory(**structure, **numeric, **{name: jnp.float32(0.5) for name in schedules})
 
-            def init(params):
+            def init(params: Tree) -> LiveState:
                 check_params(owner, params, only_arrays=False)
                 count = jnp.zeros((), jnp.int32)
                 # Copies: a state may be donated, and an array is its caller's.
@@ -139,7 +141,9 @@ def live(
                     values, given = {}, {}
                 return LiveState(count, values, links.init(params), given)
 
-            def update(updates, state, params=None, **extra_args):
+            def update(
+                updates: Tree, state: LiveState, params: Tree = None, **extra_args: Any
+            ) -> tuple[Tree, LiveState]:
                 params = _matched(owner, updates, params)
                 values, given = _latest(state, {} if ruled else numeric)
                 for name, schedule in schedules.items():
@@ -152,7 +156,7 @@ def live(
                 inner_state = jax.tree.map(_in_dtype_of, state.inner_state, inner_state)
                 return new, LiveState(increment(state.count), values, inner_state, given)
 
-            return optax.GradientTransformationExtraArgs(init, update)
+            return optax.GradientTransformationExtraArgs(*typed(init, update))
 
         return make
 
@@ -311,16 +315,18 @@ def set_hyperparams(state: optax.OptState, **values: Any) -> Any:
 
 def _replace(state: Any, path: str, key: str, name: str, value: Any) -> Any:
     if path:
+        kind = type(state)  # of anything: a checker then asks for no signature
         head, _, rest = path.partition(".")
-        if isinstance(state, tuple) and hasattr(state, "_fields"):
+        if is_state(state):
             child = _replace(getattr(state, head), rest, key, name, value)
-            return state._replace(**{head: child})  # pyright: ignore[reportAttributeAccessIssue]
+            return state._replace(**{head: child})
         if isinstance(state, Mapping):
             index = next(k for k in state if str(k) == head)
-            return type(state)({**state, index: _replace(state[index], rest, key, name, value)})  # pyright: ignore[reportCallIssue]
+            child = _replace(state[index], rest, key, name, value)
+            return kind({**state, index: child})
         children = list(state)
         children[int(head)] = _replace(children[int(head)], rest, key, name, value)
-        return type(state)(children)
+        return kind(children)
     old = state.hyperparams[key]
     new = jnp.asarray(value, old.dtype)
     if new.shape != old.shape:

@@ -27,11 +27,11 @@ def presets(
     ((0.8, 0.99), (0.9, 0.99))
     """
 
-    def decorate(factory):
+    def decorate(factory: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(factory)
 
         @functools.wraps(factory)
-        def make(*args, **kwargs):
+        def make(*args: Any, **kwargs: Any) -> Any:
             given = bind(factory.__name__, signature, args, kwargs).arguments
             name = given.get("preset")
             check_choice(factory.__name__, "preset", name, (None, *table))

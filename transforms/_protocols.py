@@ -4,19 +4,40 @@ Every state is a NamedTuple, as in optax. What else a state says of itself it sa
 them is inherited from here, so optax's own states count where they have them.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import (
+    Any,
+    ClassVar,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    TypeGuard,
+    TypeVar,
+    runtime_checkable,
+)
 
 import jax
 
+Tree: TypeAlias = Any
+"""A tree of arrays, like the parameters or not. No type of Python says which; optax's own, `optax.Updates`, is a
+union with scalars that has neither leaves nor fields."""
 
-@runtime_checkable
-class State(Protocol):
-    """A NamedTuple."""
+_S = TypeVar("_S")
 
-    _fields: ClassVar[tuple[str, ...]]
 
-    def _asdict(self) -> dict[str, Any]: ...
+class _Update(Protocol[_S]):
+    """`update` of a gradient transformation with states of one type; it may take extra arguments by name."""
+
+    def __call__(self, updates: Tree, state: _S, params: Tree = None, /) -> tuple[Tree, _S]: ...
+
+
+def typed(init: Callable[[Tree], _S], update: _Update[_S]) -> tuple[Any, Any]:
+    """The two functions of a gradient transformation, whose states a type checker has seen to be of one type.
+
+    optax lets `update` be called with the state of any transformation, so a checker refuses the two where they say
+    what their state is.
+    """
+    return init, update
 
 
 @runtime_checkable
@@ -52,17 +73,17 @@ class TakesCodes(Protocol):
     """The names of those fields; their codes must be of one format."""
 
 
-def is_state(node: Any) -> TypeGuard[State]:
+def is_state(node: Any) -> TypeGuard[NamedTuple]:
     """Whether `node` is a NamedTuple.
 
     >>> import optax
     >>> is_state(optax.EmptyState()), is_state((1, 2))
     (True, False)
     """
-    return isinstance(node, tuple) and isinstance(node, State)
+    return isinstance(node, tuple) and hasattr(node, "_asdict")
 
 
-def holds_moments(node: Any) -> TypeGuard[State]:
+def holds_moments(node: Any) -> TypeGuard[NamedTuple]:
     """Whether the fields of `node` are looked into for moments: a NamedTuple whose class name ends in `State`.
 
     The suffix tells a state from parameters that are themselves a NamedTuple (with a field `mu`, say).

@@ -8,7 +8,16 @@ collects what it misses.
 
 import contextlib
 import re
-from collections.abc import Callable, Hashable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import (
+    Callable,
+    Generator,
+    Hashable,
+    Iterator,
+    KeysView,
+    Mapping,
+    Sequence,
+    ValuesView,
+)
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -40,7 +49,7 @@ _SELECTIONS: ContextVar[Selections | None] = ContextVar("_SELECTIONS", default=N
 
 
 @contextlib.contextmanager
-def naming(selections: Selections) -> Iterator[None]:
+def naming(selections: Selections) -> Generator[None]:
     """Within it `select` knows which leaf a tensor means, and leaves it to the caller to raise for what it misses."""
     token = _SELECTIONS.set(selections)
     try:

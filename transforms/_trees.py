@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import optax
 
+from chainrule.transforms._protocols import Tree
+
 
 def is_masked(node: Any) -> bool:
     """Whether `node` stands for a leaf that is left out."""
@@ -31,9 +33,9 @@ ANY: Any = _Any()
 
 
 def _placeholder() -> Any:
-    seen = []
+    seen: list[Any] = []
 
-    def init(params):
+    def init(params: Tree) -> Tree:
         seen.append(params)
         return params
 
@@ -71,7 +73,7 @@ def where_updated(updates: Any, params: Any) -> Any:
     {'f': None, 'w': 2.0}
     """
 
-    def taken(u, p):
+    def taken(u: Any, p: Any) -> Any:
         return None if u is None else p
 
     try:

@@ -34,8 +34,9 @@ from chainrule.transforms._checks import (
     require,
     zeros_like,
 )
-from chainrule.transforms._numerics import bias_correction, ema, own_scalar, share, up
+from chainrule.transforms._numerics import bias_correction, ema, increment, own_scalar, share, up
 from chainrule.transforms._per_parameter import PerParameter, stacked
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import leaves_beside, map_unmasked
 from chainrule.transforms._words import checked_words
@@ -174,12 +175,12 @@ def agar_confidence(
     def calibration(steps: int) -> Calibration:
         return Calibration(steps, center, tau_clip_range, c_min, adapt_c_min)
 
-    def init(params) -> Any:
+    def init(params: Tree) -> AgarConfidenceState:
         check_params(owner, params, real=True)
         steps = _default_steps(b1) if tau_init_steps is None else int(tau_init_steps)
         shape = () if by_group or shared_calibration else (len(jax.tree.leaves(params)),)
 
-        def each(value):
+        def each(value: float) -> jax.Array | PerParameter:
             return jnp.float32(value) if by_group else PerParameter.full(value, params)
 
         own = source == "own"
@@ -192,13 +193,22 @@ def agar_confidence(
             calibration=calibration(steps).init(shape),
         )
 
-    def update(updates, state, params=None, *, mu=None, nu=None, count=None, grad=None, **_):
+    def update(
+        updates: Tree,
+        state: AgarConfidenceState,
+        params: Tree = None,
+        *,
+        mu: Tree = None,
+        nu: Tree = None,
+        count: jax.Array | None = None,
+        grad: Tree = None,
+        **_: Any,
+    ) -> tuple[Tree, AgarConfidenceState]:
         del params
-        kept = {}
-        if source != "upstream":
-            count = optax.safe_increment(state.count)
-            kept["count"] = count
-        if source == "own":
+        kept: dict[str, Any] = {}
+        if state.count is not None:
+            count = kept["count"] = increment(state.count)
+        if state.mu is not None and state.nu is not None:
             gradient = updates if grad is None else grad
             mu = map_unmasked(lambda _, old, g: ema(b1, old, g), updates, state.mu, gradient)
             nu = map_unmasked(
@@ -224,7 +234,7 @@ def agar_confidence(
         sizes = np.array([m.size for m in ms], np.int32)
         total = max(int(sizes.sum()), 1)
 
-        def bounds(magnitudes):
+        def bounds(magnitudes: list[jax.Array]) -> list[Any]:
             means = [jnp.sum(x) / max(x.size, 1) for x in magnitudes]
             if by_group:
                 pooled = sum(m * x.size for m, x in zip(means, magnitudes, strict=True)) / total
@@ -259,7 +269,7 @@ def agar_confidence(
         factors = [confidence[0 if by_group else i] for i in range(len(leaves))]
         new = [(up(u) * c).astype(u.dtype) for u, c in zip(leaves, factors, strict=True)]
 
-        def shown(old, vector):
+        def shown(old: Any, vector: jax.Array) -> jax.Array | PerParameter:
             return vector[0] if by_group else old.replace(vector)
 
         state = state._replace(
@@ -270,7 +280,7 @@ def agar_confidence(
         )
         return jax.tree.unflatten(structure, new), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))
 
 
 def _default_steps(b1: Any) -> int:

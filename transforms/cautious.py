@@ -18,6 +18,7 @@ import optax
 
 from chainrule.transforms._checks import check_arrays, check_bounds, check_choice, require
 from chainrule.transforms._numerics import up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import leaves_beside, map_to_other_shapes, map_unmasked
 from chainrule.transforms._words import checked_words
 
@@ -76,12 +77,19 @@ def cautious(
         return optax.with_extra_args_support(optax.identity())
     check_choice("cautious", "normalizer", normalizer, ("clamped_mean", "mean", "count", "none"))
 
-    def init(params):
+    def init(params: Tree) -> CautiousState:
         check_arrays("cautious", params)
         ones = map_to_other_shapes(lambda _: jnp.ones((), jnp.float32), params)
         return CautiousState(ones)
 
-    def update(updates, state, params=None, *, grad=None, **extra_args: Any):
+    def update(
+        updates: Tree,
+        state: CautiousState,
+        params: Tree = None,
+        *,
+        grad: Tree = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, CautiousState]:
         del state, params, extra_args
         grad = require(
             "cautious",
@@ -90,7 +98,7 @@ def cautious(
             "use `chainrule.chain` in place of `optax.chain`, or call `update(..., grad=gradients)`",
         )
 
-        def agreeing(u, g):
+        def agreeing(u: jax.Array, g: jax.Array) -> jax.Array:
             if jnp.iscomplexobj(u):
                 a, b = (jnp.conj(u) * g).real, 1.0
             else:
@@ -100,11 +108,11 @@ def cautious(
             agrees = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
             return jnp.where(agrees | jnp.isnan(u), up(u), 0)
 
-        def fraction(kept):
+        def fraction(kept: jax.Array) -> jax.Array:
             # Counts the non-zero entries in arithmetic alone: XLA:CPU fuses that into the sum, and no comparison.
             return (jnp.sum(jnp.sign(jnp.abs(kept))) / max(kept.size, 1)).astype(jnp.float32)
 
-        def factor(size, mean):
+        def factor(size: int, mean: jax.Array) -> Any:
             if normalizer == "clamped_mean":
                 return 1 / jnp.maximum(mean, mean_floor)
             if normalizer == "mean":
@@ -120,4 +128,4 @@ def cautious(
         )
         return new, CautiousState(means)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

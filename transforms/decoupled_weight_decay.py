@@ -14,6 +14,7 @@ import jax
 import optax
 
 from chainrule.transforms._checks import check_bounds
+from chainrule.transforms._protocols import Tree
 from chainrule.transforms._words import checked_words
 
 
@@ -50,7 +51,7 @@ def decoupled_weight_decay(
     is_zero = isinstance(weight_decay, numbers.Real) and weight_decay == 0
     decay = optax.add_decayed_weights(weight_decay, mask)  # pyright: ignore[reportArgumentType]
 
-    def update(updates, state, params=None):
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
         if params is None and is_zero:
             return updates, state
         if params is None:

@@ -20,6 +20,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
 from chainrule.transforms._numerics import bias_correction, ema, increment, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 
 
@@ -75,12 +76,14 @@ def ema_momentum(
             "leave it False"
         )
 
-    def init(params):
+    def init(params: Tree) -> EmaMomentumState:
         return EmaMomentumState(
             jnp.zeros((), jnp.int32), zeros_like("ema_momentum", params, mu_dtype)
         )
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: EmaMomentumState, params: Tree = None
+    ) -> tuple[Tree, EmaMomentumState]:
         del params
         count = increment(state.count)
         now, ahead = (
@@ -89,7 +92,7 @@ def ema_momentum(
             else (1.0, 1.0)
         )
 
-        def direction(g, mu):
+        def direction(g: jax.Array, mu: jax.Array) -> Any:
             g_up = up(g)
             if nesterov is None:
                 u = mu / now
@@ -105,4 +108,4 @@ def ema_momentum(
         new = jax.tree.map(direction, updates, mu)
         return new, EmaMomentumState(count, optax.tree.cast_like(mu, state.mu))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

@@ -13,7 +13,7 @@ its magnitude, so that negative losses are judged alike; and a gate that is not 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import optax
 from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, require
 from chainrule.transforms._numerics import increment, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import leaves_beside
 from chainrule.transforms._words import checked_words
 
@@ -101,22 +102,24 @@ def gradient_gate(
         check_bounds("gradient_gate", tier_scale=scale)
     scales = tuple(tier_scale)
 
-    def init(params):
+    def init(params: Tree) -> GradientGateState:
         del params
         # An array for each, so that the state can be donated.
         scalars = (jnp.full((), x, jnp.float32) for x in (1, 1, jnp.nan, jnp.nan))
         return GradientGateState(jnp.zeros((), jnp.int32), *scalars)
 
-    def fall(x, low, high):
+    def fall(x: jax.Array, low: float, high: float) -> jax.Array:
         return 1 - jnp.clip((x - low) / (high - low), 0, 1) * (1 - min_scale)
 
-    def statistics(gradients):
+    def statistics(gradients: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Of the gradients: the mean magnitude, and the mean of variance over squared mean magnitude."""
         (table,) = primitives.statistics.bind(*gradients, kernel=kernel)
         mean_abs, _, variance, _ = table.T
         return jnp.mean(mean_abs), jnp.mean(variance / (mean_abs**2 + _EPS))
 
-    def measure(gradients, state, value):
+    def measure(
+        gradients: list[jax.Array], state: GradientGateState, value: Any
+    ) -> tuple[jax.Array, ...]:
         """The raw gate and the new signal."""
         magnitude, ratio = statistics(gradients)
         signal = jnp.where(jnp.isnan(state.signal), magnitude, 0.9 * state.signal + 0.1 * magnitude)
@@ -130,17 +133,17 @@ def gradient_gate(
         return tuple(x.astype(jnp.float32) for x in found)
 
     def update(
-        updates,
-        state,
-        params=None,
+        updates: Tree,
+        state: GradientGateState,
+        params: Tree = None,
         *,
-        grad=None,
-        tiers=None,
-        synced_tiers=None,
-        full_sync=False,
-        value=None,
-        **_,
-    ):
+        grad: Tree = None,
+        tiers: tuple[int, ...] | None = None,
+        synced_tiers: tuple[int, ...] | None = None,
+        full_sync: Any = False,
+        value: Any = None,
+        **_: Any,
+    ) -> tuple[Tree, GradientGateState]:
         del params
         grad = require(
             "gradient_gate",
@@ -178,7 +181,7 @@ def gradient_gate(
             ramp = jnp.clip((count - warmup_steps) / jnp.maximum(warmup_steps, 1), 0, 1)
             scale = (1 - ramp * (1 - raw)).astype(jnp.float32)
 
-        def factor(tier):
+        def factor(tier: int) -> jax.Array:
             return jnp.maximum((scale if tier <= tier_max else 1.0) * scales[tier], min_lr_scale)
 
         factors = {
@@ -189,4 +192,4 @@ def gradient_gate(
         loss = state.loss if value is None else jnp.asarray(value, jnp.float32)
         return jax.tree.unflatten(treedef, new), GradientGateState(count, scale, raw, signal, loss)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

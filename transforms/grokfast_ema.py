@@ -15,6 +15,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, zeros_like
 from chainrule.transforms._numerics import ema, increment, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 
 
@@ -68,15 +69,17 @@ def grokfast_ema(
     check_bounds("grokfast_ema", alpha=alpha, lamb=lamb)
     check_choice("grokfast_ema", "start", start, ("first", "zero"))
 
-    def init(params):
+    def init(params: Tree) -> GrokfastEmaState:
         zeros = zeros_like("grokfast_ema", params, state_dtype)
         return GrokfastEmaState(jnp.zeros((), jnp.int32), zeros)
 
-    def taken_in(decay, old, g):
+    def taken_in(decay: Any, old: jax.Array, g: jax.Array) -> jax.Array:
         # What is not finite would stay in the average for ever.
         return jnp.where(jnp.isfinite(g), ema(decay, old, g), up(old))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: GrokfastEmaState, params: Tree = None
+    ) -> tuple[Tree, GrokfastEmaState]:
         del params
         # Decay 0 once puts the first gradient into the average.
         decay = jnp.where(state.count == 0, 0.0, alpha) if start == "first" else alpha
@@ -85,4 +88,4 @@ def grokfast_ema(
         stored = optax.tree.cast_like(averages, state.ema)
         return new, GrokfastEmaState(increment(state.count), stored)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

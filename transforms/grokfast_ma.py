@@ -14,6 +14,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._numerics import finite, increment, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import map_to_other_shapes
 from chainrule.transforms._words import checked_words
 
@@ -67,7 +68,7 @@ def grokfast_ma(
     """
     check_bounds("grokfast_ma", window_size=window_size, lamb=lamb)
 
-    def init(params):
+    def init(params: Tree) -> GrokfastMaState:
         check_params("grokfast_ma", params)
         window = map_to_other_shapes(
             lambda p: jnp.zeros((window_size, *jnp.shape(p)), state_dtype or jnp.result_type(p)),
@@ -75,14 +76,16 @@ def grokfast_ma(
         )
         return GrokfastMaState(jnp.zeros((), jnp.int32), window)
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: GrokfastMaState, params: Tree = None
+    ) -> tuple[Tree, GrokfastMaState]:
         del params
         slot = state.count % window_size
         count = increment(state.count)
         held = jnp.minimum(count, window_size)
         gain = jnp.where(held == window_size, lamb / held, 0) if warmup else lamb / held
 
-        def amplified(g, window):
+        def amplified(g: jax.Array, window: jax.Array) -> jax.Array:
             return (up(g) + gain * jnp.sum(up(window), axis=0)).astype(g.dtype)
 
         window = jax.tree.map(
@@ -92,4 +95,4 @@ def grokfast_ma(
         )
         return jax.tree.map(amplified, updates, window), GrokfastMaState(count, window)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

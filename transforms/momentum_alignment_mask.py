@@ -26,6 +26,7 @@ from chainrule.transforms._checks import (
 )
 from chainrule.transforms._numerics import ema, finite, increment, root, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._selection import select
 from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import is_masked, leaves_beside, map_unmasked
@@ -119,7 +120,7 @@ def momentum_alignment_mask(
     )
     check_choice(owner, "moment", moment, ("mu", "nu", "trace", "own"))
 
-    def init(params) -> Any:
+    def init(params: Tree) -> MomentumAlignmentMaskState:
         excluded = select(owner, "exclude", exclude, params)
         included = jax.tree.map(lambda out, p: optax.MaskedNode() if out else p, excluded, params)
         check_arrays(owner, included)
@@ -134,7 +135,15 @@ def momentum_alignment_mask(
             own=zeros_like(owner, included, state_dtype) if moment == "own" else None,
         )
 
-    def update(updates, state, params=None, *, grad=None, mask=None, **extra_args: Any) -> Any:
+    def update(
+        updates: Tree,
+        state: MomentumAlignmentMaskState,
+        params: Tree = None,
+        *,
+        grad: Tree = None,
+        mask: Tree = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, MomentumAlignmentMaskState]:
         del params
         grad = require(owner, "grad", grad, f"{_PASS} `update(..., grad=gradients)`")
         if moment == "own":
@@ -169,7 +178,7 @@ def momentum_alignment_mask(
             given = itertools.compress(structure.flatten_up_to(mask), included)
             draws = jnp.array(list(given), jnp.float32)
 
-        def scaled(u, factor, m):
+        def scaled(u: jax.Array, factor: jax.Array, m: jax.Array) -> jax.Array:
             # Zero, not 0 u, where the update is dropped: its NaN are dropped with it.
             return jnp.where(m > 0, factor * up(u), 0).astype(u.dtype)
 
@@ -187,4 +196,4 @@ def momentum_alignment_mask(
             own=None if state.own is None else optax.tree.cast_like(moments, state.own),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

@@ -21,6 +21,7 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, check_params
 from chainrule.transforms._gram_iteration import Triple, iterate
 from chainrule.transforms._numerics import abs_sq, root, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import path_name
 from chainrule.transforms._words import checked_words
 
@@ -122,7 +123,7 @@ def newton_schulz(
         raise TypeError(f"newton_schulz: `steps` must be an integer, got {steps!r}")
     triples = _triples(coefficients, operator.index(steps))
 
-    def shape_factor(shape, rows, cols):
+    def shape_factor(shape: tuple[int, ...], rows: int, cols: int) -> float:
         if scale is None:
             return 1.0
         if isinstance(scale_axes, str):
@@ -131,7 +132,7 @@ def newton_schulz(
             out, in_ = (shape[axis] for axis in scale_axes)
         return math.sqrt(max(1.0, out / max(in_, 1)) if scale == "spectral" else max(out, in_))
 
-    def orthogonalized(path, g):
+    def orthogonalized(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
         axes = _matrix_axes(path_name(path), g.shape, dims)
         rows, cols = (math.prod(g.shape[axis] for axis in group) for group in axes)
         batch = [axis for axis in range(g.ndim) if axis not in axes[0] + axes[1]]
@@ -150,19 +151,21 @@ def newton_schulz(
         back = [order.index(axis) for axis in range(g.ndim)]
         return x.reshape([g.shape[axis] for axis in order]).transpose(back).astype(g.dtype)
 
-    def init(params):
+    def init(params: Tree) -> optax.EmptyState:
         check_params("newton_schulz", params)
         jax.tree_util.tree_map_with_path(
             lambda path, p: _matrix_axes(path_name(path), jnp.shape(p), dims), params
         )
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: optax.EmptyState, params: Tree = None
+    ) -> tuple[Tree, optax.EmptyState]:
         del params
         check_params("newton_schulz", updates)
         return jax.tree_util.tree_map_with_path(orthogonalized, updates), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))
 
 
 def _triples(coefficients: Any, steps: int) -> list[Triple]:

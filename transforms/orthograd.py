@@ -13,6 +13,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, require_params
 from chainrule.transforms._numerics import inner, norm, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import map_unmasked, where_updated
 from chainrule.transforms._words import checked_words
 
@@ -49,14 +50,16 @@ def orthograd(
     """
     check_bounds("orthograd", eps=eps, rtol=rtol)
 
-    def init(params):
+    def init(params: Tree) -> optax.EmptyState:
         del params
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: optax.EmptyState, params: Tree = None
+    ) -> tuple[Tree, optax.EmptyState]:
         params = require_params("orthograd", params)
 
-        def project(g, p):
+        def project(g: jax.Array, p: jax.Array) -> jax.Array:
             if g.size <= 1:
                 return g
             square = inner(p, p)
@@ -72,4 +75,4 @@ def orthograd(
 
         return map_unmasked(project, updates, where_updated(updates, params)), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

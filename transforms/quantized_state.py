@@ -24,7 +24,7 @@ from chainrule.native import forms
 from chainrule.transforms._chain import posted
 from chainrule.transforms._checks import check_choice, check_link
 from chainrule.transforms._per_parameter import PerParameter
-from chainrule.transforms._protocols import TakesCodes
+from chainrule.transforms._protocols import TakesCodes, Tree, typed
 from chainrule.transforms._trees import is_placeholder
 from chainrule.transforms._words import checked_words
 
@@ -187,7 +187,7 @@ def quantized_state(
         ]
         return jax.tree.unflatten(treedef, encoded)
 
-    def init(params) -> Any:
+    def init(params: Tree) -> QuantizedState:
         key = jax.random.PRNGKey(seed) if stochastic else None
         state = inner.init(params)
         if is_placeholder(params):  # codes are not in the shapes of the parameters
@@ -198,11 +198,12 @@ def quantized_state(
             )
         return QuantizedState(key, encode(state, None))
 
-    def update(updates, state, params=None, **extra_args) -> Any:
-        key, now = jax.random.split(state.key) if stochastic else (None, None)
-
+    def update(
+        updates: Tree, state: QuantizedState, params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, QuantizedState]:
+        key, now = (None, None) if state.key is None else jax.random.split(state.key)
         ready = (decode if stochastic else _decoded_where_needed)(state.inner_state)
         new_updates, new = inner.update(updates, ready, params, **extra_args)
         return new_updates, QuantizedState(key, encode(new, now))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

@@ -17,6 +17,7 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, root, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 
 
@@ -90,7 +91,7 @@ def scale_by_adam(
             "scale_by_adam: `nesterov` needs a `b1` of its own, got b1=None; give `b1` a number"
         )
 
-    def init(params) -> Any:
+    def init(params: Tree) -> ScaleByAdamState:
         check_params("scale_by_adam", params)
         real = jax.tree.map(lambda p: jnp.zeros((), jnp.result_type(p)).real.dtype, params)
         return ScaleByAdamState(
@@ -99,15 +100,17 @@ def scale_by_adam(
             nu=jax.tree.map(lambda p, d: jnp.zeros_like(p, nu_dtype or d), params, real),
         )
 
-    def update(updates, state, params=None, **_) -> Any:
+    def update(
+        updates: Tree, state: ScaleByAdamState, params: Tree = None, **_: Any
+    ) -> tuple[Tree, ScaleByAdamState]:
         del params
         count = increment(state.count)
         correction = bias_correction(b2, count) + debias_eps if debias else 1.0
 
-        def gradient(u):
+        def gradient(u: Any) -> jax.Array:
             return u.grad if isinstance(u, MomentumLeaf) else u
 
-        def moment(u, mu):
+        def moment(u: Any, mu: jax.Array) -> jax.Array:
             if isinstance(u, MomentumLeaf):
                 return u.mu
             if b1 is None:
@@ -117,7 +120,7 @@ def scale_by_adam(
                 )
             return ema(b1, mu, u)
 
-        def first(u, mu):
+        def first(u: Any, mu: jax.Array) -> Any:
             if isinstance(u, MomentumLeaf):
                 return mu / (u.correction + debias_eps)
             assert b1 is not None  # `moment` has refused plain arrays without b1
@@ -129,7 +132,7 @@ def scale_by_adam(
             )
             return (b1 / ahead) * mu + ((1 - b1) / c1) * up(u)
 
-        def direction(u, mu, nu):
+        def direction(u: Any, mu: jax.Array, nu: jax.Array) -> jax.Array:
             if eps_scope == "raw":
                 denominator = (root(nu + eps_root) + eps) / jnp.sqrt(correction)
             else:
@@ -143,4 +146,4 @@ def scale_by_adam(
         stored = None if state.mu is None else optax.tree.cast_like(mu, state.mu)
         return new, ScaleByAdamState(count, stored, optax.tree.cast_like(nu, state.nu))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

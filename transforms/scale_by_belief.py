@@ -20,6 +20,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, zeros_like
 from chainrule.transforms._numerics import bias_correction, clamped, ema, increment, root, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 
 DEVIATIONS = ("unbiased", "raw")
@@ -89,7 +90,7 @@ def scale_by_belief(
     check_bounds(owner, b1=b1, b2=b2, eps=eps)
     check_choice(owner, "deviation", deviation, DEVIATIONS)
 
-    def init(params):
+    def init(params: Tree) -> ScaleByBeliefState:
         check_params(owner, params, real=True)
         return ScaleByBeliefState(
             count=jnp.zeros((), jnp.int32),
@@ -97,7 +98,9 @@ def scale_by_belief(
             nu=zeros_like(owner, params, nu_dtype),
         )
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: ScaleByBeliefState, params: Tree = None
+    ) -> tuple[Tree, ScaleByBeliefState]:
         del params
         count = increment(state.count)
         c1, c2 = corrections(b1, b2, count, deviation)
@@ -109,11 +112,11 @@ def scale_by_belief(
             weight = jnp.where(state.count > 0, weight, 0)
         weight = weight / jnp.maximum(share * share, jnp.finfo(jnp.float32).tiny)
 
-        def second(g, mu, nu):
+        def second(g: jax.Array, mu: jax.Array, nu: jax.Array) -> Any:
             d = seen * clamped(g) - mu
             return b2 * up(nu) + weight * (d * d)
 
-        def direction(g, mu, nu):
+        def direction(g: jax.Array, mu: jax.Array, nu: jax.Array) -> jax.Array:
             mean = mu * (1 / c1)
             return (mean / (root(mean * mean + nu * (1 / c2)) + eps)).astype(g.dtype)
 
@@ -123,4 +126,4 @@ def scale_by_belief(
         stored = optax.tree.cast_like((mu, nu), (state.mu, state.nu))
         return new, ScaleByBeliefState(count, *stored)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

@@ -20,6 +20,7 @@ import optax
 from chainrule.native import xla
 from chainrule.transforms._checks import check_bounds, check_choice, require, zeros_like
 from chainrule.transforms._numerics import bias_correction, increment
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 from chainrule.transforms.quantized_state import Quantized
 
@@ -110,8 +111,8 @@ def scale_by_dual_ema(
     has_short = any(weight != 0 for weight in blends)
     has_long = keep_long or any(weight != 1 for weight in blends)
 
-    def init(params) -> Any:
-        def zeros():
+    def init(params: Tree) -> ScaleByDualEmaState:
+        def zeros() -> Tree:
             return zeros_like("scale_by_dual_ema", params, state_dtype)
 
         return ScaleByDualEmaState(
@@ -121,7 +122,16 @@ def scale_by_dual_ema(
             nu=None if b2 is None else zeros(),
         )
 
-    def update(updates, state, params=None, *, step=None, tier=None, synced_tier=None, **_) -> Any:
+    def update(
+        updates: Tree,
+        state: ScaleByDualEmaState,
+        params: Tree = None,
+        *,
+        step: jax.Array | None = None,
+        tier: int | None = None,
+        synced_tier: Any = None,
+        **_: Any,
+    ) -> tuple[Tree, ScaleByDualEmaState]:
         del params
         remedy = "wrap it in `tiered_state`, or pass it to `update`"
         count = increment(state.count)
@@ -140,7 +150,7 @@ def scale_by_dual_ema(
         short_decay, long_decay = (jnp.asarray(b, jnp.float32) for b in (b1, b1_long))
         second_decay = jnp.asarray(0.0 if b2 is None else b2, jnp.float32)
 
-        def decay(b):
+        def decay(b: jax.Array) -> jax.Array:
             # Started at the gradient, an EMA is the gradient after the first update, as one of decay 0 is.
             return b if start == "zero" else jnp.where(state.count == 0, 0.0, b)
 
@@ -171,7 +181,7 @@ def scale_by_dual_ema(
         new, after = blended_step(updates, state, numbers)
         return new, after._replace(count=count)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))
 
 
 def _format(x: Any) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ r"""Multiplies each tensor's update by a running mean of its gradient's magnitud
 Source: COSMIC, repository commit 96f1a8c (tier 1).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import optax
 from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import ema, increment, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import leaves_beside, map_to_other_shapes, map_unmasked
 from chainrule.transforms._words import checked_words
 
@@ -60,19 +61,26 @@ def scale_by_gradient_magnitude(
     check_bounds("scale_by_gradient_magnitude", decay=decay)
     check_choice("scale_by_gradient_magnitude", "kernel", kernel, ("xla", "native", "auto"))
 
-    def init(params):
+    def init(params: Tree) -> ScaleByGradientMagnitudeState:
         check_params("scale_by_gradient_magnitude", params)
         return ScaleByGradientMagnitudeState(
             jnp.zeros((), jnp.int32),
             map_to_other_shapes(lambda _: jnp.zeros((), jnp.float32), params),
         )
 
-    def mean_magnitude(g):
+    def mean_magnitude(g: jax.Array) -> jax.Array:
         # Of the finite entries: one that is not would stay in the EMA for ever.
         (total,) = primitives.sums.bind(jnp.float32(1), g, kind="magnitude", batch=0, kernel=kernel)
         return total.reshape(()) / max(g.size, 1)
 
-    def update(updates, state, params=None, *, grad=None, **_):
+    def update(
+        updates: Tree,
+        state: ScaleByGradientMagnitudeState,
+        params: Tree = None,
+        *,
+        grad: Tree = None,
+        **_: Any,
+    ) -> tuple[Tree, ScaleByGradientMagnitudeState]:
         del params
         grad = require(
             "scale_by_gradient_magnitude",
@@ -81,7 +89,7 @@ def scale_by_gradient_magnitude(
             "compose with `chainrule.chain`, or pass `grad=gradients` to `update`",
         )
 
-        def magnitude(u, g, old):
+        def magnitude(u: jax.Array, g: jax.Array, old: jax.Array) -> jax.Array:
             del u
             mean = mean_magnitude(g)
             return jnp.where(state.count == 0, mean, ema(decay, old, mean)).astype(jnp.float32)
@@ -91,4 +99,4 @@ def scale_by_gradient_magnitude(
         new = jax.tree.map(lambda u, c: (c * up(u)).astype(u.dtype), updates, magnitudes)
         return new, ScaleByGradientMagnitudeState(increment(state.count), magnitudes)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

@@ -19,6 +19,7 @@ from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, up
 from chainrule.transforms._per_parameter import PerParameter, stacked, unstacked
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 
 
@@ -68,13 +69,15 @@ def scale_by_tensor_rms(
     """
     check_bounds("scale_by_tensor_rms", decay=decay, eps=eps, debias_eps=debias_eps)
 
-    def init(params) -> Any:
+    def init(params: Tree) -> ScaleByTensorRmsState:
         check_params("scale_by_tensor_rms", params)
         return ScaleByTensorRmsState(
             jnp.zeros((), jnp.int32), PerParameter.full(0.0, params, stat_dtype)
         )
 
-    def update(updates, state, params=None) -> Any:
+    def update(
+        updates: Tree, state: ScaleByTensorRmsState, params: Tree = None
+    ) -> tuple[Tree, ScaleByTensorRmsState]:
         del params
         count = increment(state.count)
         correction = bias_correction(decay, count) + debias_eps
@@ -83,7 +86,7 @@ def scale_by_tensor_rms(
         if structure != state.mean_square.structure:
             state.mean_square.match("scale_by_tensor_rms", updates)
 
-        def mean_square(u):
+        def mean_square(u: Any) -> jax.Array:
             if isinstance(u, MomentumLeaf):
                 u, known = u.grad, u.mean_square
                 if known is not None:
@@ -102,7 +105,7 @@ def scale_by_tensor_rms(
             ]
             scales = scales / (stacked(given) + debias_eps * carry)
 
-        def direction(u, scale):
+        def direction(u: Any, scale: jax.Array) -> jax.Array:
             dtype, u = (u.grad.dtype, u.mu) if isinstance(u, MomentumLeaf) else (u.dtype, up(u))
             return jnp.where(scale > 0, scale * u, 0).astype(dtype)
 
@@ -111,4 +114,4 @@ def scale_by_tensor_rms(
             count, state.mean_square.replace(squares)
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

@@ -18,6 +18,7 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import share, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._sums import means
 from chainrule.transforms._trees import leaves_beside
 from chainrule.transforms._words import checked_words
@@ -92,16 +93,23 @@ def snr_confidence(
     )
     check_choice(owner, "deviation", deviation, DEVIATIONS)
 
-    def init(params) -> Any:
+    def init(params: Tree) -> SnrConfidenceState:
         check_params(owner, params, real=True)
         return SnrConfidenceState(PerParameter.full(0.0, params))
 
-    def update(updates, state, params=None, *, mu=None, nu=None, count=None, **_: Any) -> Any:
+    def update(
+        updates: Tree,
+        state: SnrConfidenceState,
+        params: Tree = None,
+        *,
+        mu: Tree = None,
+        nu: Tree = None,
+        count: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Tree, SnrConfidenceState]:
         del params
-        mu, nu, count = (
-            require(owner, name, value, _REMEDY)
-            for name, value in (("mu", mu), ("nu", nu), ("count", count))
-        )
+        mu, nu = require(owner, "mu", mu, _REMEDY), require(owner, "nu", nu, _REMEDY)
+        count = require(owner, "count", count, _REMEDY)
         c1, c2 = corrections(b1, b2, count, deviation)
         tiny = float(jnp.finfo(jnp.float32).tiny)
         mus, nus = (
@@ -117,7 +125,9 @@ def snr_confidence(
         # Multiplied by: XLA would turn a / b / c into a / (b c), which is 0 / 0 for small b and c.
         inverse = share(jnp.float32(1), jnp.maximum(abar + eps, tiny))
 
-        def scaled(u, m, v, trust, inverse):
+        def scaled(
+            u: jax.Array, m: jax.Array, v: jax.Array, trust: jax.Array, inverse: jax.Array
+        ) -> jax.Array:
             signal = (up(m) * (1 / c1)) ** 2
             part = share(signal, jnp.maximum(signal + up(v) * (1 / c2), tiny))
             return (up(u) * trust * jnp.clip(part * inverse, rel_floor, 1)).astype(u.dtype)
@@ -127,4 +137,4 @@ def snr_confidence(
         new = jax.tree.unflatten(structure, [scaled(*column) for column in columns])
         return new, SnrConfidenceState(state.agar.replace(agar))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))

@@ -15,7 +15,7 @@ function, does, between steps.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ import optax
 from chainrule.transforms._checks import check_link, check_params
 from chainrule.transforms._metrics import state_bytes
 from chainrule.transforms._numerics import increment
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._trees import ANY, is_placeholder, path_name, where_updated
 from chainrule.transforms._words import checked_words
 from chainrule.transforms.quantized_state import decode
@@ -46,7 +47,7 @@ class Assignment:
         compare=False, repr=False
     )
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         # Functions do not pickle; a state that was pickled gets them back from `adopt`.
         return {**self.__dict__, "transforms": None}
 
@@ -142,7 +143,7 @@ def tiered_state(
     transforms = {tier: optax.with_extra_args_support(tx) for tier, tx in tiers.items()}
     lowest = min(tiers)
 
-    def init(params) -> Any:
+    def init(params: Tree) -> TieredState:
         check_params("tiered_state", params)
         leaves = jax.tree.leaves(params)
         assignment = Assignment((lowest,) * len(leaves), policy, transforms)
@@ -160,7 +161,9 @@ def tiered_state(
             )
         return state
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates: Tree, state: TieredState, params: Tree = None, **extra_args: Any
+    ) -> tuple[Tree, TieredState]:
         leaves, treedef = jax.tree.flatten(updates)
         assignment = state.assignment
         if len(leaves) != len(assignment.tiers):
@@ -189,7 +192,7 @@ def tiered_state(
         def updated(tier: int) -> Any:
             given = {**shared, "tier": tier, "synced_tier": counts_as[tier]}
 
-            def one(leaf, state, param, own):
+            def one(leaf: jax.Array, state: Any, param: Any, own: dict[str, Any]) -> Any:
                 return transforms[tier].update(leaf, state, param, **given, **own)
 
             # In a trace, tensors of one tier that are alike share what is traced for the first.
@@ -203,7 +206,7 @@ def tiered_state(
             inner.append(s)
         return jax.tree.unflatten(treedef, new), state._replace(count=count, inner=tuple(inner))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(*typed(init, update))
 
 
 def _budget(policy: TierPolicy, params: list[Any]) -> int | None:
@@ -426,7 +429,15 @@ def _sizes(assignment: Assignment, leaves: Any) -> list[dict[int, int]]:
     return [{tier: size(tier, leaf) for tier in transforms} for leaf in leaves]
 
 
-def _within(bound, sizes, tiers, current, signals, forced, lowest) -> list[int]:
+def _within(
+    bound: int,
+    sizes: list[dict[int, int]],
+    tiers: Sequence[int],
+    current: Sequence[int],
+    signals: np.ndarray,
+    forced: Sequence[bool],
+    lowest: int,
+) -> list[int]:
     """`tiers` made to fit: refused demotions may leave no room for all promotions, so the weakest
     signals give way."""
     tiers = list(tiers)
@@ -451,7 +462,7 @@ def _within(bound, sizes, tiers, current, signals, forced, lowest) -> list[int]:
 def _mismatch(inner: Any) -> float:
     """mean|mu - mu_long| of the part of a state that has both, else 0."""
 
-    def dual(node):
+    def dual(node: Any) -> bool:
         return getattr(node, "mu", None) is not None and getattr(node, "mu_long", None) is not None
 
     for node in jax.tree.leaves(inner, is_leaf=dual):

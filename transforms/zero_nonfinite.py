@@ -15,6 +15,7 @@ import optax
 
 from chainrule.transforms._checks import check_bounds
 from chainrule.transforms._numerics import finite, up
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._words import checked_words
 
 
@@ -54,14 +55,16 @@ def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.Grad
     """
     check_bounds("zero_nonfinite", max_abs=max_abs)
 
-    def init(params):
+    def init(params: Tree) -> ZeroNonfiniteState:
         del params
         return ZeroNonfiniteState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None):
+    def update(
+        updates: Tree, state: ZeroNonfiniteState, params: Tree = None
+    ) -> tuple[Tree, ZeroNonfiniteState]:
         del params
 
-        def kept(g):
+        def kept(g: jax.Array) -> jax.Array:
             return (
                 jnp.isfinite(g) if max_abs is None else jnp.abs(up(g)) <= max_abs
             )  # NaN compares false
@@ -73,4 +76,4 @@ def zero_nonfinite(max_abs: jax.typing.ArrayLike | None = 2.0**48) -> optax.Grad
         total = jnp.where(total < count, jnp.iinfo(jnp.int32).max, total)
         return jax.tree.map(lambda g: finite(g, max_abs), updates), ZeroNonfiniteState(count, total)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -144,7 +144,7 @@ def lower_jaxpr(
 
 
 @contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
+def collector_paused() -> Generator[None]:
     """Without the cyclic collector, whose passes over a growing graph make the time quadratic."""
     running = gc.isenabled()
     gc.disable()

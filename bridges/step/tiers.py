@@ -6,7 +6,7 @@ it moved something.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ def _gates(state: Any) -> list[GradientGateState]:
 
 
 @contextlib.contextmanager
-def gates_logged(states: Callable[[], Sequence[Any]]) -> Iterator[None]:
+def gates_logged(states: Callable[[], Sequence[Any]]) -> Generator[None]:
     """Logs every gate that a step moves, if `chainrule.gate` logs at INFO; else costs nothing.
 
     Args:

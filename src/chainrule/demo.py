@@ -89,7 +89,7 @@ def candidates() -> dict[str, MakeChain]:
     A chain whose first argument has no default wraps another one, and is applied to the baseline.
     """
 
-    def baseline(learning_rate):
+    def baseline(learning_rate: Any) -> optax.GradientTransformation:
         return optax.adamw(learning_rate, weight_decay=WEIGHT_DECAY)
 
     found: dict[str, MakeChain] = {BASELINE: baseline}
@@ -175,7 +175,7 @@ def first_tiers(tx: optax.GradientTransformation, params: Params, batch: Split) 
     after the first step.
     """
 
-    def tiered(state):
+    def tiered(state: Any) -> list[TieredState]:
         nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TieredState))
         return [node for node in nodes if isinstance(node, TieredState)]
 
@@ -193,14 +193,14 @@ def train(
     first_batch = Split(*(part[:BATCH] for part in data.train))
     tiers = first_tiers(make(rates[0]), first_params, first_batch)
 
-    def init(rate, params):
+    def init(rate: Any, params: Any) -> tuple[Any, Any]:
         state = make(rate).init(params)
         return params, state if tiers is None else assign(state, tiers, params)
 
-    def run_epoch(rate, carry, labels, batches):
+    def run_epoch(rate: Any, carry: Any, labels: jax.Array, batches: jax.Array) -> tuple[Any, Any]:
         tx = optax.with_extra_args_support(make(rate))
 
-        def step(carry, rows):
+        def step(carry: Any, rows: jax.Array) -> tuple[Any, None]:
             params, state = carry
             grads = jax.grad(loss)(params, data.train.images[rows], labels[rows])
             updates, state = tx.update(grads, state, params)

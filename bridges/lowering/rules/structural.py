@@ -38,7 +38,7 @@ def broadcast_in_dim(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
     for size, axis in zip(physical_shape(old), axes, strict=True):
         ones[axis] = size
     # Leading axes torch adds by itself.
-    lead = next((i for i, n in enumerate(ones) if i in axes), len(ones))
+    lead = next((i for i in range(len(ones)) if i in axes), len(ones))
     node = x if tuple(ones[lead:]) == physical_shape(old) else b.emit(torch.reshape, x, ones)
     if tuple(ones) == shape and node is not x:
         return node
