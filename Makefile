@@ -57,7 +57,7 @@ everywhere: $(VENV)/.dev  ## the tests of numbers on other processors' code path
 
 versions:  ## the tests without torch on other versions (PYTHON=python3.13 WITH="jax==0.12.0 optax==0.2.8")
 	rm -rf build/versions && $(PYTHON) -m venv build/versions
-	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,demo]" $(WITH)
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,demo,evidence]" $(WITH)
 	build/versions/bin/python -m pytest tests -m "not slow and not clients and not keras" -n $(WORKERS)
 
 clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge

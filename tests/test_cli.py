@@ -22,7 +22,9 @@ def test_runs_as_a_module():
     assert (result.returncode, result.stdout) == (0, f"chainrule {chainrule.__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["show", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["show", "--help"], ["evidence", "--help"]]
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(arguments)
@@ -78,6 +80,12 @@ def test_demo_without_its_extra_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert main(["demo"]) == 1
     assert "pip install 'chainrule[demo]'" in capsys.readouterr().err
+
+
+def test_evidence_without_its_extra_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsmodels", None)
+    assert main(["evidence", "E7"]) == 1
+    assert "pip install 'chainrule[evidence]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""The `chainrule` command: `demo` trains with every chain, `show` prints what a chain is made of."""
+"""The `chainrule` command: `demo` trains with every chain, `show` prints their links, `evidence` tests claims."""
 
 import argparse
+import importlib.util
 import inspect
 import pathlib
 import sys
@@ -109,7 +110,58 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument(
         "--markdown", action="store_true", help="every chain's table of links, for the README"
     )
+    _add_evidence(commands)
     return parser
+
+
+def _add_evidence(commands) -> None:
+    evidence = commands.add_parser(
+        "evidence",
+        help="test what each method claims: tuned baselines, mechanisms switched off, paired seeds, a verdict",
+        description="Runs experiments and writes their results, figures and REPORT.md. An interrupted run goes on "
+        "where it ended. Without a name, lists the experiments.",
+    )
+    evidence.add_argument(
+        "names",
+        nargs="*",
+        metavar="experiment",
+        help="such as E7, or all; report: write REPORT.md again; error-rates: how often the verdict errs",
+    )
+    size = evidence.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_const", const="quick", dest="setting", help="seconds: a smoke test"
+    )
+    size.add_argument(
+        "--full",
+        action="store_const",
+        const="full",
+        dest="setting",
+        help="hours: for an accelerator",
+    )
+    evidence.add_argument("--seeds", type=_count, help="reported runs of each arm")
+    evidence.add_argument(
+        "--arms",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        help="only these arms and what they are made from, such as adam,muon",
+    )
+    evidence.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("evidence-results"),
+        help="folder of the results (default evidence-results)",
+    )
+    evidence.set_defaults(setting="normal")
+
+
+def _missing(command: str, *modules: str) -> bool:
+    """Says which extra to install if one of `modules` is not there."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            sys.stderr.write(
+                f"chainrule {command}: needs {module}; install it with: pip install 'chainrule[{command}]'\n"
+            )
+            return True
+    return False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,14 +174,21 @@ def main(argv: list[str] | None = None) -> int:
             shown = show_markdown() if arguments.markdown else show_all()
         sys.stdout.write(shown + "\n")
         return 0
-    try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        sys.stderr.write(
-            f"chainrule demo: needs {error.name}; install it with: pip install 'chainrule[demo]'\n"
+    if arguments.command == "evidence":
+        if _missing(
+            "evidence", "equinox", "matplotlib", "mlxtend", "rich", "sklearn", "statsmodels"
+        ):
+            return 1
+        from chainrule.evidence import command
+
+        return command.main(
+            arguments.names,
+            setting=arguments.setting,
+            seeds=arguments.seeds,
+            arms=arguments.arms,
+            out=arguments.out,
         )
+    if _missing("demo", "matplotlib", "rich", "sklearn"):
         return 1
     from chainrule import demo
 

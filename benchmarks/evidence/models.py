@@ -1,0 +1,90 @@
+"""Small models as equinox modules, each a tree of float32 arrays that a seed draws.
+
+They take batches, not single examples, and convolutions are matrix products of patches: both are quick under `vmap`
+over runs, where a convolution with other weights for each run is not. Kernels are (in, out).
+"""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Dense(eqx.Module):
+    """x @ kernel + bias on the last axis; He-normal for a gain of 2, LeCun-normal for 1."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __init__(self, random: np.random.Generator, n_in: int, n_out: int, gain: float = 1.0):
+        self.kernel = normal(random, (n_in, n_out), np.sqrt(gain / n_in))
+        self.bias = np.zeros(n_out, np.float32)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel + self.bias
+
+
+def normal(random: np.random.Generator, shape: tuple[int, ...], scale: float) -> jax.Array:
+    """Normal numbers, float32; a NumPy array, so that drawing compiles nothing."""
+    return random.normal(0, scale, shape).astype(np.float32)  # pyright: ignore[reportReturnType]
+
+
+class Mlp(eqx.Module):
+    """Layers of `widths` with relu between them."""
+
+    hidden: list[Dense]
+    output: Dense
+
+    def __init__(self, random: np.random.Generator, widths: tuple[int, ...]):
+        pairs = list(itertools.pairwise(widths))
+        self.hidden = [Dense(random, *pair, gain=2.0) for pair in pairs[:-1]]
+        self.output = Dense(random, *pairs[-1])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.hidden:
+            x = jax.nn.relu(layer(x))
+        return self.output(x)
+
+
+def patches(x: jax.Array) -> jax.Array:
+    """(batch, height, width, channels) to the 3 x 3 neighbours of each place, (..., 9 channels)."""
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifts = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return jnp.concatenate(shifts, -1)
+
+
+def pool(x: jax.Array) -> jax.Array:
+    """The largest of each 2 x 2 places."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+class ConvNet(eqx.Module):
+    """3 x 3 convolutions, each with relu and a halving of the size, then one hidden layer."""
+
+    convolutions: list[Dense]
+    hidden: Dense
+    output: Dense
+
+    def __init__(
+        self,
+        random: np.random.Generator,
+        size: int,
+        channels: tuple[int, ...],
+        hidden: int,
+        classes: int,
+    ):
+        pairs = zip((1, *channels[:-1]), channels, strict=True)
+        self.convolutions = [Dense(random, 9 * a, b, gain=2.0) for a, b in pairs]
+        left = size // 2 ** len(channels)
+        self.hidden = Dense(random, left**2 * channels[-1], hidden, gain=2.0)
+        self.output = Dense(random, hidden, classes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.convolutions:
+            x = pool(jax.nn.relu(layer(patches(x))))
+        return self.output(jax.nn.relu(self.hidden(x.reshape(len(x), -1))))

@@ -1,0 +1,170 @@
+"""`REPORT.md`, written from the files of results alone."""
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from chainrule.evidence import figures
+from chainrule.evidence.conclusions import Conclusion, Document, conclude, metrics, values
+from chainrule.evidence.experiment import Metric
+from chainrule.evidence.statistics import (
+    EXPLAINED,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    REVERSED,
+    UNDECIDED,
+    Comparison,
+)
+
+SETTINGS = ("quick", "normal", "full")
+
+HEAD = """# Evidence: does each method do what it claims?
+
+Written by `chainrule evidence report` from the JSON files beside it; nothing here is typed by hand.
+
+Every arm starts from as many tuning trials as every other, on seeds that are not reported; a grid grows until its
+optimum is inside. All arms share initial parameters, data and batches seed by seed. Differences are paired, and
+positive where the method is better. Intervals are t intervals at the level that Holm's correction leaves each
+comparison of an experiment (at least 95 %). *Mechanism off* is the method without its mechanism, at the same mean rate
+and decay.
+
+Verdicts, computed from the intervals and a margin chosen beforehand: **reproduced**, better than the tuned baseline and
+than its own mechanism off; **explained by lr/decay**, better than the baseline, but no more than the margin better than
+its mechanism off; **not reproduced**, a gain above the margin is ruled out; **reversed**, worse; **undecided**, these
+seeds cannot tell.
+"""
+
+SAID = {
+    REPRODUCED: "The claim holds here",
+    EXPLAINED: "The gain is real, and the mechanism is not its cause",
+    NOT_REPRODUCED: "A gain that matters is ruled out here",
+    REVERSED: "The method is worse here",
+    UNDECIDED: "The runs do not decide",
+}
+
+
+def chosen(folder: pathlib.Path) -> list[Document]:
+    """Of each experiment the newest finished file of the largest setting, by the experiments' numbers."""
+    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("E*-*-*.json"))]
+    best: dict[str, Document] = {}
+    for document in documents:
+        if document["finished"] is None:
+            continue
+        held = best.get(document["experiment"])
+        if held is None or _rank(document) > _rank(held):
+            best[document["experiment"]] = document
+    return sorted(best.values(), key=lambda document: int(document["experiment"][1:]))
+
+
+def _rank(document: Document) -> tuple[int, str]:
+    return SETTINGS.index(document["setting"]), document["finished"]
+
+
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """Writes `REPORT.md` and the figures of every finished experiment in `folder`."""
+    documents = chosen(folder)
+    if not documents:
+        raise FileNotFoundError(
+            f"{folder} has no finished results (E<number>-<setting>-<key>.json)"
+        )
+    for document in documents:
+        figures.draw(document, folder / f"{document['experiment']}.png")
+    path = folder / "REPORT.md"
+    path.write_text(render(documents))
+    return path
+
+
+def render(documents: Iterable[Document]) -> str:
+    """The report's text."""
+    documents = list(documents)
+    rows = [row for document in documents for row in _rows(document)]
+    return "\n".join([HEAD, *_table(HEADINGS, rows), *map(_section, documents)]) + "\n"
+
+
+HEADINGS = ("", "claim", "verdict", "over the tuned baseline", "over mechanism off", "n")
+
+
+def _rows(document: Document) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"[{document['experiment']}](#{document['experiment'].lower()})",
+            f"{c.claim.text} ({c.metric.label})",
+            f"**{c.verdict}**",
+            shown(c.over_baseline, c.metric),
+            "" if c.over_off is None else shown(c.over_off, c.metric),
+            str(c.over_baseline.n),
+        )
+        for c in conclude(document)
+    ]
+
+
+def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [headings, ("---",) * len(headings), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def shown(comparison: Comparison, metric: Metric) -> str:
+    """The effect and its interval."""
+    effect, low, high = comparison.corrected
+    ends = [
+        metric.shown(end, signed=True) if math.isfinite(end) else f"{'+' if end > 0 else '-'}∞"
+        for end in (low, high)
+    ]
+    return f"{metric.shown(effect, signed=True)} [{ends[0]}, {ends[1]}]"
+
+
+def _section(document: Document) -> str:
+    name = document["experiment"]
+    found = conclude(document)
+    processor, versions = document["processor"], document["versions"]
+    used = ", ".join(f"{package} {versions[package]}" for package in ("jax", "optax", "chainrule"))
+    return "\n".join(
+        [
+            f'\n<a id="{name.lower()}"></a>\n## {name}: {document["title"]}\n',
+            f"Claimed by {document['source']}. Data: {document['data']}. Model: {document['model']}. "
+            f"{document['settings']['steps']} steps ({document['setting']} setting), "
+            f"{document['seconds']:.0f} s of training on {processor['name']} ({processor['cores']} cores), {used}.\n",
+            *_table(*_arms(document)),
+            "",
+            *(_sentence(conclusion) for conclusion in found),
+            f"\n![{name}]({name}.png)",
+        ]
+    )
+
+
+def _arms(document: Document) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    known = list(metrics(document).values())
+    rows = []
+    for arm, info in document["arms"].items():
+        point = ", ".join(f"{axis} {_short(value)}" for axis, value in info["point"].items())
+        edge = (
+            f" (at the end of its grid: {', '.join(info['at_edge'])})"
+            if info.get("at_edge")
+            else ""
+        )
+        how = f"made of {info['matches']}" if "matches" in info else f"{info['trials']} trials"
+        cells = []
+        for metric in known:
+            seen = values(document, arm, metric.name)
+            spread = metric.shown(float(np.std(seen, ddof=1))) if len(seen) > 1 else "?"
+            cells.append(f"{metric.shown(float(np.mean(seen)))} ± {spread}")
+        rows.append((arm, info["role"], point + edge, how, *cells))
+    return ("arm", "role", "hyperparameters", "tuning", *(m.label for m in known)), rows
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) else "over time"
+
+
+def _sentence(conclusion: Conclusion) -> str:
+    claim, metric, gain, off, said = conclusion
+    text = (
+        f"- *{claim.text}* ({metric.label}, margin {metric.shown(metric.margin)}): {claim.arm} against tuned "
+        f"{claim.baseline} {shown(gain, metric)}, p {gain.p:.2g}"
+    )
+    if off is not None:
+        text += f"; against {claim.off} {shown(off, metric)}, p {off.p:.2g}"
+    return f"{text}; n = {gain.n}. {SAID[said]}: **{said}**."

@@ -1,0 +1,55 @@
+"""Every experiment runs to its end at its quick setting, by the command that users type."""
+
+import json
+import math
+
+import pytest
+
+from chainrule import cli
+from chainrule.evidence import experiments
+from chainrule.evidence.store import key_of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", experiments.names())
+def test_quick(name, tmp_path, capsys):
+    assert cli.main(["evidence", name, "--quick", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    document = json.loads(file.read_text())
+    experiment = experiments.load(name)
+    assert document["finished"] is not None
+    assert set(document["arms"]) == set(
+        experiment.settings["quick"].arms or [arm.name for arm in experiment.arms]
+    )
+    for run in document["runs"]:
+        assert None not in run["final"].values(), run
+    assert f"## {name}" in (tmp_path / "REPORT.md").read_text()
+    assert (tmp_path / f"{name}.png").stat().st_size < 80_000
+
+
+@pytest.mark.parametrize("name", experiments.names())
+def test_definition(name):
+    """Every setting is there, and an experiment is called what its file is called."""
+    experiment = experiments.load(name)
+    assert experiment.id == name
+    assert set(experiment.settings) == {"quick", "normal", "full"}
+    assert experiment.settings["normal"].seeds >= 5
+    grids = {math.prod(map(len, arm.grid.values())) for arm in experiment.arms if arm.grid}
+    assert len(grids) == 1, f"arms start from different numbers of trials: {grids}"
+
+
+def test_the_key_is_of_settings_and_code():
+    experiment = experiments.load("E7")
+    keys = {key_of(experiment, setting) for setting in experiment.settings}
+    assert len(keys) == 3
+    assert key_of(experiment, "quick") in keys
+
+
+def test_the_list(capsys):
+    assert cli.main(["evidence"]) == 0
+    assert "E7   Keras Muon on digits" in capsys.readouterr().out
+
+
+def test_an_unknown_experiment_is_named(capsys):
+    assert cli.main(["evidence", "E0"]) == 2
+    assert "no experiment 'E0'" in capsys.readouterr().err
