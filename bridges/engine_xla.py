@@ -19,9 +19,10 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import SingleDeviceSharding
 from torch import Tensor
 
-from chainrule.bridges.lowering.arrays import MASKS, is_key, to_jax, to_torch
+from chainrule.bridges.lowering.arrays import MASKS, to_jax, to_torch
 from chainrule.bridges.lowering.executor import InPlace, write
-from chainrule.bridges.step.trace import Trace, x64_if_wide
+from chainrule.bridges.step.trace import Trace
+from chainrule.native.dtypes import is_key, x64_if_wide
 
 
 class XlaProgram:

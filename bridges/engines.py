@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-import jax
 import torch
 from torch import Tensor
 
@@ -14,7 +13,8 @@ from chainrule.bridges.lowering import Lowered, lower_jaxpr
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.lowering.pipeline import Step, make_step
 from chainrule.bridges.lowering.release import dissolve_with
-from chainrule.bridges.step.trace import Trace, x64_if_wide
+from chainrule.bridges.step.trace import Trace
+from chainrule.native.dtypes import x64_if_wide
 
 
 class Program(Protocol):
@@ -100,8 +100,7 @@ class TorchEngine:
 
 
 def _lowered(step: Trace, device: torch.device, compiled: bool) -> Lowered:
-    trees = jax.tree.structure(step.inputs), jax.tree.structure(step.outputs)
     with x64_if_wide(step.inputs):
-        lowered = lower_jaxpr(step.jaxpr, *trees, device=device, compiled=compiled)
+        lowered = lower_jaxpr(step.jaxpr, device=device, compiled=compiled)
     dissolve_with(lowered, lowered.graphs)
     return lowered

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.bridges.probing import is_key, settable, wide
+from chainrule.bridges.probing import RATE, settable
 from chainrule.bridges.step.settled import NeedsLossFunction, settled
 from chainrule.bridges.step.slots import Slot, live_leaves, slots
+from chainrule.bridges.step.trace import Struct
+from chainrule.native.dtypes import is_key
+from chainrule.native.dtypes import x64_if_wide as wide
 from chainrule.transforms import PerParameter
-
-Struct = jax.ShapeDtypeStruct
-RATE = "learning_rate"
 
 
 class NeedsLoss(TypeError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chainrule.bridges.group_tree import GroupTree
 from chainrule.bridges.matching import POSITIONS, TREE
-from chainrule.bridges.step.trace import is_key
+from chainrule.native.dtypes import is_key
 
 
 class Known(NamedTuple):

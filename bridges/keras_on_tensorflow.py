@@ -9,7 +9,7 @@ import tensorflow as tf
 from jax.experimental import jax2tf
 
 from chainrule.bridges.flat_chain import FlatChain
-from chainrule.bridges.probing import wide
+from chainrule.native.dtypes import x64_if_wide as wide
 
 
 class TensorFlowStep:

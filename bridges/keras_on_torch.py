@@ -9,11 +9,12 @@ import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch import Tensor
 
-from chainrule.bridges.flat_chain import FlatChain, Struct
+from chainrule.bridges.flat_chain import FlatChain
 from chainrule.bridges.lowering import lower
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.lowering.pipeline import make_step
-from chainrule.bridges.probing import wide
+from chainrule.bridges.step.trace import Struct
+from chainrule.native.dtypes import x64_if_wide as wide
 
 
 def in_place(

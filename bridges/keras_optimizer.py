@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from chainrule.bridges.described import Described, described
-from chainrule.bridges.flat_chain import FlatChain, Stored, Struct
+from chainrule.bridges.flat_chain import FlatChain, Stored
 from chainrule.bridges.keras_backends import step_class
 from chainrule.bridges.keras_checks import (
     TWICE,
@@ -24,6 +24,7 @@ from chainrule.bridges.keras_checks import (
 )
 from chainrule.bridges.keras_hyperparams import Hyperparams, number_in
 from chainrule.bridges.probing import RATE, decays, in_tiers
+from chainrule.bridges.step.trace import Struct
 from chainrule.transforms import metrics
 
 PACKAGE = "chainrule"

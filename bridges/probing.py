@@ -1,6 +1,5 @@
 """What a chain says of itself when it is traced or run once: before a bridge runs it for good."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,20 +9,10 @@ import numpy as np
 import optax
 
 from chainrule.bridges.step.slots import live_leaves
+from chainrule.native.dtypes import x64_if_wide
 from chainrule.transforms import assign
 
 RATE = "learning_rate"
-
-
-def is_key(dtype: Any) -> bool:
-    """Whether `dtype` is that of typed random keys."""
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def wide(structs: Sequence[Any]) -> Any:
-    """A context in which JAX keeps 64-bit values if one of `structs` has them."""
-    found = any(not is_key(s.dtype) and np.dtype(s.dtype).itemsize >= 8 for s in structs)
-    return jax.enable_x64(True) if found else contextlib.nullcontext()
 
 
 def starting_rate(chain: optax.GradientTransformation) -> float | None:
@@ -72,7 +61,7 @@ def decays(chain: optax.GradientTransformation, structs: dict[str, jax.ShapeDtyp
         pairs = zip(updates(small), updates(large), strict=True)
         return jnp.any(jnp.stack([jnp.any(a != b) for a, b in pairs]))
 
-    with wide(list(structs.values())):
+    with x64_if_wide(structs):
         return bool(differ(1.0, 2.0))
 
 

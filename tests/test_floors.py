@@ -13,7 +13,7 @@ FLOORS: list[tuple[str, set[str], set[str]]] = [
     ("native", {"native"}, FRAMEWORKS),
     ("transforms", {"native", "transforms"}, FRAMEWORKS),
     ("chains", {"native", "transforms", "chains"}, FRAMEWORKS),
-    ("bridges/step", {"transforms", "bridges.step"}, FRAMEWORKS),
+    ("bridges/step", {"native", "transforms", "bridges.step"}, FRAMEWORKS),
     ("bridges/lowering", {"native", "bridges.lowering"}, {"keras", "tensorflow", "optax"}),
     ("bridges", {"native", "transforms", "chains", "bridges"}, set()),
 ]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from chainrule.bridges.lowering.errors import LoweringError
+from chainrule.native.dtypes import is_key
 
 _DTYPES: dict[str, torch.dtype] = {
     "bool": torch.bool,
@@ -44,11 +45,6 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 # Unsigned integers held in a wider signed one: what to mask with after a wrapping operation.
 MASKS = {"uint16": 0xFFFF, "uint32": 0xFFFF_FFFF}
-
-
-def is_key(dtype: Any) -> bool:
-    """Whether ``dtype`` is that of a typed PRNG key array."""
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def physical_shape(aval: Any) -> tuple[int, ...]:

@@ -20,10 +20,11 @@ import torch
 from jax.extend import core
 from torch import fx
 
-from chainrule.bridges.lowering.arrays import MASKS, is_key, to_torch, torch_dtype
+from chainrule.bridges.lowering.arrays import MASKS, to_torch, torch_dtype
 from chainrule.bridges.lowering.errors import UnsupportedPrimitive
 from chainrule.bridges.lowering.passes.own_outputs import own_outputs
 from chainrule.bridges.lowering.passes.simplify import simplify
+from chainrule.native.dtypes import is_key
 
 Equation: TypeAlias = Any  # a core.JaxprEqn; JAX does not type the avals of its variables
 Scalar: TypeAlias = bool | int | float | complex
@@ -136,7 +137,7 @@ class Builder:
     def emit(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A ``call_function`` node that remembers where its equation came from."""
         node = self.graph.call_function(target, args, kwargs)
-        node.meta.update(link=self.place.link, source=self.place.source, leaf=None)
+        node.meta.update(link=self.place.link, source=self.place.source)
         return node
 
     def items(self, node: fx.Node, count: int) -> list[fx.Node]:
@@ -181,7 +182,7 @@ class Builder:
 
     def _attribute(self, name: str) -> fx.Node:
         node = self.graph.create_node("get_attr", name)
-        node.meta.update(link="", source="", leaf=None)
+        node.meta.update(link="", source="")
         return node
 
     def wrap(self, node: fx.Node, aval: Any) -> fx.Node:
@@ -291,7 +292,7 @@ def build(
     inputs: list[Value] = []
     for i, var in enumerate(jaxpr.jaxpr.invars):
         node = builder.graph.placeholder(names[i] if names else f"x{i}")
-        node.meta.update(aval=var.aval, link="", source="", leaf=None)
+        node.meta.update(aval=var.aval, link="", source="")
         inputs.append(node)
     outputs = builder.inline(jaxpr.jaxpr, jaxpr.consts, inputs)
     nodes = [builder.tensor(x, v.aval) for x, v in zip(outputs, jaxpr.jaxpr.outvars, strict=True)]

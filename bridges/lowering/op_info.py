@@ -42,8 +42,6 @@ class OpInfo(NamedTuple):
     """Runs sub-graphs from Python, and may hand an operand through."""
     host: bool = False
     """Runs outside torch: control flow, or the compiled kernel. Its results are `operator.getitem` of it."""
-    synchronises: bool = False
-    """Reads a value on the host."""
     free: bool = False
     """Costs nothing in torch: it moves numbers of other operations, or is the kernel's."""
     costly: bool = False
@@ -143,7 +141,6 @@ _add(
     view=True,
 )
 _add(ops.branch, ops.scan, ops.while_loop, control=True, host=True)
-_add(ops.branch, ops.while_loop, synchronises=True)
 _add(ops.kernel_call, host=True, free=True)
 _add(torch.stack, torch.reshape, torch.narrow, ops.unbind, free=True)
 

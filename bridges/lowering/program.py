@@ -13,13 +13,12 @@ import torch
 from jax.extend import core
 from torch import Tensor, fx
 
-from chainrule.bridges.lowering.arrays import is_key
 from chainrule.bridges.lowering.builder import Shared, build
 from chainrule.bridges.lowering.nodes import inputs_of, results_of
-from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.release import graphs_in
 from chainrule.bridges.lowering.rules import TABLE
 from chainrule.bridges.lowering.rules.elementwise import ELEMENTWISE
+from chainrule.native.dtypes import x64_if_wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +31,6 @@ class Lowered:
         it came from, or "") and ``source`` (``file:line``).
       attributes: what the graph's ``get_attr`` nodes name: constants, and the sub-graphs of control
         flow.
-      in_tree: structure of the example arguments, a tuple.
-      out_tree: structure of the result.
-      in_avals: shape and dtype of every flat input, in order.
       out_avals: shape and dtype of every flat output, in order.
       passthrough: output index to input index where the output *is* that input, unchanged. Every
         other output has memory of its own, shared with no input and no other output.
@@ -43,9 +39,6 @@ class Lowered:
 
     graph: fx.Graph
     attributes: dict[str, Any]
-    in_tree: Any
-    out_tree: Any
-    in_avals: tuple[jax.ShapeDtypeStruct, ...]
     out_avals: tuple[jax.ShapeDtypeStruct, ...]
     passthrough: dict[int, int]
     device: torch.device
@@ -59,11 +52,6 @@ class Lowered:
     def graphs(self) -> list[fx.Graph]:
         """The graph and the sub-graphs of control flow."""
         return [self.graph, *graphs_in(self.attributes.values())]
-
-    @property
-    def synchronises(self) -> bool:
-        """Whether a run reads a value on the host: a heavy ``cond``, or a ``while``, somewhere."""
-        return any(info(node).synchronises for graph in self.graphs for node in graph.nodes)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The flat outputs for flat inputs."""
@@ -99,23 +87,16 @@ def lower(
     >>> lowered(torch.tensor([1.0, 2.0]))
     (tensor([-0.5000, -1.0000]),)
     """
-    paths, in_tree = jax.tree_util.tree_flatten_with_path(example_args)
-    in_avals = [_struct(leaf) for _, leaf in paths]
-    wide = any(not is_key(a.dtype) and a.dtype.name in _WIDE for a in in_avals)
-    with jax.enable_x64(wide or bool(jax.config.read("jax_enable_x64"))):
-        structs = jax.tree.unflatten(in_tree, in_avals)
-        jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*structs)
-        names = [
-            "in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(path)).strip("_") for path, _ in paths
-        ]
-        trees = in_tree, jax.tree.structure(out)
-        return lower_jaxpr(jaxpr, *trees, names, device=device, compiled=compiled)
+    structs = jax.tree.map(_struct, example_args)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(structs)]
+    names = ["in_" + re.sub(r"\W+", "_", jax.tree_util.keystr(p)).strip("_") for p in paths]
+    with x64_if_wide(structs):
+        jaxpr = jax.make_jaxpr(fn)(*structs)
+        return lower_jaxpr(jaxpr, names, device=device, compiled=compiled)
 
 
 def lower_jaxpr(
     jaxpr: core.ClosedJaxpr,
-    in_tree: Any,
-    out_tree: Any,
     names: Sequence[str] = (),
     *,
     device: torch.device | str = "cpu",
@@ -125,8 +106,6 @@ def lower_jaxpr(
 
     Args:
       jaxpr: of flat arrays; traced under ``jax.enable_x64`` if it holds 64-bit values, which must still be on.
-      in_tree: structure of its inputs.
-      out_tree: structure of its outputs.
       names: what to call the inputs.
       device, compiled: see `lower`.
 
@@ -139,8 +118,8 @@ def lower_jaxpr(
         graph, attributes = build(jaxpr, shared, names)
     inputs = {n: i for i, n in enumerate(inputs_of(graph))}
     passthrough = {i: inputs[n] for i, n in enumerate(results_of(graph)) if n in inputs}
-    in_avals, out_avals = (tuple(map(_struct, x)) for x in (jaxpr.in_avals, jaxpr.out_avals))
-    return Lowered(graph, attributes, in_tree, out_tree, in_avals, out_avals, passthrough, device)
+    out_avals = tuple(map(_struct, jaxpr.out_avals))
+    return Lowered(graph, attributes, out_avals, passthrough, device)
 
 
 @contextlib.contextmanager
@@ -153,9 +132,6 @@ def collector_paused() -> Generator[None]:
     finally:
         if running:
             gc.enable()
-
-
-_WIDE = {"int64", "uint64", "float64", "complex128"}
 
 
 def _struct(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from chainrule.bridges.step.trace import x64_if_wide
+from chainrule.native.dtypes import x64_if_wide
 from chainrule.transforms import GradientGateState, TieredState, retier
 
 TIERS = "tiers"

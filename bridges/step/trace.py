@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
+from chainrule.native.dtypes import x64_if_wide
+
 Struct = jax.ShapeDtypeStruct
-_WIDE = {"int64", "uint64", "float64", "complex128"}
 
 
 class Trace(NamedTuple):
@@ -54,16 +54,3 @@ def trace(function: Callable[..., Any], *structs: Any) -> Trace:
     with x64_if_wide(structs):
         jaxpr, outputs = jax.make_jaxpr(function, return_shape=True)(*structs)
     return Trace(jaxpr, structs, outputs)
-
-
-def x64_if_wide(structs: Any) -> Any:
-    """A context in which JAX keeps 64-bit values if a leaf of `structs` has them."""
-    wide = any(
-        not is_key(s.dtype) and np.dtype(s.dtype).name in _WIDE for s in jax.tree.leaves(structs)
-    )
-    return jax.enable_x64(wide or jax.config.read("jax_enable_x64"))
-
-
-def is_key(dtype: Any) -> bool:
-    """Whether `dtype` is that of a typed key of `jax.random`."""
-    return jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)

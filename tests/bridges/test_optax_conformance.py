@@ -19,7 +19,7 @@ import pytest
 from jax.extend import core
 
 import bounds
-from chainrule.bridges.lowering import Lowered, lower, to_jax, to_torch, torch_dtype
+from chainrule.bridges.lowering import Lowered, lower_jaxpr, to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.arrays import physical_shape
 from chainrule.bridges.lowering.rules import TABLE
 from optax_cases import ALL, NAMED, PAIRED, SCHEDULES, OptaxCase
@@ -79,7 +79,7 @@ def _in_jax(step: Any, grads: list[Any], state: Any, params: Any, extras: list[A
 
 
 def _in_torch(step: Any, grads: list[Any], state: Any, params: Any, extras: list[Any]) -> Any:
-    programs: dict[Any, Lowered] = {}
+    programs: dict[Any, tuple[Lowered, Any]] = {}
     avals = _structs((state, params))
     tensors = [to_torch(x) for x in jax.tree.leaves((state, params))]
     tree = jax.tree.structure((state, params))
@@ -87,16 +87,17 @@ def _in_torch(step: Any, grads: list[Any], state: Any, params: Any, extras: list
         # some states change their structure or a dtype on the first update, as under jit
         key = (tree, tuple(jax.tree.leaves(avals)))
         if key not in programs:
-            programs[key] = lower(step, grad, *avals, extra)
-        program = programs[key]
+            jaxpr, result = jax.make_jaxpr(step, return_shape=True)(grad, *avals, extra)
+            programs[key] = lower_jaxpr(jaxpr), jax.tree.structure(result)
+        program, structure = programs[key]
         around = [[to_torch(x) for x in jax.tree.leaves(t)] for t in (grad, extra)]
         out = program(*around[0], *tensors, *around[1])
         for tensor, aval in zip(out, program.out_avals, strict=True):
             assert tensor.dtype == torch_dtype(aval.dtype)
             assert tuple(tensor.shape) == physical_shape(aval)
-        params, state = jax.tree.unflatten(program.out_tree, out)
+        params, state = jax.tree.unflatten(structure, out)
         tensors, tree = jax.tree.flatten((state, params))
-        new = jax.tree.unflatten(program.out_tree, program.out_avals)
+        new = jax.tree.unflatten(structure, program.out_avals)
         avals = (new[1], new[0])
     return jax.tree.map(to_jax, (params, state), (avals[1], avals[0]))
 

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.arrays import is_key, physical_shape, torch_dtype
+from chainrule.bridges.lowering.arrays import physical_shape, torch_dtype
 from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
 from chainrule.bridges.lowering.rules.dtypes import convert_element_type, reduce_precision
+from chainrule.native.dtypes import is_key
 
 
 def _is(aval: Any, kind: Any) -> bool:

@@ -14,8 +14,9 @@ from jax.lax import GatherScatterMode
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.arrays import is_key, physical_shape, torch_dtype
+from chainrule.bridges.lowering.arrays import physical_shape, torch_dtype
 from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
+from chainrule.native.dtypes import is_key
 
 
 def _physical(aval: Any, axes: Sequence[int]) -> list[int]:
