@@ -15,7 +15,8 @@ function, does, between steps.
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -276,12 +277,22 @@ def assign(state: Any, tiers: Any, params: optax.Params) -> Any:
       The state; tensors that moved have a fresh inner state.
 
     Raises:
+      TypeError: `tiers` is no sequence of integers.
       ValueError: another number of tiers than parameters, or a tier that the chain has not.
     """
     if is_placeholder(params):
         return state
     leaves = jax.tree.leaves(params)
-    tiers = tuple(int(t) for t in tiers)
+    try:
+        if isinstance(tiers, (str, Set, Mapping)):  # whose order or letters are not meant
+            raise TypeError
+        tiers = tuple(map(operator.index, tiers))
+    except TypeError:
+        raise TypeError(
+            f"assign: `tiers` must be an integer for each of {len(leaves)} tensors, in the order of "
+            f"`jax.tree.leaves(params)`, got {tiers!r}; write them as a list, and a tree like the parameters as "
+            "`jax.tree.leaves(tiers)`"
+        ) from None
 
     def moved(node: TieredState) -> TieredState:
         known = sorted(node.assignment.transforms or ())

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pickle
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -167,3 +169,28 @@ def test_gradients_of_another_number_of_tensors_are_an_error():
         tx.update({"a": GRADS["a"]}, state)
     with pytest.raises(ValueError, match=r"a tiered state has 3 tensors, the gradients 1"):
         retier(state, {"a": GRADS["a"]}, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "got"),
+    [
+        ({"a": 0, "b": 1}, r"\{'a': 0, 'b': 1\}"),
+        ({0: 0, 1: 1}, r"\{0: 0, 1: 1\}"),
+        ([{"a": 0}, 1], r"\[\{'a': 0\}, 1\]"),
+        ("01", "'01'"),
+        ({0, 1}, r"\{0, 1\}"),
+        ([0.0, 1.5], r"\[0\.0, 1\.5\]"),
+        (1, "1"),
+    ],
+)
+def test_assign_says_what_it_takes(tiers: Any, got: str) -> None:
+    links = {0: optax.scale_by_sign(), 1: optax.scale_by_adam()}
+    tx = tiered_state(links, TierPolicy(fractions={}))
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    message = (
+        rf"assign: `tiers` must be .* for each of 2 tensors, .*, got {got}; .*jax\.tree\.leaves"
+    )
+    with pytest.raises(TypeError, match=message):
+        assign(tx.init(params), tiers, params)
+    leaves = jax.tree.leaves({"a": 0, "b": 1})  # the remedy for a tree
+    assert assign(tx.init(params), leaves, params).assignment.tiers == (0, 1)
