@@ -6,7 +6,7 @@ An experiment's own file says these and nothing else. All arms of a seed share i
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -54,6 +54,8 @@ class Arm:
     match: Callable[[Point, Mapping[str, np.ndarray]], Point] | None = None
     """From that arm's tuned hyperparameters and its measures over time, (evaluations,) each and the mean of its
     reported runs, to this arm's hyperparameters."""
+    condition: str = ""
+    """The variant of the task that it is trained on, a key of `Experiment.conditions`."""
 
     def __post_init__(self) -> None:
         if (self.matches is None) != (self.match is None) or bool(self.grid) == bool(self.matches):
@@ -167,22 +169,67 @@ class Experiment:
     settings: Mapping[str, Setting]
     summaries: Mapping[str, Callable[[Curves], float]] = dataclasses.field(default_factory=dict)
     """More metrics of a run, computed from its curves."""
+    conditions: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=lambda: {"": {}}
+    )
+    """Variants of the task by name: what each has in place of `Setting.sizes`. Arms are compared within one."""
 
     def __post_init__(self) -> None:
-        names, metrics = [arm.name for arm in self.arms], {m.name for m in self.metrics}
-        if len(set(names)) != len(names):
-            raise ValueError(f"{self.id}: two arms have one name: {names}")
+        metrics = {m.name for m in self.metrics}
+        conditions = {arm.name: arm.condition for arm in self.arms}
+        if len(conditions) != len(self.arms):
+            raise ValueError(f"{self.id}: two arms have one name: {[a.name for a in self.arms]}")
+        if unknown := set(conditions.values()) - set(self.conditions):
+            raise ValueError(f"{self.id}: no condition {sorted(unknown)}")
         for claim in self.claims:
             wanted = {claim.arm, claim.baseline, *([claim.off] if claim.off else [])}
-            if wanted - set(names) or claim.metric not in metrics:
+            if wanted - set(conditions) or claim.metric not in metrics:
                 raise ValueError(f"{self.id}: the claim {claim} names what there is not")
+            if len({conditions[name] for name in wanted}) > 1:
+                raise ValueError(f"{self.id}: the claim {claim} compares arms of two conditions")
+        names = list(conditions)
         for arm in self.arms:
-            if arm.matches is not None and arm.matches not in names[: names.index(arm.name)]:
+            if arm.matches is None:
+                continue
+            if arm.matches not in names[: names.index(arm.name)]:
                 raise ValueError(f"{self.id}: {arm.name} must come after {arm.matches}")
+            if conditions[arm.matches] != arm.condition:
+                raise ValueError(f"{self.id}: {arm.name} is of another condition than its source")
 
     def metric(self, name: str) -> Metric:
         """The metric called `name`."""
         return next(metric for metric in self.metrics if metric.name == name)
+
+
+def across(
+    conditions: Iterable[str], arms: Sequence[Arm], claims: Sequence[Claim] = ()
+) -> tuple[list[Arm], list[Claim]]:
+    """The same arms and claims in each condition, called `"name (condition)"`."""
+
+    def named(name: str | None, condition: str) -> Any:
+        return name and f"{name} ({condition})"
+
+    found_arms, found_claims = [], []
+    for condition in conditions:
+        found_arms += [
+            dataclasses.replace(
+                arm,
+                name=named(arm.name, condition),
+                matches=named(arm.matches, condition),
+                condition=condition,
+            )
+            for arm in arms
+        ]
+        found_claims += [
+            dataclasses.replace(
+                claim,
+                arm=named(claim.arm, condition),
+                baseline=named(claim.baseline, condition),
+                off=named(claim.off, condition),
+            )
+            for claim in claims
+        ]
+    return found_arms, found_claims
 
 
 def area(metric: str) -> Callable[[Curves], float]:

@@ -9,13 +9,29 @@ from chainrule.evidence.store import number
 
 
 def draw(document: Document, path: pathlib.Path) -> None:
-    """Saves a PNG: the first metric over the run, mean and 95 % band of the seeds; each claim's paired differences."""
+    """Saves a PNG: for each condition the first metric over the run, mean and 95 % band of the seeds; what arms
+    measured of themselves, if any did; and the paired differences of each claim.
+    """
     from matplotlib.figure import Figure
 
+    conditions = dict.fromkeys(info.get("condition", "") for info in document["arms"].values())
+    measured = sorted({name for run in document["runs"] for name in run.get("measured", {})})
+    drawn = [(_draw_curves, condition) for condition in conditions]
+    drawn += [(_draw_measure, name) for name in measured]
+    drawn += [(_draw_claims, "")]
+    height = 4.2 + 0.25 * max(0, len(document["claims"]) - 9)
+    figure = Figure(figsize=(1.5 + 4.5 * len(drawn), height), layout="constrained")
+    axes = figure.subplots(1, len(drawn))
+    for axis, (draw_one, what) in zip(axes, drawn, strict=True):
+        draw_one(document, what, axis)
+    figure.suptitle(_title(document), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def _draw_claims(document: Document, what: str, forest) -> None:
+    del what
     found = conclude(document)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    curves, forest = figure.subplots(1, 2, width_ratios=(1, 1))
-    _draw_curves(document, curves)
     colours = {"baseline": "tab:blue", "off": "tab:orange"}
     for row, conclusion in enumerate(found):
         metric = conclusion.metric
@@ -38,33 +54,51 @@ def draw(document: Document, path: pathlib.Path) -> None:
     for kind, text in (("baseline", "over the tuned baseline"), ("off", "over mechanism off")):
         forest.plot([], [], "o-", color=colours[kind], markersize=4, label=text)
     forest.legend(fontsize=7)
-    n = max((c.over_baseline.n for c in found), default=0)
-    title = (
+
+
+def _title(document: Document) -> str:
+    n = max((c.over_baseline.n for c in conclude(document)), default=0)
+    return (
         f"{document['experiment']}: {document['title']} ({document['setting']} setting, {n} seeds)"
     )
-    figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
 
 
-def _draw_curves(document: Document, axis) -> None:
+def _draw_curves(document: Document, condition: str, axis) -> None:
     metric = next(iter(metrics(document).values()))
     scale = 100 if metric.percent else 1
+    for arm, info in document["arms"].items():
+        if info.get("condition", "") != condition:
+            continue
+        runs = reported(document, arm).values()
+        lines = [[number(v) for v in run["curves"].get(metric.name, [])] for run in runs]
+        _band(document, scale * np.array(lines), axis, arm.removesuffix(f" ({condition})"))
+    axis.set_title(condition, fontsize=8)
+    _finish(axis, metric.label + (" (%)" if metric.percent else ""))
+
+
+def _draw_measure(document: Document, name: str, axis) -> None:
     for arm in document["arms"]:
         runs = reported(document, arm).values()
-        lines = np.array(
-            [[number(v) for v in run["curves"].get(metric.name, [])] for run in runs], float
-        )
-        if not lines.size:
-            continue
-        settings = document["settings"]
-        steps = np.linspace(0, settings["steps"], settings["evaluations"] + 1)[1:]
-        mean, half = scale * lines.mean(0), scale * 1.96 * lines.std(0) / np.sqrt(len(lines))
-        (line,) = axis.plot(steps, mean, linewidth=1.4, label=arm)
-        axis.fill_between(
-            steps, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0
-        )
+        lines = [[number(v) for v in run["measured"].get(name, [])] for run in runs]
+        _band(document, np.array(lines), axis, arm)
+    _finish(axis, f"{name}, measured")
+
+
+def _band(document: Document, lines: np.ndarray, axis, label: str) -> None:
+    """Mean and 95 % band of (runs, evaluations), if there are any."""
+    if not lines.size:
+        return
+    settings = document["settings"]
+    steps = np.linspace(0, settings["steps"], settings["evaluations"] + 1)[1:]
+    mean, half = lines.mean(0), 1.96 * lines.std(0) / np.sqrt(len(lines))
+    (line,) = axis.plot(steps, mean, linewidth=1.4, label=label)
+    axis.fill_between(
+        steps, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0
+    )
+
+
+def _finish(axis, label: str) -> None:
     axis.set_xlabel("step", fontsize=8)
-    axis.set_ylabel(metric.label + (" (%)" if metric.percent else ""), fontsize=8)
+    axis.set_ylabel(label, fontsize=8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6)

@@ -40,13 +40,13 @@ class Run:
         self.experiment, self._progress = experiment, progress
         self.arms = with_sources(experiment, arms or chosen.arms)
         self.store = Store(experiment, setting, folder)
-        self._trainer = Trainer(experiment.build(self.setting.sizes), self.setting)
+        self._trainers: dict[str, Trainer] = {}
 
     def __call__(self) -> dict[str, Any]:
         """Runs what is missing and returns the document."""
         for arm in self.arms:
             start = time.perf_counter()
-            info: dict[str, Any] = {"role": arm.role}
+            info: dict[str, Any] = {"role": arm.role, "condition": arm.condition}
             if arm.matches is None:
                 tuned = self._tune(arm)
                 point = tuned.point
@@ -86,6 +86,13 @@ class Run:
         }
         return plain(dict(arm.match(point, measured)))
 
+    def _trainer(self, condition: str) -> Trainer:
+        """What trains the arms of a condition."""
+        if condition not in self._trainers:
+            sizes = {**self.setting.sizes, **self.experiment.conditions[condition]}
+            self._trainers[condition] = Trainer(self.experiment.build(sizes), self.setting)
+        return self._trainers[condition]
+
     def _train(self, arm: Arm, runs: list[tuple[Point, int]]) -> list[dict[str, Any]]:
         """The stored results of `runs`, trained where they are missing."""
         missing = [run for run in runs if self.store.find(arm.name, *run) is None]
@@ -94,9 +101,8 @@ class Run:
         what = f"{self.experiment.id} {arm.name}: {'tuning' if tuning else 'results'}"
         self._progress(what, 0, -(-len(missing) // size) * evaluations)
         start = time.perf_counter()
-        for outcomes in self._trainer.train(
-            arm, missing, lambda done: self._progress(what, done, 0)
-        ):
+        trainer = self._trainer(arm.condition)
+        for outcomes in trainer.train(arm, missing, lambda done: self._progress(what, done, 0)):
             self.store.add(arm.name, outcomes, time.perf_counter() - start)
             start = time.perf_counter()
         found = [self.store.find(arm.name, *run) for run in runs]

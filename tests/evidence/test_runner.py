@@ -11,7 +11,16 @@ import pytest
 
 from chainrule.evidence import report, store
 from chainrule.evidence.conclusions import conclude, values
-from chainrule.evidence.experiment import Arm, Claim, Experiment, Metric, Setting, Task, area
+from chainrule.evidence.experiment import (
+    Arm,
+    Claim,
+    Experiment,
+    Metric,
+    Setting,
+    Task,
+    across,
+    area,
+)
 from chainrule.evidence.runner import Run, with_sources
 
 LOSS = Metric("loss", "held-out loss", margin=1e-3, better=-1)
@@ -117,6 +126,38 @@ def test_a_matched_arm_is_made_of_what_its_source_measured(whole):
     assert matched["point"]["factor"] == 1.0  # the mean of 1, 2, ..., 8
     assert matched["point"]["learning_rate"] == adam["point"]["learning_rate"]
     assert matched["trials"] == 0
+
+
+def test_each_condition_has_its_own_task(tmp_path):
+    """An arm is tuned and trained on the task of its condition; claims stay inside one."""
+    built = []
+
+    def build_with(sizes):
+        built.append(sizes)
+        return build(sizes)
+
+    conditions = {"small": {"batch": 4}, "large": {"batch": 32}}
+    arms, claims = across(conditions, EXPERIMENT.arms, EXPERIMENT.claims)
+    experiment = dataclasses.replace(
+        EXPERIMENT,
+        arms=arms,
+        claims=claims,
+        conditions=conditions,
+        build=build_with,
+        settings={"quick": dataclasses.replace(SETTING, sizes={"batch": 1, "width": 2})},
+    )
+    document = Run(experiment, "quick", tmp_path)()
+    assert built == [{"batch": 4, "width": 2}, {"batch": 32, "width": 2}]
+    assert document["arms"]["matched (large)"]["matches"] == "adam (large)"
+    assert [c.claim.baseline for c in conclude(document)] == ["sgd (small)", "sgd (large)"]
+    report.write(tmp_path)
+    with pytest.raises(ValueError, match="two conditions"):
+        dataclasses.replace(
+            experiment,
+            claims=[Claim("mixed", "adam (small)", "sgd (large)", "loss")],
+        )
+    with pytest.raises(ValueError, match="no condition"):
+        dataclasses.replace(experiment, conditions={"small": {}})
 
 
 def test_an_interrupted_run_goes_on_and_ends_alike(whole, tmp_path):
