@@ -25,7 +25,8 @@ _MAX_ERROR = 2.0**-12  # that keeping one Gram matrix for several steps may add 
 _SHORT = 2.0**-12
 _PANELS = 3  # of rows that a Hermitian matrix is held in
 _TILE = 64  # heights of panels are multiples of it, which suits vector registers and matrix units
-_SMALL = 384  # up to this side the products cost less than what surrounds them
+_WHOLE = 384  # up to this side a Hermitian matrix is one panel: the products cost less than what cuts and joins them
+_SMALL = 64  # up to this side each step forms its own Gram matrix: fewer calls count for more than fewer operations
 
 
 def iterate(x: jax.Array, triples: list[Triple], gram: bool | str) -> jax.Array:
@@ -54,13 +55,16 @@ def _segments(
     >>> steps = [(3.4445, -4.7750, 2.0315)] * 5
     >>> _segments(768, 768, steps, 2**-23, "auto"), _segments(768, 3072, steps, 2**-23, "auto")
     ((1, 1, 1, 1, 1), (3, 2))
+    >>> _segments(320, 320, steps, 2**-23, "auto"), _segments(320, 1280, steps, 2**-23, "auto")
+    ((1, 1, 1, 1, 1), (3, 2))
     >>> _segments(768, 3072, steps, 2**-7, "auto")
     (2, 2, 1)
     """
     steps = len(triples)
     if gram != "auto" or small <= _SMALL:
         return (steps,) if gram is True else (1,) * steps
-    half = (_PANELS + 1) / (2 * _PANELS)  # the part of a Hermitian product that is computed
+    panels = _PANELS if small > _WHOLE else 1
+    half = (panels + 1) / (2 * panels)  # the part of a Hermitian product that is computed
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for end in range(1, steps + 1):
         options = []
@@ -79,7 +83,7 @@ def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
     """Several steps by way of the Gram matrix of the smaller side, held in panels of rows."""
     tall = x.shape[-2] > x.shape[-1]
     small = x.shape[-1] if tall else x.shape[-2]
-    height = -(-small // (_TILE * _PANELS)) * _TILE if small > _SMALL else small
+    height = -(-small // (_TILE * _PANELS)) * _TILE if small > _WHOLE else small
     starts = list(range(0, small, height))
     axis = x.ndim - 1 if tall else x.ndim - 2
     panels = [jax.lax.slice_in_dim(x, s, min(s + height, small), axis=axis) for s in starts]

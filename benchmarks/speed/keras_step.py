@@ -1,6 +1,6 @@
 """`KerasBridge` against Keras' own optimizers: CPU time of `fit`, and of `apply` alone, on each backend.
 
-    python benchmarks/speed/keras_step.py [--backend jax] [--rounds 7] [--quick]
+    python benchmarks/speed/keras_step.py [--backend jax] [--case muon] [--rounds 7] [--quick]
 
 A process for each backend, threads pinned. Contenders take turns; a ratio is the median over rounds of (ours / Keras'
 in the same round), CPU time of the process, after each has compiled. Limits are the project's own targets.
@@ -111,12 +111,12 @@ def fit_case(name, keras, numpy, optimizers, steps):
 
 
 def apply_case(keras, numpy, optimizers, calls):
-    shapes = [tuple(v.shape) for v in transformer(keras).trainable_variables]
-    random = numpy.random.default_rng(0)
-    values = [random.normal(size=shape).astype("float32") / 50 for shape in shapes]
-
     def runner(optimizer):
-        variables = [keras.Variable(v) for v in values]
+        variables = transformer(keras).trainable_variables
+        random = numpy.random.default_rng(0)
+        values = [random.normal(size=v.shape).astype("float32") / 50 for v in variables]
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
         grads = [keras.ops.convert_to_tensor(v / 10) for v in values]
         optimizer.build(variables)
         if keras.backend.backend() == "jax":
@@ -149,14 +149,26 @@ def apply_case(keras, numpy, optimizers, calls):
 def pairs(keras, chainrule, optax):
     """What each case compares."""
     bridge, chains, theirs = chainrule.KerasBridge, chainrule.chains, keras.optimizers
-    everywhere = {
-        "ns_steps": 5,
-        "dims": "hwio",
-        "routing": chainrule.transforms.Routing(words=("bias", "embedding")),
-    }
 
     def own_muon():
         return theirs.Muon(1e-3)
+
+    def matrices(params):
+        """Keras' routing: attention's kernels, of three axes, go to Adam."""
+        return {
+            name: "muon" if p.ndim == 2 and "embedding" not in name else "adam"
+            for name, p in params.items()
+        }
+
+    muon = {  # Keras' own defaults; its steps are in float32
+        "weight_decay": 0.004,
+        "scale": "rms",
+        "scale_factor": 0.2,
+        "routing": matrices,
+        "adam_lr_ratio": 1.0,
+        "adam_b2": 0.999,
+        "adam_eps": 1e-7,
+    }
 
     return {
         "adamw": {"ours": lambda: bridge(optax.adamw(1e-3)), "Keras": lambda: theirs.AdamW(1e-3)},
@@ -165,9 +177,9 @@ def pairs(keras, chainrule, optax):
             "Keras": lambda: theirs.AdamW(1e-3),
         },
         "casmo": {"ours": lambda: bridge(chains.casmo(1e-3)), "Keras": lambda: theirs.AdamW(1e-3)},
-        "muon": {"ours": lambda: bridge(chains.muon(1e-3, **everywhere)), "Keras": own_muon},
+        "muon": {"ours": lambda: bridge(chains.muon(1e-3, **muon)), "Keras": own_muon},
         "muon, bfloat16": {
-            "ours": lambda: bridge(chains.muon(1e-3, ns_dtype="bfloat16", **everywhere)),
+            "ours": lambda: bridge(chains.muon(1e-3, ns_dtype="bfloat16", **muon)),
             "Keras": own_muon,
         },
         "lamb": {"ours": lambda: bridge(optax.lamb(1e-3)), "Keras": lambda: theirs.Lamb(1e-3)},
@@ -178,7 +190,7 @@ def pairs(keras, chainrule, optax):
     }
 
 
-def measure(backend, rounds, steps, calls):
+def measure(backend, case, rounds, steps, calls):
     import keras
     import numpy
     import optax
@@ -192,11 +204,11 @@ def measure(backend, rounds, steps, calls):
     assert keras.backend.backend() == backend
     compared, held = pairs(keras, chainrule, optax), True
     for name, limits in FIT.items():
-        if backend in limits:
+        if backend in limits and case in f"fit, {name}":
             runs = fit_case(name, keras, numpy, compared["adamw"], steps)
             held &= report(backend, f"fit, {name}", turns(runs, rounds), limits[backend])
     for name, limits in APPLY.items():
-        if backend in limits:
+        if backend in limits and case in f"apply, {name}":
             runs = apply_case(keras, numpy, compared[name], calls)
             held &= report(backend, f"apply, {name}", turns(runs, rounds), limits[backend])
     return held
@@ -207,6 +219,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backend", choices=BACKENDS)
+    parser.add_argument("--case", default="", help="only cases whose name has this in it")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--quick", action="store_true", help="two rounds of two steps: does it run?"
@@ -214,7 +227,7 @@ def main():
     args = parser.parse_args()
     if os.environ.get("KERAS_BACKEND") and args.backend == os.environ["KERAS_BACKEND"]:
         rounds, steps, calls = (2, 2, 1) if args.quick else (args.rounds, 30, 10)
-        return 0 if measure(args.backend, rounds, steps, calls) else 1
+        return 0 if measure(args.backend, args.case, rounds, steps, calls) else 1
     print(f"{'backend':11}{'case':32}{'ours':>12}{'Keras':>12}{'ratio':>7}", flush=True)
     failed = 0
     for backend in [args.backend] if args.backend else BACKENDS:
@@ -227,10 +240,9 @@ def main():
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
         }
-        command = [sys.executable, __file__, "--backend", backend, "--rounds", str(args.rounds)]
-        failed |= subprocess.run(
-            [*command, *(["--quick"] if args.quick else [])], env=environment
-        ).returncode
+        command = [sys.executable, __file__, "--backend", backend, "--case", args.case]
+        command += ["--rounds", str(args.rounds), *(["--quick"] if args.quick else [])]
+        failed |= subprocess.run(command, env=environment).returncode
     return failed
 
 
