@@ -65,6 +65,7 @@ class TorchStep:
                 self._programs[key] = in_place(function, structs, targets, device, self._compile)
         return self._programs[key]
 
+    @torch.compiler.disable  # a program already; Keras may compile the training step around it
     @torch.no_grad()
     def __call__(
         self,
@@ -84,6 +85,7 @@ class TorchStep:
         self._program("step", missing, device)([*values, *grads, *state, rate.to(device)])
         _write_back(variables, tensors)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def direction(
         self,

@@ -60,6 +60,27 @@ def test_a_graph_that_xla_compiles_is_the_same():
 
 
 @on_tensorflow
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_apply_in_a_graph_is_apply(jit_compile):
+    import tensorflow as tf
+
+    def applied(run):
+        variables = [keras.Variable(np.full(shape, 1.0, np.float32)) for shape in ((3, 2), (2,))]
+        optimizer = keras_optimizers.Muon(1e-2, ns_steps=2)
+        optimizer.build(variables)
+        step = run(lambda *grads: optimizer.apply(grads, variables))
+        for t in range(3):
+            step(*(tf.constant(np.cos(np.arange(v.value.shape.num_elements()) + t).reshape(v.shape), tf.float32)
+                   for v in variables))  # fmt: skip
+        return [keras.ops.convert_to_numpy(v) for v in variables]
+
+    eager = applied(lambda step: step)
+    graph = applied(lambda step: tf.function(step, autograph=False, jit_compile=jit_compile))
+    assert largest_difference(graph, eager) <= CLOSE
+    assert largest_difference(eager, [np.ones((3, 2)), np.ones(2)]) > 1000 * CLOSE
+
+
+@on_tensorflow
 def test_several_replicas_are_refused(monkeypatch):
     import tensorflow as tf
 
@@ -121,6 +142,12 @@ def test_a_stateless_step_writes_nothing_of_its_own():
 @on_torch
 def test_compiled_is_the_same():
     ours = fitted(chainrule.KerasBridge(chains.stam(1e-2), compile=True), steps=4)
+    assert largest_difference(ours.get_weights(), in_plain_jax(chains.stam(1e-2), steps=4)) <= CLOSE
+
+
+@on_torch
+def test_a_training_step_that_torch_compiles():
+    ours = fitted(chainrule.KerasBridge(chains.stam(1e-2)), steps=4, jit_compile=True)
     assert largest_difference(ours.get_weights(), in_plain_jax(chains.stam(1e-2), steps=4)) <= CLOSE
 
 
