@@ -9,15 +9,18 @@ from tests.golden.replay import assert_follows, cases, recording
 import bounds
 import chainrule
 
-# One backend: that the others compute the same is in test_parity.
-pytestmark = [
-    pytest.mark.keras,
-    pytest.mark.skipif(
-        keras.backend.backend() != "jax", reason="the recordings run on the JAX backend"
-    ),
-]
+pytestmark = pytest.mark.keras
 
 FILES = ("keras_adam", "keras_muon", "keras_real", "keras_wrappers")
+# All of them on JAX. To lower a chain to torch or TensorFlow takes seconds, most for Muon's 25 products a matrix: there
+# one of Muon's recordings, with everything that Muon has in it, and all the others.
+CASES = [
+    case
+    for case in cases(FILES)
+    if keras.backend.backend() == "jax"
+    or "muon" not in case.id
+    or case.id == "keras_muon-caution_nadam_ratio"
+]
 
 
 def chain_of(rec, variant):
@@ -30,7 +33,7 @@ def chain_of(rec, variant):
     return test_filters.BUILDERS[spec["algo"]](spec, rec)
 
 
-@pytest.mark.parametrize("case", cases(FILES))
+@pytest.mark.parametrize("case", CASES)
 def test_follows(case):
     rec, variant = recording(case.recording), case.variant
     spec = rec.variants[variant]
