@@ -15,7 +15,7 @@ times the learning rate, and `exclude_from_weight_decay` works. The numbers of t
 argument names and defaults. What its code does and its sources do not is reached by an argument: `caution="mean"`,
 `Nadam(nesterov="keras")`, `Muon(nesterov="raw", dims="oihw", scale_axes=[-2, -1], ns_dtype="bfloat16")`,
 `Grokfast(start="zero")`. Gone are the second weight decay of `Muon` (give the sum), and wrappers under which the
-optimizer inside stands at step 1, without its decay, schedule and clipping.
+optimizer inside stands at step 1, without its decay, schedule and clipping. docs/keras.md puts the calls side by side.
 """
 
 from typing import Any, ClassVar
