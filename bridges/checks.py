@@ -181,7 +181,7 @@ _NOTHING = contextlib.nullcontext()
 def autocast_off(params: Iterable[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """A context in which operations on the devices of `params`, and on the CPU, keep their dtypes, whatever
     `torch.autocast` is around it."""
-    if not torch._C._is_any_autocast_enabled():  # pyright: ignore[reportPrivateUsage]
+    if not torch._C._is_any_autocast_enabled():
         return _NOTHING
     stack = contextlib.ExitStack()
     for device_type in {"cpu", *(p.device.type for p in params)} - {"meta"}:

@@ -188,10 +188,10 @@ class GroupTree:
         """
         # A parameter's hash is a call: one for each, not for each leaf.
         kept = [state.get(p, {}) for p in self.keepers]
-        leaves = [kept[entry[0]][entry[1]] if entry else None for entry in self._entries]
+        leaves: list[Any] = [kept[e[0]][e[1]] if e else None for e in self._entries]
         for key, leaf in self.live.items():
             leaves[leaf] = self.hyperparameters.tensors[key]
-        return leaves  # pyright: ignore[reportReturnType]
+        return leaves
 
     def store(self, state: State, leaves: Sequence[Tensor]) -> None:
         """Writes the leaves of the chain's state into the optimizer's."""
@@ -247,7 +247,9 @@ class GroupTree:
         return self.step.tiered.assignment.policy.due(steps + 1)
 
     def _count(self, state: State) -> Tensor:
-        home: Any = self.homes[self.step.tiered.count]  # pyright: ignore
+        assert self.step.tiered is not None
+        home = self.homes[int(self.step.tiered.count)]  # positions stand in the place of leaves
+        assert home is not None
         return state.get(home[0], {})[home[1]]
 
     def stepped(self, state: State) -> None:

@@ -41,7 +41,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         super()._patch_step_function()
         cls = type(self)
         if not hasattr(cls.step, "_torchdynamo_disable"):
-            cls.step = torch.compiler.disable(cls.step, reason=_NO_DYNAMO)  # pyright: ignore
+            cls.step = torch.compiler.disable(cls.step, reason=_NO_DYNAMO)  # pyright: ignore[reportAttributeAccessIssue] -- typed as the method
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with a tree and a state of its own.
@@ -283,5 +283,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         new.__setstate__(copy.deepcopy(self._without_trees(), memo))
         groups = zip(new.param_groups, self.param_groups, strict=True)
         pairs = [zip(a["params"], b["params"], strict=True) for a, b in groups]
-        new._options.meant.replaced(dict(itertools.chain.from_iterable(pairs)))  # pyright: ignore
+        assert new._options.meant is not None
+        new._options.meant.replaced(dict(itertools.chain.from_iterable(pairs)))
         return new

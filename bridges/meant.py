@@ -20,8 +20,8 @@ class Meant:
 
     def __init__(self):
         self._heirs: dict[int, Tensor] = {}  # the id of a tensor -> the parameter in its place
-        self._found: set[Hashable] = set()
-        self._missed: dict[Hashable, ValueError] = {}
+        self._found: set[tuple[str, Hashable]] = set()
+        self._missed: dict[tuple[str, Hashable], ValueError] = {}
 
     def replaced(self, origin: Mapping[Tensor, Tensor]) -> None:
         """Takes note that each parameter, a key, is in the place of another, its value."""
@@ -61,7 +61,7 @@ class Meant:
         """
         waiting = set(map(id, params))
         for key, error in self._missed.items():
-            if key not in self._found and key[1] not in waiting:  # pyright: ignore[reportIndexIssue]
+            if key not in self._found and key[1] not in waiting:
                 raise error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Meant":

@@ -73,7 +73,8 @@ class Group(NamedTuple):
         tree = self.tree_of(self.members)
         check_params(tree.params, tree.labels)
         new, leaves = self.started(tree)
-        old = self.tree.leaves(state)  # pyright: ignore[reportOptionalMemberAccess]
+        assert self.tree is not None
+        old = self.tree.leaves(state)
         if self.options.rounding and not old[-1].is_meta:
             leaves[-1] = old[-1].to(tree.device)  # the seed is of when the bridge was made
         return new, leaves
@@ -202,18 +203,19 @@ class Group(NamedTuple):
         tree.check(leaves, owner)
         tree.hyperparameters.sync(self.known.group, owner)
         run, extras = tree.ready(loss)  # compiled before anything is written
-        absent = {i for i, g in enumerate(grads) if g is None}
-        if absent:
+        present = [g for g in grads if g is not None]
+        if len(present) < len(grads):
+            absent = {i for i, g in enumerate(grads) if g is None}
             # The program runs on copies of what shall stay, which are then forgotten.
             params = [p.detach().clone() if i in absent else p for i, p in enumerate(params)]
-            grads = [
+            present = [
                 torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)
             ]
             leaves = [
                 leaf.clone() if slot.owner in absent else leaf
                 for leaf, slot in zip(leaves, tree.step.slots, strict=True)
             ]
-        return run, [*params, *grads, *leaves, *extras]  # pyright: ignore[reportReturnType]
+        return run, [*params, *present, *leaves, *extras]
 
     def has_gradients(self, owner: str) -> bool:
         """Whether a member has a gradient; all that are there are checked."""
@@ -262,8 +264,9 @@ def adopted(
     leaves: list[Tensor] = []
     values: dict[str, Any] = defaults
     if members:
-        new = new._replace(tree=new.tree_of(members))
-        leaves, values = new.tree.initial_state()  # pyright: ignore
+        tree = new.tree_of(members)
+        new = new._replace(tree=tree)
+        leaves, values = tree.initial_state()
     if new.tree and new.tree.hyperparameters.has_betas:
         if "betas" in group and not given & {"b1", "b2"}:
             group["b1"], group["b2"] = pair(group["betas"], owner)

@@ -33,10 +33,10 @@ def between_tiers(
         group, tiers = groups[index], tiers_of(new_state)
         if tiers != tree.tiers:
             known = jax.tree.map(lambda x: Struct(x.shape, x.dtype), unstack(new_state))
-            group = group.with_tree(group.tree_of(group.members, tiers, known, has_loss))
-            group = group._replace(is_initial=False)
+            tree = group.tree_of(group.members, tiers, known, has_loss)
+            group = group.with_tree(tree)._replace(is_initial=False)
         own = leaves[index][-1:] if group.options.rounding else []
-        changes[index] = group, [*group.tree.torch_leaves(new_state), *own]  # pyright: ignore
+        changes[index] = group, [*tree.torch_leaves(new_state), *own]
     return changes
 
 

@@ -256,14 +256,13 @@ def tier2_quantized(
     _check_codes(owner, "mu", mu, gradients, block, bits)
     if mu_long is not None:
         _check_codes(owner, "mu_long", mu_long, gradients, block, bits)
-    long = mu_long or Codes(None, None)  # pyright: ignore[reportArgumentType]
     new = _step(
         {
             "gradients": gradients,
             "mu_codes": mu.codes,
             "mu_scales": mu.scales,
-            "mu_long_codes": long.codes,
-            "mu_long_scales": long.scales,
+            "mu_long_codes": None if mu_long is None else mu_long.codes,
+            "mu_long_scales": None if mu_long is None else mu_long.scales,
             "nu": nu,
             "parameters": parameters,
         },

@@ -39,8 +39,8 @@ class Selections:
     def __init__(
         self,
         names: Mapping[int, str],
-        found: set[Hashable],
-        missed: dict[Hashable, ValueError],
+        found: set[tuple[str, Hashable]],
+        missed: dict[tuple[str, Hashable], ValueError],
     ):
         self.names, self.found, self.missed = names, found, missed
 

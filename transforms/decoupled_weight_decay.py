@@ -49,6 +49,7 @@ def decoupled_weight_decay(
     if weight_decay is None:
         return optax.identity()
     is_zero = isinstance(weight_decay, numbers.Real) and weight_decay == 0
+    # optax says `float`, and takes arrays.
     decay = optax.add_decayed_weights(weight_decay, mask)  # pyright: ignore[reportArgumentType]
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:

@@ -114,5 +114,5 @@ class Executor:
 def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copies every value into its target."""
     if targets:
-        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] -- torch has no public one
         copy(list(targets), list(values))

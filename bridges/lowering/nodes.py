@@ -1,6 +1,6 @@
 """What is read of nodes of `torch.fx`, with types: its own are unions that no checker can follow."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -15,6 +15,12 @@ def first_arg(node: fx.Node) -> fx.Node:
     """The first argument of a node that takes a tensor there."""
     (first, *_) = args_of(node)
     return first
+
+
+def function_of(node: fx.Node) -> Callable[..., Any]:
+    """What a node of kind `call_function` calls; of the other kinds the target is a name."""
+    assert callable(node.target)
+    return node.target
 
 
 def value_of(node: fx.Node) -> Any:

@@ -150,4 +150,5 @@ def live_leaves(state_structure: Any) -> dict[str, int]:
     def outside(node: Any) -> Any:
         return node._replace(inner=()) if is_tiered(node) else node
 
-    return hyperparams(jax.tree.map(outside, numbered, is_leaf=is_tiered))  # pyright: ignore[reportReturnType]
+    found = hyperparams(jax.tree.map(outside, numbered, is_leaf=is_tiered))
+    return {name: int(position) for name, position in found.items()}

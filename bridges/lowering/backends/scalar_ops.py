@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.nodes import args_of
+from chainrule.bridges.lowering.nodes import args_of, function_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.native import _kernel
 
@@ -39,8 +39,7 @@ def operation(node: fx.Node, type_: str) -> tuple[str, list[tuple[Any, str]]] | 
     types: list[Any] = list(map(type_of, args))
     if None in types:
         return None
-    function: Any = node.target
-    name: str = info(node).scalar or function.__name__
+    name = info(node).scalar or function_of(node).__name__
     if moves:
         name, wanted = f"to.{types[0]}.{type_}", types
     elif node.target is ops.float_to_int:

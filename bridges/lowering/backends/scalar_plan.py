@@ -237,7 +237,8 @@ class Plan:
     def _view(self, node: fx.Node, words: np.ndarray) -> Tensor:
         """The memory of a word as a scalar of torch."""
         type_ = type_of(node)
-        view = torch.from_numpy(words.view(_VIEWS[type_]))  # pyright: ignore
+        assert type_ is not None  # it has a word
+        view = torch.from_numpy(words.view(_VIEWS[type_]))
         word = self._word[node]
         if type_ == "b":  # the lowest byte
             return view[4 * word + (0 if sys.byteorder == "little" else 3)]

@@ -8,7 +8,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from chainrule.bridges.lowering.arrays import physical_shape, torch_dtype
-from chainrule.bridges.lowering.nodes import args_of, first_arg, value_of
+from chainrule.bridges.lowering.nodes import args_of, first_arg, function_of, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.simplify import key_of
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -59,8 +59,9 @@ class _Fakes:
 
         key = node.target, key_of(node.args, identity), key_of(node.kwargs, identity)
         if key not in self.known:
-            args, kwargs = (fx.map_arg(x, value_of) for x in (node.args, node.kwargs))
+            args = fx.map_arg(args_of(node), value_of)
+            kwargs: Any = fx.map_arg(node.kwargs, value_of)
             with self.mode:
-                self.known[key] = node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+                self.known[key] = function_of(node)(*args, **kwargs)
             self.held.extend(value_of(x) for x in node.all_input_nodes)
         return self.known[key]

@@ -109,7 +109,8 @@ class _Rematerialise:
         if not info(node).elementwise:
             return None
         found = [self.sources(s, stage) for s in node.all_input_nodes]
-        return None if None in found else set().union(*found)  # pyright: ignore
+        known = [sources for sources in found if sources is not None]
+        return set[fx.Node]().union(*known) if len(known) == len(found) else None
 
     def remade(self, node: fx.Node, stage: int) -> fx.Node:
         """`node`, or what it is at a stage that has to make it again."""
