@@ -7,6 +7,7 @@ from chainrule.transforms._metrics import metrics, state_bytes
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._per_parameter import PerParameter
 from chainrule.transforms._presets import presets
+from chainrule.transforms._tier_moves import adopt, assign, retier
 from chainrule.transforms.adaptive_beta1 import AdaptiveBeta1State, adaptive_beta1
 from chainrule.transforms.agar_confidence import AgarConfidenceState, agar_confidence
 from chainrule.transforms.cautious import CautiousState, cautious
@@ -40,7 +41,7 @@ from chainrule.transforms.scale_by_gradient_magnitude import (
 from chainrule.transforms.scale_by_tensor_rms import ScaleByTensorRmsState, scale_by_tensor_rms
 from chainrule.transforms.snr_confidence import SnrConfidenceState, snr_confidence
 from chainrule.transforms.tier_policy import TierPolicy, tier_signal
-from chainrule.transforms.tiered_state import TieredState, adopt, assign, retier, tiered_state
+from chainrule.transforms.tiered_state import TieredState, tiered_state
 from chainrule.transforms.zero_nonfinite import ZeroNonfiniteState, zero_nonfinite
 
 __all__ = [

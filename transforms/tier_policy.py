@@ -197,6 +197,12 @@ class TierPolicy:
         zero = np.zeros(tensors, np.int32)
         return TierMemory(nan, nan.copy(), zero, zero - 1, zero.copy())
 
+    def budget(self, params: Sequence[Any]) -> int | None:
+        """Bytes that the tiers may take for these parameters; `None`: any number."""
+        if self.budget_ratio is not None:
+            return int(self.budget_ratio * sum(p.size * p.dtype.itemsize for p in params))
+        return self.budget_bytes
+
     def smooth(self, memory: TierMemory, raw: np.ndarray) -> np.ndarray:
         """The EMA of the signal after one more value; its first value is the first signal."""
         if self.signal_ema_decay is None:
