@@ -1,10 +1,15 @@
-"""Links that measure other links: what a mechanism-off arm is made from."""
+"""What a mechanism-off arm is made from: links that measure other links, and what follows from their measures."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+import chainrule
+from chainrule.evidence.experiment import Curves, Point
 
 
 class ProbedState(NamedTuple):
@@ -35,3 +40,25 @@ def ratio(state: Any) -> dict[str, jax.Array]:
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, ProbedState))
     (probe,) = [node for node in nodes if isinstance(node, ProbedState)]
     return {"ratio": probe.ratio}
+
+
+def mean_metric(name: str) -> Callable[[Any], dict[str, jax.Array]]:
+    """`Arm.measure`: a metric of the chain (`chainrule.metrics`), with one a tensor their mean."""
+
+    def measure(state: Any) -> dict[str, jax.Array]:
+        return {name: jnp.mean(jnp.stack(jax.tree.leaves(chainrule.metrics(state)[name])))}
+
+    return measure
+
+
+def folded(name: str) -> Callable[[Point, Curves], Point]:
+    """`Arm.match`: the mean of a measure goes into the rate, and the decay of a step, rate x weight_decay, stays."""
+
+    def match(point: Point, measured: Curves) -> Point:
+        factor = float(np.mean(measured[name]))
+        return {
+            "learning_rate": point["learning_rate"] * factor,
+            "weight_decay": point["weight_decay"] / factor,
+        }
+
+    return match

@@ -22,6 +22,8 @@ import numpy as np
 from chainrule.evidence.experiment import TUNING_SEEDS, Experiment, Point
 from chainrule.evidence.training import Outcome
 
+HARNESS = ("data", "models", "probes", "training", "tuning")
+"""The files of the harness that numbers depend on."""
 PACKAGES = ("chainrule", "jax", "jaxlib", "numpy", "optax", "scipy", "statsmodels")
 
 
@@ -45,7 +47,7 @@ def _sources(experiment: Experiment) -> Iterator[pathlib.Path]:
     assert own.origin is not None
     yield pathlib.Path(own.origin)
     here = pathlib.Path(__file__).parent
-    yield from (here / f"{name}.py" for name in ("data", "models", "training", "tuning"))
+    yield from (here / f"{name}.py" for name in HARNESS)
     for room in ("transforms", "chains"):
         spec = importlib.util.find_spec(f"chainrule.{room}")
         assert spec is not None

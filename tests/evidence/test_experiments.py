@@ -2,12 +2,16 @@
 
 import json
 import math
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from chainrule import cli
 from chainrule.evidence import experiments
 from chainrule.evidence.store import key_of
+from chainrule.evidence.training import programs
 
 
 @pytest.mark.slow
@@ -36,6 +40,35 @@ def test_definition(name):
     assert experiment.settings["normal"].seeds >= 5
     grids = {math.prod(map(len, arm.grid.values())) for arm in experiment.arms if arm.grid}
     assert len(grids) == 1, f"arms start from different numbers of trials: {grids}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", experiments.names())
+def test_every_arm_makes_a_step(name):
+    """Also those that the quick setting leaves out: their programs are traced, not run."""
+    experiment = experiments.load(name)
+    setting = experiment.settings["quick"]
+    task = experiment.build(setting.sizes)
+    params, drawn = task.draw(0)
+    made: dict[str, dict] = {}
+    measures: dict[str, Any] = {}
+    for arm in experiment.arms:
+        if arm.matches is None:
+            made[arm.name] = {axis: values[0] for axis, values in arm.grid.items()}
+        else:
+            assert arm.match is not None
+            half = {m: np.full(setting.evaluations, 0.5) for m in measures[arm.matches]}
+            made[arm.name] = dict(arm.match(made[arm.matches], half))
+        hyper = {axis: np.asarray(value, np.float32) for axis, value in made[arm.name].items()}
+        hyper["seed"] = np.int32(0)
+        init, chunk = programs(task, arm, setting)
+        state = jax.eval_shape(init, hyper, params)
+        new, _, curves, measures[arm.name] = jax.eval_shape(
+            chunk, hyper, params, state, drawn, task.data, 0
+        )
+        assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, params), arm.name
+        wanted = {experiment.tune_on.name, *(m.name for m in experiment.metrics)}
+        assert wanted <= {*curves, *experiment.summaries}, arm.name
 
 
 def test_the_key_is_of_settings_and_code():
