@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import pathlib
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evidence(commands) -> None:
+def _add_evidence(commands: Any) -> None:
     evidence = commands.add_parser(
         "evidence",
         help="test what each method claims: tuned baselines, mechanisms switched off, paired seeds, a verdict",

@@ -6,7 +6,7 @@ Hypotheses on what it gains: the confidence scales the decay too (the gain shoul
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -109,28 +109,19 @@ def build(sizes: Mapping[str, Any]) -> Task:
     return Task(shared, draw, loss, evaluate)
 
 
-class ConfidentDecayState(NamedTuple):
-    """State of `confident_decay`."""
-
-    inner: transforms.AgarConfidenceState
-
-
 def confident_decay(
     weight_decay: Any, power: int, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:
     """CASMO's confidence c, then decay c^power weight_decay: 0 is CASMO, 1 scales the decay too, -1 divides it."""
     link = transforms.agar_confidence(**settings)
 
-    def update(updates, state, params=None, **extra):
-        updates, inner = link.update(updates, state.inner, params, **extra)
-        factor = weight_decay * inner.confidence**power
-        return jax.tree.map(lambda u, p: u + factor * p, updates, params), ConfidentDecayState(
-            inner
-        )
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, new = link.update(updates, state, params, **extra)
+        confidence = cast(jax.Array, cast(transforms.AgarConfidenceState, new).confidence)
+        factor = weight_decay * confidence**power
+        return jax.tree.map(lambda u, p: u + factor * p, updates, params), new
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: ConfidentDecayState(link.init(params)), update
-    )
+    return optax.GradientTransformationExtraArgs(link.init, update)
 
 
 def adamw(h):
