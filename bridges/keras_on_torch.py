@@ -1,15 +1,14 @@
 """A flat chain as a step on Keras variables, on the torch backend: lowered to torch, in place."""
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch import Tensor
 
-from chainrule.bridges.flat_chain import FlatChain
+from chainrule.bridges.keras_backends import FlatStep
 from chainrule.bridges.lowering import lower
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.lowering.pipeline import make_step
@@ -37,87 +36,53 @@ def in_place(
     return make_step(lowered, targets, compile=compile)
 
 
-class TorchStep:
+class TorchStep(FlatStep):
     """Runs the update as a torch program on the variables' own tensors."""
 
-    def __init__(self, flat: FlatChain, compile: bool):
-        self._flat, self._compile = flat, compile
-        self._programs: dict[Any, InPlace] = {}
+    # A program already: Keras may compile the training step around it.
+    __call__ = cast(Any, torch.compiler.disable(torch.no_grad()(FlatStep.__call__)))
+    direction = cast(Any, torch.compiler.disable(torch.no_grad()(FlatStep.direction)))
 
-    def _program(
-        self, name: str, missing: tuple[int, ...], device: torch.device, moved: bool = False
-    ) -> InPlace:
+    def _made(self, name: str, missing: tuple[int, ...], *more: Any) -> InPlace:
         """`FlatChain.step` or `.direction` in place; a direction is written into the last list of tensors."""
-        key = (name, missing, device, moved)
-        if key not in self._programs:
-            params = self._flat.structs
-            grads = [s for i, s in enumerate(params) if i not in missing]
-            stored = [Struct(k.shape, jnp.dtype(k.dtype)) for k in self._flat.stored]
-            structs = [params, grads, stored, Struct((), jnp.float32), *([grads] if moved else [])]
-            starts = [0, len(params), len(params) + len(grads)]
-            starts.append(starts[2] + len(stored) + 1)
-            new = range(starts[2], starts[2] + len(stored))
-            first = starts[0 if name == "step" else 3 if moved else 1]
-            count = len(params) if name == "step" else len(grads)
-            function = functools.partial(getattr(self._flat, name), missing=missing)
-            with wide(params):
-                targets = [*range(first, first + count), *new]
-                self._programs[key] = in_place(function, structs, targets, device, self._compile)
-        return self._programs[key]
+        device, moved = more
+        params = self._flat.structs
+        grads = [s for i, s in enumerate(params) if i not in missing]
+        stored = [Struct(k.shape, jnp.dtype(k.dtype)) for k in self._flat.stored]
+        structs = [params, grads, stored, Struct((), jnp.float32), *([grads] if moved else [])]
+        starts = [0, len(params), len(params) + len(grads)]
+        starts.append(starts[2] + len(stored) + 1)
+        new = range(starts[2], starts[2] + len(stored))
+        first = starts[0 if name == "step" else 3 if moved else 1]
+        count = len(params) if name == "step" else len(grads)
+        with wide(params):
+            targets = [*range(first, first + count), *new]
+            return in_place(self._function(name, missing), structs, targets, device, self._compile)
 
-    @torch.compiler.disable  # a program already; Keras may compile the training step around it
-    @torch.no_grad()
-    def __call__(
-        self,
-        params: Sequence[Any],
-        grads: Sequence[Tensor],
-        stored: Sequence[Any],
-        rate: Tensor,
-        missing: tuple[int, ...],
-    ) -> None:
-        """Writes new parameters and state into the variables `params` and `stored`."""
-        variables = [*params, *stored]
-        tensors = _tensors(variables)
-        values, state = tensors[: len(params)], tensors[len(params) :]
-        given = [v for i, v in enumerate(values) if i not in missing]
-        grads = [g.detach().to(v) for g, v in zip(grads, given, strict=True)]
-        device = values[0].device
-        self._program("step", missing, device)([*values, *grads, *state, rate.to(device)])
-        _write_back(variables, tensors)
+    def _run(self, name: str, missing: tuple[int, ...], *arguments: Any) -> tuple[Any, Any]:
+        params, grads, state, rate, *moved = arguments
+        params = [p.detach() for p in params]
+        device = params[0].device
+        written = params
+        if name == "direction":  # over a copy of what the caller goes on reading
+            written = [t.detach().clone() for t in (moved[0] if moved else grads)]
+            grads, moved = (grads, [written]) if moved else (written, [])
+        program = self._program(name, missing, device, bool(moved))
+        program([*params, *grads, *state, rate.to(device), *(moved[0] if moved else [])])
+        return written, state
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def direction(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        stored: Sequence[Any],
-        rate: Tensor,
-        missing: tuple[int, ...],
-        moved: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The updates for values of parameters and gradients; writes the state into the variables `stored`."""
-        state, device = _tensors(stored), params[0].device
-        given = [p for i, p in enumerate(params) if i not in missing]
-        grads = [g.detach().to(p, copy=moved is None) for g, p in zip(grads, given, strict=True)]
-        last = [] if moved is None else [m.detach().clone() for m in moved]
-        program = self._program("direction", missing, device, moved is not None)
-        program([*(p.detach() for p in params), *grads, *state, rate.to(device), *last])
-        _write_back(stored, state)
-        return last if moved is not None else grads
+    def _values(self, variables: Sequence[Any]) -> list[Tensor]:
+        """What a program may write to: the tensors, or copies in a stateless scope, which owns its values."""
+        if in_stateless_scope():
+            return [v.value.detach().clone() for v in variables]
+        return [v.value.detach() for v in variables]
 
+    def _like(self, grad: Tensor, value: Tensor) -> Tensor:
+        return grad.detach().to(value)
 
-def _tensors(variables: Sequence[Any]) -> list[Tensor]:
-    """What a program may write to: the variables' tensors, or copies in a stateless scope, which owns its values."""
-    if in_stateless_scope():
-        return [v.value.detach().clone() for v in variables]
-    return [v.value.detach() for v in variables]
-
-
-def _write_back(variables: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    if in_stateless_scope():
-        for variable, tensor in zip(variables, tensors, strict=True):
-            variable.assign(tensor)
+    def _assign(self, variables: Sequence[Any], values: Sequence[Tensor]) -> None:
+        if in_stateless_scope():
+            super()._assign(variables, values)
 
 
 def loss_gradients(model: Any, x: Any, y: Any) -> list[Tensor]:
