@@ -57,7 +57,11 @@ def paths(model: Any) -> list[str]:
 
 
 def in_plain_jax(
-    tx: optax.GradientTransformation, *, steps: int = STEPS, state: Any = None
+    tx: optax.GradientTransformation,
+    *,
+    steps: int = STEPS,
+    state: Any = None,
+    dtype: Any = np.float32,
 ) -> list[np.ndarray]:
     """The weights of the small model after as many steps of a loop in JAX."""
     model, (images, labels) = small_model(), small_data(steps)
@@ -79,7 +83,9 @@ def in_plain_jax(
         updates, state = tx.update(grads, state, params, grad=grads)
         return optax.apply_updates(params, updates), state
 
-    params = dict(zip(names, map(jnp.asarray, model.get_weights()), strict=True))
+    images = images.astype(dtype)
+    values = [jnp.asarray(w, dtype) for w in model.get_weights()]
+    params = dict(zip(names, values, strict=True))
     state = tx.init(params) if state is None else state(tx, params)
     for i in range(steps):
         rows = slice(BATCH * i, BATCH * (i + 1))
