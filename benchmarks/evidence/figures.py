@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 
 from chainrule.evidence.conclusions import Document, conclude, metrics, reported
+from chainrule.evidence.experiment import Metric
 from chainrule.evidence.store import number
 
 
@@ -64,13 +65,16 @@ def _title(document: Document) -> str:
 
 
 def _draw_curves(document: Document, condition: str, axis) -> None:
-    metric = next(iter(metrics(document).values()))
+    """The first metric that has curves, for not all have; or else the training loss."""
+    curves = next(run["curves"] for run in document["runs"] if "curves" in run)
+    loss = Metric("train_loss", "training loss", margin=0.0, better=-1)
+    metric = next((m for m in metrics(document).values() if m.name in curves), loss)
     scale = 100 if metric.percent else 1
     for arm, info in document["arms"].items():
         if info.get("condition", "") != condition:
             continue
         runs = reported(document, arm).values()
-        lines = [[number(v) for v in run["curves"].get(metric.name, [])] for run in runs]
+        lines = [[number(v) for v in run["curves"][metric.name]] for run in runs]
         _band(document, scale * np.array(lines), axis, arm.removesuffix(f" ({condition})"))
     axis.set_title(condition, fontsize=8)
     _finish(axis, metric.label + (" (%)" if metric.percent else ""))
