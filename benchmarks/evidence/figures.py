@@ -1,5 +1,6 @@
 """One figure an experiment: how each arm learned, and what came of each claim."""
 
+import io
 import pathlib
 
 import numpy as np
@@ -27,7 +28,17 @@ def draw(document: Document, path: pathlib.Path) -> None:
         draw_one(document, what, axis)
     figure.suptitle(_title(document), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    _save(figure, path)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    """A PNG of at most 48 colours: bands that overlap have thousands."""
+    from PIL import Image
+
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=80)
+    colours = Image.open(whole).convert("RGB").quantize(48, Image.Quantize.FASTOCTREE)
+    colours.save(path, optimize=True)
 
 
 def _draw_claims(document: Document, what: str, forest) -> None:
@@ -49,7 +60,7 @@ def _draw_claims(document: Document, what: str, forest) -> None:
             forest.plot(effect, y, "o", color=colours[kind], markersize=4)
         forest.axhspan(-row - 0.42, -row + 0.2, alpha=0.05, color="0.3", linewidth=0)
     forest.axvline(0, color="0.5", linewidth=0.8)
-    labels = [f"{c.claim.arm}\n{c.metric.name}: {c.verdict}" for c in found]
+    labels = [f"{c.claim.arm} over {c.claim.baseline}\n{c.metric.name}: {c.verdict}" for c in found]
     forest.set_yticks([-i - 0.11 for i in range(len(found))], labels, fontsize=7)
     forest.set_xlabel("paired difference, positive is better (Holm interval)", fontsize=8)
     for kind, text in (("baseline", "over the tuned baseline"), ("off", "over mechanism off")):

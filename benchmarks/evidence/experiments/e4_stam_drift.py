@@ -71,7 +71,7 @@ def after_shifts(curves: Curves) -> float:
 
 
 def adamw(b1: float | None = None):
-    """AdamW at `b1`, or at the hyperparameter 1 - gain."""
+    """AdamW at `b1`, or at the hyperparameter 1 - gain, which diverges where tuning tries a gain over 2."""
 
     def make(h):
         decay = 1 - h["gain"] if b1 is None else b1
