@@ -1,6 +1,8 @@
 """Data that needs no download, and what a seed draws from it."""
 
 import functools
+import pathlib
+import sysconfig
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +33,43 @@ def mnist() -> Images:
     images, labels = table[:, :-1], table[:, -1]
     small = images.reshape(-1, 14, 2, 14, 2).mean((2, 4)) / 255
     return Images(small.astype(np.float32)[..., None], labels.astype(np.int32))
+
+
+def cifar10(folder: str | pathlib.Path) -> Images:
+    """The 50,000 training images of CIFAR-10, 32 x 32, read from its binary version: `data_batch_1.bin` to 5."""
+    files = [pathlib.Path(folder) / f"data_batch_{i}.bin" for i in range(1, 6)]
+    if missing := [path for path in files if not path.exists()]:
+        raise FileNotFoundError(
+            f"cifar10: {missing[0]} is not there; `folder` must be that of CIFAR-10's binary version"
+        )
+    records = np.concatenate([np.fromfile(path, np.uint8).reshape(-1, 3073) for path in files])
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / np.float32(255)
+    return Images(images, records[:, 0].astype(np.int32))
+
+
+VOCABULARY = 96
+"""Characters of `standard_library`: a newline, and ASCII from the space to the tilde."""
+
+
+def standard_library() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The modules of the running Python's standard library as characters, int32 below `VOCABULARY`.
+
+    In a fixed random order; nine tenths to train on, then to tune by and to report. Other characters are left out.
+    """
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(folder.glob("*.py"))
+    order = np.random.default_rng(0).permutation(len(files))
+    text = np.frombuffer(b"".join(files[i].read_bytes() for i in order), np.uint8)
+    kept = text[(text == ord("\n")) | ((text >= 32) & (text < 127))].astype(np.int32)
+    codes = np.where(kept == ord("\n"), 0, kept - 31)
+    train, validation, test = np.split(codes, [len(codes) * 18 // 20, len(codes) * 19 // 20])
+    return train, validation, test
+
+
+def windows(text: np.ndarray, count: int, length: int) -> np.ndarray:
+    """(count, length) of a text, at equal distances."""
+    starts = np.linspace(0, len(text) - length, count).astype(np.int32)
+    return text[starts[:, None] + np.arange(length)]
 
 
 def split(

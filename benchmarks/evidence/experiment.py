@@ -173,6 +173,8 @@ class Experiment:
         default_factory=lambda: {"": {}}
     )
     """Variants of the task by name: what each has in place of `Setting.sizes`. Arms are compared within one."""
+    timed: Callable[[], Any] | None = None
+    """Parameters on which the arms of the first condition are timed, with their tuned hyperparameters."""
 
     def __post_init__(self) -> None:
         metrics = {m.name for m in self.metrics}

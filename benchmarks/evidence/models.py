@@ -88,3 +88,59 @@ class ConvNet(eqx.Module):
         for layer in self.convolutions:
             x = pool(jax.nn.relu(layer(patches(x))))
         return self.output(jax.nn.relu(self.hidden(x.reshape(len(x), -1))))
+
+
+class Block(eqx.Module):
+    """Causal attention and a layer of relu, each on a normalised residual stream."""
+
+    query: Dense
+    key: Dense
+    value: Dense
+    out: Dense
+    up: Dense
+    down: Dense
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, random: np.random.Generator, width: int, heads: int):
+        self.query, self.key, self.value, self.out = (Dense(random, width, width) for _ in range(4))
+        self.up, self.down = Dense(random, width, 4 * width, 2.0), Dense(random, 4 * width, width)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normed = rms_normalised(x)
+        split = (*x.shape[:-1], self.heads, -1)
+        query, key, value = (
+            layer(normed).reshape(split) for layer in (self.query, self.key, self.value)
+        )
+        x = x + self.out(
+            jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(x.shape)
+        )
+        return x + self.down(jax.nn.relu(self.up(rms_normalised(x))))
+
+
+def rms_normalised(x: jax.Array) -> jax.Array:
+    """x over its root mean square on the last axis; no parameters."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+class CharTransformer(eqx.Module):
+    """A decoder over characters: (batch, places) int32 to logits (batch, places, vocabulary)."""
+
+    embedding: jax.Array
+    positions: jax.Array
+    blocks: list[Block]
+    output: Dense
+
+    def __init__(
+        self, random: np.random.Generator, vocabulary: int, places: int, width: int, depth: int
+    ):
+        self.embedding = normal(random, (vocabulary, width), 0.1)
+        self.positions = normal(random, (places, width), 0.1)
+        self.blocks = [Block(random, width, max(1, width // 16)) for _ in range(depth)]
+        self.output = Dense(random, width, vocabulary)
+
+    def __call__(self, characters: jax.Array) -> jax.Array:
+        x = self.embedding[characters] + self.positions[: characters.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.output(rms_normalised(x))

@@ -129,6 +129,7 @@ def _section(document: Document) -> str:
             f"{document['seconds']:.0f} s of training on {processor['name']} ({processor['cores']} cores), {used}.\n",
             *_table(*_arms(document)),
             "",
+            *_costs(document),
             *(_sentence(conclusion) for conclusion in found),
             f"\n![{name}]({name}.png)",
         ]
@@ -153,6 +154,23 @@ def _arms(document: Document) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             cells.append(f"{metric.shown(float(np.mean(seen)))} ± {spread}")
         rows.append((arm, info["role"], point + edge, how, *cells))
     return ("arm", "role", "hyperparameters", "tuning", *(m.label for m in known)), rows
+
+
+def _costs(document: Document) -> list[str]:
+    """A table of what a step costs, where that was measured."""
+    if not (costs := document.get("costs")):
+        return []
+    rows = [
+        (
+            arm,
+            f"{cost['step_microseconds']:.0f} µs",
+            f"{cost['first_seconds']:.2f} s",
+            f"{cost['state_bytes'] / 1e6:.2f} MB",
+        )
+        for arm, cost in costs.items()
+    ]
+    headings = ("arm", "a warmed step, without gradients", "the first step", "state")
+    return [*_table(headings, rows), ""]
 
 
 def _short(value: object) -> str:

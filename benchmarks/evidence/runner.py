@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chainrule.evidence import costs
 from chainrule.evidence.experiment import TUNING_SEEDS, Arm, Experiment, Point, Setting
 from chainrule.evidence.store import Store, number, plain
 from chainrule.evidence.training import Trainer
@@ -60,8 +61,20 @@ class Run:
             seconds = before + time.perf_counter() - start
             self.store.document["arms"][arm.name] = plain(info | {"seconds": round(seconds, 1)})
             self.store.write()
+        if self.experiment.timed and "costs" not in self.store.document:
+            self.store.document["costs"] = self._costs(self.experiment.timed())
         self.store.finish()
         return self.store.document
+
+    def _costs(self, params: Any) -> dict[str, Any]:
+        """What a step costs, by arm; all conditions have the same arms."""
+        first = next(iter(self.experiment.conditions))
+        arms = [arm for arm in self.arms if arm.condition == first] or self.arms
+        known = self.store.document["arms"]
+        self._progress(f"{self.experiment.id}: timing", 0, 1)
+        found = costs.measure(arms, [known[arm.name]["point"] for arm in arms], params)
+        self._progress(f"{self.experiment.id}: timing", 1, 0)
+        return plain({name: cost._asdict() for name, cost in found.items()})
 
     def _tune(self, arm: Arm) -> Tuned:
         seeds = [TUNING_SEEDS + i for i in range(self.setting.tuning_seeds)]

@@ -22,7 +22,7 @@ import numpy as np
 from chainrule.evidence.experiment import TUNING_SEEDS, Experiment, Point
 from chainrule.evidence.training import Outcome
 
-HARNESS = ("data", "models", "probes", "training", "tuning")
+HARNESS = ("data", "models", "probes", "tasks", "training", "tuning")
 """The files of the harness that numbers depend on."""
 PACKAGES = ("chainrule", "jax", "jaxlib", "numpy", "optax", "scipy", "statsmodels")
 
