@@ -198,6 +198,10 @@ class Experiment:
             if conditions[arm.matches] != arm.condition:
                 raise ValueError(f"{self.id}: {arm.name} is of another condition than its source")
 
+    def task(self, setting: Setting, condition: str) -> Task:
+        """The task of a condition at a setting."""
+        return self.build({**setting.sizes, **self.conditions[condition]})
+
     def metric(self, name: str) -> Metric:
         """The metric called `name`."""
         return next(metric for metric in self.metrics if metric.name == name)

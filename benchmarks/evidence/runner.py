@@ -102,8 +102,8 @@ class Run:
     def _trainer(self, condition: str) -> Trainer:
         """What trains the arms of a condition."""
         if condition not in self._trainers:
-            sizes = {**self.setting.sizes, **self.experiment.conditions[condition]}
-            self._trainers[condition] = Trainer(self.experiment.build(sizes), self.setting)
+            task = self.experiment.task(self.setting, condition)
+            self._trainers[condition] = Trainer(task, self.setting)
         return self._trainers[condition]
 
     def _train(self, arm: Arm, runs: list[tuple[Point, int]]) -> list[dict[str, Any]]:

@@ -48,11 +48,12 @@ def test_every_arm_makes_a_step(name):
     """Also those that the quick setting leaves out: their programs are traced, not run."""
     experiment = experiments.load(name)
     setting = experiment.settings["quick"]
-    task = experiment.build(setting.sizes)
-    params, drawn = task.draw(0)
+    tasks = {name: experiment.task(setting, name) for name in experiment.conditions}
+    drawn_for = {name: task.draw(0) for name, task in tasks.items()}
     made: dict[str, dict] = {}
     measures: dict[str, Any] = {}
     for arm in experiment.arms:
+        task, (params, drawn) = tasks[arm.condition], drawn_for[arm.condition]
         if arm.matches is None:
             made[arm.name] = {axis: values[0] for axis, values in arm.grid.items()}
         else:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import chainrule
 from chainrule import transforms
 from chainrule.evidence.experiment import (
     Arm,
@@ -25,6 +24,7 @@ from chainrule.evidence.experiment import (
     area,
     log_grid,
 )
+from chainrule.evidence.probes import mean_metric
 
 NOISE = np.array([1.0, 5.0, 1.0, 1.0, 1.0], np.float32)
 DRIFT = np.array([0.1, 0.1, 0.1, 0.5, 0.1], np.float32)
@@ -98,11 +98,6 @@ def best(h):
     return follow(optax.GradientTransformation(init, update), lambda moment: moment)
 
 
-def b1(state: Any) -> dict[str, Any]:
-    """The decay in use."""
-    return {"b1": chainrule.metrics(state)["b1"]}
-
-
 def at_its_mean(point, measured):
     """The constant b1 that is an adaptive one's mean."""
     del point
@@ -129,11 +124,11 @@ EXPERIMENT = Experiment(
     build=build,
     arms=[
         Arm("constant", "baseline", constant, GAINS),
-        Arm("residual", "claim", adaptive("residual"), FORGET, measure=b1),
+        Arm("residual", "claim", adaptive("residual"), FORGET, measure=mean_metric("b1")),
         Arm("residual off", "mechanism-off", constant, matches="residual", match=at_its_mean),
-        Arm("moments", "claim", adaptive("moments"), FORGET, measure=b1),
+        Arm("moments", "claim", adaptive("moments"), FORGET, measure=mean_metric("b1")),
         Arm("moments off", "mechanism-off", constant, matches="moments", match=at_its_mean),
-        Arm("noise", "hypothesis", adaptive("noise"), FORGET, measure=b1),
+        Arm("noise", "hypothesis", adaptive("noise"), FORGET, measure=mean_metric("b1")),
         Arm("noise off", "mechanism-off", constant, matches="noise", match=at_its_mean),
         Arm(
             "best",

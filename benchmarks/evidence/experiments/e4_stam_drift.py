@@ -8,12 +8,10 @@ and drift over time.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-import chainrule
 from chainrule import chains, transforms
 from chainrule.evidence import data, models
 from chainrule.evidence.experiment import (
@@ -28,6 +26,7 @@ from chainrule.evidence.experiment import (
     area,
     log_grid,
 )
+from chainrule.evidence.probes import mean_metric
 
 SHIFTS = 10
 """Segments of a run; the first starts from nothing."""
@@ -89,11 +88,6 @@ def noise(h):
     )
 
 
-def b1(state: Any) -> dict[str, Any]:
-    """The mean over tensors of the decay in use."""
-    return {"b1": jnp.mean(jnp.stack(jax.tree.leaves(chainrule.metrics(state)["b1"])))}
-
-
 def constant(point, measured):
     """The mean b1 of an adaptive arm, at its rate."""
     return {"learning_rate": point["learning_rate"], "gain": 1 - float(np.mean(measured["b1"]))}
@@ -119,7 +113,7 @@ ARMS, CLAIMS = across(
             "claim",
             lambda h: chains.stam(h["learning_rate"], weight_decay=WEIGHT_DECAY),
             GRID,
-            measure=b1,
+            measure=mean_metric("b1"),
         ),
         Arm("stam off", "mechanism-off", adamw(), matches="stam", match=constant),
         Arm(
@@ -127,9 +121,9 @@ ARMS, CLAIMS = across(
             "claim",
             lambda h: chains.stam_lite(h["learning_rate"], weight_decay=WEIGHT_DECAY),
             GRID,
-            measure=b1,
+            measure=mean_metric("b1"),
         ),
-        Arm("noise", "hypothesis", noise, GRID, measure=b1),
+        Arm("noise", "hypothesis", noise, GRID, measure=mean_metric("b1")),
         Arm("noise off", "mechanism-off", adamw(), matches="noise", match=constant),
     ],
     [
