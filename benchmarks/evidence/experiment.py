@@ -81,11 +81,12 @@ class Metric:
     percent: bool = False
 
     def shown(self, value: float, signed: bool = False) -> str:
-        """`value` for a reader."""
+        """`value` for a reader; a signed difference of percentages is in percentage points."""
         scaled, digits = (100 * value, 1) if self.percent else (value, 3)
         if abs(scaled) >= 100:
             digits = 1
-        return f"{scaled:{'+' if signed else ''}.{digits}f}" + (" %" if self.percent else "")
+        unit = (" pp" if signed else " %") if self.percent else ""
+        return f"{scaled:{'+' if signed else ''}.{digits}f}{unit}"
 
 
 @dataclasses.dataclass(frozen=True)

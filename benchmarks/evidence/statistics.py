@@ -10,6 +10,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 ALPHA = 0.05
+LEAST_SEEDS = 5
+"""Fewer equal differences say nothing."""
 REPRODUCED = "reproduced"
 EXPLAINED = "explained by lr/decay"
 NOT_REPRODUCED = "not reproduced"
@@ -46,9 +48,13 @@ def paired(ours: Sequence[float], theirs: Sequence[float], level: float) -> tupl
     """
     difference = np.asarray(ours, float) - np.asarray(theirs, float)
     effect = float(np.mean(difference))
-    if len(difference) < 2 or not np.all(np.isfinite(difference)):
+    alike = (
+        np.ptp(difference) == 0
+    )  # the t statistic is 0/0 or infinite, and few seeds are alike by chance
+    least = LEAST_SEEDS if alike else 2
+    if len(difference) < least or not np.all(np.isfinite(difference)):
         return Interval(effect, -np.inf, np.inf), 1.0
-    if np.ptp(difference) == 0:  # the t statistic is 0/0 or infinite
+    if alike:
         return Interval(effect, effect, effect), float(effect == 0)
     result: Any = stats.ttest_1samp(difference, 0)
     low, high = result.confidence_interval(level)

@@ -34,9 +34,14 @@ def test_one_seed_and_a_diverged_run_say_nothing():
     assert (interval.low, interval.high, p) == (-np.inf, np.inf, 1.0)
 
 
-def test_equal_differences_are_a_point():
-    assert paired([1.0, 2.0], [1.0, 2.0], 0.95) == (Interval(0.0, 0.0, 0.0), 1.0)
-    assert paired([2.0, 3.0], [1.0, 2.0], 0.95) == (Interval(1.0, 1.0, 1.0), 0.0)
+def test_five_equal_differences_are_a_point():
+    results = np.arange(5.0)
+    assert paired(results, results, 0.95) == (Interval(0.0, 0.0, 0.0), 1.0)
+    assert paired(results + 1, results, 0.95) == (Interval(1.0, 1.0, 1.0), 0.0)
+
+
+def test_few_equal_differences_are_chance():
+    assert paired([1.0, 2.0], [1.0, 2.0], 0.95) == (Interval(0.0, -np.inf, np.inf), 1.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
