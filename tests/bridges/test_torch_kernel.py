@@ -167,7 +167,7 @@ def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch(tensors: int) -> None
         _, bridge = run(chain)
     else:
         bridge = TorchBridge(chain, [nn.Parameter(torch.ones(3)) for _ in range(tensors)])
-    ((*_, tree),) = bridge._groups
+    tree = bridge._groups[0].tree
     assert tree is not None and isinstance(tree.program, TorchProgram)
     program = StepProgram.of(tree.program.lowered, tree.step.targets)
     program = run_passes(FRONT, program)
