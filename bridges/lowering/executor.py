@@ -1,9 +1,9 @@
 """A step as calls on one memory: the one place where results meet the inputs that they are written into.
 
-Memory is a list with a slot for each value: the step's inputs, the buffers and constants that the program brings, then
-whatever the calls make. A backend turns pieces of a program into calls; a call reads slots and fills others. What a
-backend did not write in place is copied at the end, and an input that another result hands on is kept before anything
-is written.
+Memory is a list with a register for each value: the step's inputs, the buffers and constants that the program brings,
+then whatever the calls make. A backend turns pieces of a program into calls; a call reads registers and fills others.
+What a backend did not write in place is copied at the end, and an input that another result hands on is kept before
+anything is written.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,34 +18,34 @@ from chainrule.bridges.lowering.step_program import StepProgram
 InPlace = Callable[[Sequence[Tensor]], None]
 """Takes the flat inputs of a program and writes every result into the input that it updates."""
 Call = Callable[[list[Any]], None]
-"""Part of a step: reads slots of the memory, fills others, or writes into tensors that are there."""
+"""Part of a step: reads registers of the memory, fills others, or writes into tensors that are there."""
 
 
-class Slots:
-    """The slot of each node: inputs, buffers and constants first, the others as they are asked for."""
+class Registers:
+    """The register of each node: inputs, buffers and constants first, the others as they are asked for."""
 
     def __init__(self, program: StepProgram):
-        self._slot = {node: i for i, node in enumerate(program.inputs)}
-        self._given = len(self._slot) - len(program.buffers)
+        self._register = {node: i for i, node in enumerate(program.inputs)}
+        self._given = len(self._register) - len(program.buffers)
         self._brought: list[Any] = [*program.buffers]
         for node in program.graph.find_nodes(op="get_attr"):
-            self._slot[node] = self._new(program.attributes[str(node.target)])
+            self._register[node] = self._new(program.attributes[str(node.target)])
 
     def _new(self, content: Any = None) -> int:
         self._brought.append(content)
         return self._given + len(self._brought) - 1
 
     def __getitem__(self, node: fx.Node) -> int:
-        if node not in self._slot:
-            self._slot[node] = self._new()
-        return self._slot[node]
+        if node not in self._register:
+            self._register[node] = self._new()
+        return self._register[node]
 
     def alias(self, node: fx.Node, old: fx.Node) -> None:
         """What `node` makes is found where `old` was: it is written into its memory."""
-        self._slot[node] = self[old]
+        self._register[node] = self[old]
 
     def free(self) -> int:
-        """A slot that is no node's."""
+        """A register that is no node's."""
         return self._new()
 
     def contents(self) -> list[Any]:
@@ -69,8 +69,8 @@ class _Keep(NamedTuple):
     pairs: list[tuple[int, int]]
 
     def __call__(self, memory: list[Any]) -> None:
-        for slot, kept in self.pairs:
-            memory[kept] = memory[slot].clone()
+        for register, kept in self.pairs:
+            memory[kept] = memory[register].clone()
 
 
 class _Copy(NamedTuple):
@@ -86,21 +86,25 @@ class _Copy(NamedTuple):
 class Executor:
     """A program as a function of its flat inputs that writes its results into them."""
 
-    def __init__(self, program: StepProgram, slots: Slots, parts: Parts, moves: Iterable[Call]):
+    def __init__(
+        self, program: StepProgram, registers: Registers, parts: Parts, moves: Iterable[Call]
+    ):
         left = [
             (new, old)
             for new, old in program.updates
             if new is not old and (new, old) not in parts.written
         ]
-        kept = {new: slots.free() for new, _ in left if new.op == "placeholder"}
+        kept = {new: registers.free() for new, _ in left if new.op == "placeholder"}
         self._calls: list[Call] = list(parts.calls)
         if kept:
-            self._calls.insert(0, _Keep([(slots[new], slot) for new, slot in kept.items()]))
+            self._calls.insert(
+                0, _Keep([(registers[new], register) for new, register in kept.items()])
+            )
         if left:
-            values = [kept[new] if new in kept else slots[new] for new, _ in left]
-            self._calls.append(_Copy(values, [slots[old] for _, old in left]))
+            values = [kept[new] if new in kept else registers[new] for new, _ in left]
+            self._calls.append(_Copy(values, [registers[old] for _, old in left]))
         self._calls += moves
-        self._brought = slots.contents()
+        self._brought = registers.contents()
         dissolve([program.graph])
         dissolve_with(self, [*parts.graphs, *graphs_in(program.attributes.values())])
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from chainrule.bridges.lowering.backends import parts
 from chainrule.bridges.lowering.backends.body import Ref, filled, without_nodes
 from chainrule.bridges.lowering.backends.liveness import aliases_of, last_reads
-from chainrule.bridges.lowering.executor import Parts, Slots
+from chainrule.bridges.lowering.executor import Parts, Registers
 from chainrule.bridges.lowering.nodes import args_of, is_array, value_of
 from chainrule.bridges.lowering.op_info import Batched, info
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind
@@ -25,17 +25,17 @@ _Column = Callable[[list[Any], Sequence[int]], Any]
 """Makes what a node is in some of the pieces, given what the inputs and nodes before it are in them."""
 
 
-def foreach_calls(program: StepProgram, slots: Slots) -> Parts:
+def foreach_calls(program: StepProgram, registers: Registers) -> Parts:
     """The stages as calls, one for all pieces of a kind."""
     kinds = [kind for stage in program.stages for kind in by_kind(stage)]
-    batches = [_Batch(kind, slots, program.on_cpu) for kind in kinds]
+    batches = [_Batch(kind, registers, program.on_cpu) for kind in kinds]
     return Parts([*batches], {pair for batch in batches for pair in batch.written})
 
 
 class _Batch:
     """The pieces of one kind, run together: each operation is one call for all of them."""
 
-    def __init__(self, pieces: Sequence[Piece], slots: Slots, host: bool):
+    def __init__(self, pieces: Sequence[Piece], registers: Registers, host: bool):
         first = pieces[0]
         columns = _Columns(pieces, host)
         aliases = aliases_of(first, columns.batched)
@@ -52,16 +52,17 @@ class _Batch:
         ]
         updated = dict(self.written)
         self.inputs = [
-            [slots[n] for n in own] for own in zip(*(p.inputs for p in pieces), strict=True)
+            [registers[n] for n in own] for own in zip(*(p.inputs for p in pieces), strict=True)
         ]
         self.outputs = [
-            (columns.number[first.outputs[j]], [slots[n] for n in own])
+            (columns.number[first.outputs[j]], [registers[n] for n in own])
             for j, own in enumerate(zip(*(p.outputs for p in pieces), strict=True))
         ]
         self.olds = [
-            [slots[updated[n]] if n in updated else None for n in piece.outputs] for piece in pieces
+            [registers[updated[n]] if n in updated else None for n in piece.outputs]
+            for piece in pieces
         ]
-        """For each output of each piece the slot of the input that it is computed in."""
+        """For each output of each piece the register of the input that it is computed in."""
         self.groups = [(list(range(len(pieces))), False)]
         if host and _is_elementwise(first):
             self.groups = list(_groups(pieces))

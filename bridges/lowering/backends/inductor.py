@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece
-from chainrule.bridges.lowering.executor import Parts, Slots
+from chainrule.bridges.lowering.executor import Parts, Registers
 from chainrule.bridges.lowering.nodes import args_of, value_of
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -24,7 +24,7 @@ _LARGE = 1 << 16
 """From this many elements on, a piece is compiled for all threads."""
 
 
-def inductor_calls(program: StepProgram, slots: Slots) -> Parts:
+def inductor_calls(program: StepProgram, registers: Registers) -> Parts:
     """The stages as calls, one for each piece; those of a kind share what is compiled."""
     written = {
         (piece.outputs[i], old)
@@ -34,7 +34,10 @@ def inductor_calls(program: StepProgram, slots: Slots) -> Parts:
         for i, old in piece.updates
     }
     calls = [
-        call for stage in program.stages for kind in by_kind(stage) for call in _calls(kind, slots)
+        call
+        for stage in program.stages
+        for kind in by_kind(stage)
+        for call in _calls(kind, registers)
     ]
     compiled = [call for call in calls if isinstance(call, _CompiledCall)]
     return Parts([_Watch(compiled), *calls] if compiled else [*calls], written)
@@ -44,7 +47,7 @@ def _compiles(piece: Piece) -> bool:
     return not any(map(is_apart, piece.nodes))
 
 
-def _calls(pieces: Sequence[Piece], slots: Slots) -> list["_Call | _CompiledCall"]:
+def _calls(pieces: Sequence[Piece], registers: Registers) -> list["_Call | _CompiledCall"]:
     """A call for each piece of one kind."""
     programs: dict[bool, Compiled] = {}
     calls: list[_Call | _CompiledCall] = []
@@ -52,14 +55,14 @@ def _calls(pieces: Sequence[Piece], slots: Slots) -> list["_Call | _CompiledCall
         compiles = _compiles(piece)
         updates = dict(piece.updates) if compiles else {}
         for i, old in updates.items():
-            slots.alias(piece.outputs[i], old)
+            registers.alias(piece.outputs[i], old)
         outputs = [n for i, n in enumerate(piece.outputs) if i not in updates]
         sizes = [t.numel() for t in map(value_of, piece.inputs) if isinstance(t, Tensor)]
         large = max(sizes, default=0) >= _LARGE
         if large not in programs:
             programs[large] = compile_piece(piece, large) if compiles else _plain(piece)
-        inputs = [slots[n] for n in piece.inputs]
-        call = _Call(programs[large], inputs, [slots[n] for n in piece.outputs if n in outputs])
+        inputs = [registers[n] for n in piece.inputs]
+        call = _Call(programs[large], inputs, [registers[n] for n in piece.outputs if n in outputs])
         calls.append(_CompiledCall(call, piece, outputs) if compiles else call)
     return calls
 
@@ -79,7 +82,7 @@ def _plain(piece: Piece) -> Compiled:
 
 
 class _Call(NamedTuple):
-    """A call of a piece: what it runs, and the slots that it reads and fills."""
+    """A call of a piece: what it runs, and the registers that it reads and fills."""
 
     program: Compiled
     inputs: list[int]
@@ -87,8 +90,8 @@ class _Call(NamedTuple):
 
     def __call__(self, memory: list[Any]) -> None:
         results = self.program([memory[i] for i in self.inputs])
-        for slot, result in zip(self.outputs, results, strict=True):
-            memory[slot] = result
+        for register, result in zip(self.outputs, results, strict=True):
+            memory[register] = result
 
 
 class _CompiledCall:
@@ -106,7 +109,7 @@ class _CompiledCall:
         self.forget()
 
     def remembered(self) -> list[tuple[int, torch.Size]]:
-        """Slots of the tensors of which it keeps a view, and their shapes."""
+        """Registers of the tensors of which it keeps a view, and their shapes."""
         return [(self.inputs[j], shape) for j, shape in self.updated.items()]
 
     def forget(self) -> None:
@@ -132,11 +135,11 @@ class _CompiledCall:
         for x, new in copies:
             x.copy_(new.view(x.shape))
         if self.shapes is None:
-            for slot, result in zip(self.outputs, results, strict=True):
-                memory[slot] = result
+            for register, result in zip(self.outputs, results, strict=True):
+                memory[register] = result
             return
-        for slot, result, shape in zip(self.outputs, results, self.shapes, strict=True):
-            memory[slot] = result.view(shape) if result.ndim else result
+        for register, result, shape in zip(self.outputs, results, self.shapes, strict=True):
+            memory[register] = result.view(shape) if result.ndim else result
 
     def ready(self, x: Tensor) -> Tensor:
         return x if self.shapes is None or x.ndim == 1 else x.view(-1)
@@ -148,9 +151,9 @@ class _Watch:
 
     def __init__(self, calls: Sequence[_CompiledCall]):
         self.calls, self.found = calls, []
-        shape_of = {slot: shape for call in calls for slot, shape in call.remembered()}
+        shape_of = {register: shape for call in calls for register, shape in call.remembered()}
         self.turns = sorted(shape_of)
-        self.moves = [slot for slot in self.turns if len(shape_of[slot]) > 1]
+        self.moves = [register for register in self.turns if len(shape_of[register]) > 1]
 
     def __call__(self, memory: list[Any]) -> None:
         found: list[Any] = [*map(Tensor.data_ptr, map(memory.__getitem__, self.moves))]

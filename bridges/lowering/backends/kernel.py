@@ -22,7 +22,7 @@ class KernelCall:
 
     def __call__(self, memory: list[Any]) -> None:
         scale, decay, *rest = self._values[self._columns].prod(axis=2, dtype=np.float64)
-        given = {role: [memory[i] for i in slots] for role, slots in self._tensors.items()}
+        given = {role: [memory[i] for i in registers] for role, registers in self._tensors.items()}
         tensors = {role: list(map(Tensor.contiguous, ts)) for role, ts in given.items()}
         # p + s d + r p is p - rate (d + weight_decay p)
         moves = scale != 0

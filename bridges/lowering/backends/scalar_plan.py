@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.scalar_ops import operation, type_of
-from chainrule.bridges.lowering.executor import Slots
+from chainrule.bridges.lowering.executor import Registers
 from chainrule.bridges.lowering.nodes import args_of, first_arg, value_of
 from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import _kernel
@@ -34,11 +34,11 @@ class Stage(NamedTuple):
 
     program: Any
     tensors: list[int]
-    """Slots of what the program loads from or stores to."""
+    """Registers of what the program loads from or stores to."""
     rest: Callable[..., Sequence[Any]]
     reads: list[int]
     words: list[Tensor]
-    """What `rest` takes after these slots: scalars, which are words of the program."""
+    """What `rest` takes after these registers: scalars, which are words of the program."""
     results: list[int]
 
     def __call__(self, memory: list[Any]) -> None:
@@ -49,8 +49,8 @@ class Stage(NamedTuple):
             for old, new in zip(given, tensors, strict=True):
                 old.copy_(new)
         made = self.rest(*[memory[p] for p in self.reads], *self.words)
-        for slot, value in zip(self.results, made, strict=True):
-            memory[slot] = value
+        for register, value in zip(self.results, made, strict=True):
+            memory[register] = value
 
 
 class Plan:
@@ -60,8 +60,8 @@ class Plan:
     stage is there for torch in that stage, and can be loaded into a word in the next.
     """
 
-    def __init__(self, program: StepProgram, slots: Slots):
-        self.slots, self._attributes = slots, program.attributes
+    def __init__(self, program: StepProgram, registers: Registers):
+        self.registers, self._attributes = registers, program.attributes
         self.modules: list[fx.GraphModule] = []
         self._kept: set[fx.Node] = set()
         """Constants, and what torch makes and another stage or the caller reads."""
@@ -165,7 +165,7 @@ class Plan:
 
         Args:
           stores: of `words_of`.
-          results: nodes for which the caller asks, in their slots.
+          results: nodes for which the caller asks, in their registers.
         """
         asked = [*results, *(place.tensor for _, place in self._loads)]
         rest = self._needed(asked)
@@ -183,7 +183,7 @@ class Plan:
             self._kept |= set(exported)
             program, tensors = self._program(k, stores if k == last else (), words)
             run, reads, views = self._torch(nodes, exported, words)
-            made = [self.slots[n] for n in exported]
+            made = [self.registers[n] for n in exported]
             stages.append(Stage(program, tensors, run, reads, views, made))
         return stages
 
@@ -209,7 +209,7 @@ class Plan:
             for places in (loads, stores)
         ]
         program = _kernel.ScalarProgram(code, moves[0], moves[1], words, len(tensors))
-        return program, [self.slots[node] for node in tensors]
+        return program, [self.registers[node] for node in tensors]
 
     def _torch(
         self, nodes: Sequence[fx.Node], exported: Sequence[fx.Node], words: np.ndarray
@@ -232,7 +232,7 @@ class Plan:
         graph.output(tuple(new[x] for x in exported))
         self.modules.append(fx.GraphModule(self._attributes, graph))
         run = self.modules[-1].forward
-        return run, [self.slots[x] for x in given], [self._view(x, words) for x in scalars]
+        return run, [self.registers[x] for x in given], [self._view(x, words) for x in scalars]
 
     def _view(self, node: fx.Node, words: np.ndarray) -> Tensor:
         """The memory of a word as a scalar of torch."""

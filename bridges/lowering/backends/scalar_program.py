@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering.backends.scalar_plan import Plan, Word
-from chainrule.bridges.lowering.executor import Parts, Slots
+from chainrule.bridges.lowering.executor import Parts, Registers
 from chainrule.bridges.lowering.nodes import first_arg, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -33,12 +33,12 @@ def _is_free(node: fx.Node) -> bool:
     return taken or info(node).free
 
 
-def scalar_calls(program: StepProgram, slots: Slots) -> Parts:
+def scalar_calls(program: StepProgram, registers: Registers) -> Parts:
     """A program on the CPU as stages, its scalars outside torch.
 
     The first call raises `TypeError` for a scalar of another dtype, shape or device, before anything is written.
     """
-    plan = Plan(program, slots)
+    plan = Plan(program, registers)
     stores: list[Word] = []
     copied: list[fx.Node] = []
     written = set()
@@ -54,18 +54,18 @@ def scalar_calls(program: StepProgram, slots: Slots) -> Parts:
     stages = plan.stages(stores, copied)
     given = plan.given(stores)
     expected = [(value_of(x).dtype, value_of(x).shape, True) for x in given]
-    check = _Check([slots[x] for x in given], expected)
+    check = _Check([registers[x] for x in given], expected)
     return Parts([check, *stages], written, [module.graph for module in plan.modules])
 
 
 class _Check(NamedTuple):
     """Refuses scalars that are not what the program was made for."""
 
-    slots: list[int]
+    registers: list[int]
     expected: list[Any]
 
     def __call__(self, memory: list[Any]) -> None:
-        found = [memory[slot] for slot in self.slots]
+        found = [memory[register] for register in self.registers]
         if list(map(_described, found)) != self.expected:
             raise _changed(found, self.expected)
 

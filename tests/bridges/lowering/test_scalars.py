@@ -14,7 +14,7 @@ from torch import Tensor
 import bounds
 from chainrule.bridges.lowering import Lowered, lower, ops
 from chainrule.bridges.lowering.backends.scalar_program import scalar_calls
-from chainrule.bridges.lowering.executor import Executor, Slots
+from chainrule.bridges.lowering.executor import Executor, Registers
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import _kernel
@@ -28,8 +28,8 @@ INTEGERS = [0, 1, -1, 2, 7, -200, 2**31 - 1, -(2**31)]
 def scalar_step(lowered: Lowered, targets: Sequence[int]) -> Executor:
     """The program with its scalars outside torch, whatever else it holds."""
     program = infer_values(StepProgram.of(lowered, targets))
-    slots = Slots(program)
-    return Executor(program, slots, scalar_calls(program, slots), ())
+    registers = Registers(program)
+    return Executor(program, registers, scalar_calls(program, registers), ())
 
 
 def arithmetic(xs: Any, y: Any) -> Any:
