@@ -53,8 +53,8 @@ class Registers:
         return list(self._brought)
 
 
-class Parts(NamedTuple):
-    """What a backend makes of a program."""
+class Emitted(NamedTuple):
+    """What a backend emits for a program; the parts of tensors are in `backends/parts.py`."""
 
     calls: list[Call]
     written: set[tuple[fx.Node, fx.Node]]
@@ -87,15 +87,15 @@ class Executor:
     """A program as a function of its flat inputs that writes its results into them."""
 
     def __init__(
-        self, program: StepProgram, registers: Registers, parts: Parts, moves: Iterable[Call]
+        self, program: StepProgram, registers: Registers, emitted: Emitted, moves: Iterable[Call]
     ):
         left = [
             (new, old)
             for new, old in program.updates
-            if new is not old and (new, old) not in parts.written
+            if new is not old and (new, old) not in emitted.written
         ]
         kept = {new: registers.free() for new, _ in left if new.op == "placeholder"}
-        self._calls: list[Call] = list(parts.calls)
+        self._calls: list[Call] = list(emitted.calls)
         if kept:
             self._calls.insert(
                 0, _Keep([(registers[new], register) for new, register in kept.items()])
@@ -106,7 +106,7 @@ class Executor:
         self._calls += moves
         self._brought = registers.contents()
         dissolve([program.graph])
-        dissolve_with(self, [*parts.graphs, *graphs_in(program.attributes.values())])
+        dissolve_with(self, [*emitted.graphs, *graphs_in(program.attributes.values())])
 
     @torch.no_grad()
     def __call__(self, inputs: Sequence[Tensor]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from chainrule.bridges.lowering.backends.foreach import foreach_calls
 from chainrule.bridges.lowering.backends.kernel import KernelCall
 from chainrule.bridges.lowering.backends.scalar_program import only_scalars, scalar_calls
-from chainrule.bridges.lowering.executor import Executor, Parts, Registers
+from chainrule.bridges.lowering.executor import Emitted, Executor, Registers
 from chainrule.bridges.lowering.passes.fuse import fuse
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
@@ -36,7 +36,7 @@ from chainrule.bridges.lowering.program import Lowered, collector_paused
 from chainrule.bridges.lowering.step_program import StepProgram
 
 Pass = Callable[[StepProgram], StepProgram]
-Backend = Callable[[StepProgram, Registers], Parts]
+Backend = Callable[[StepProgram, Registers], Emitted]
 
 FRONT: tuple[Pass, ...] = (infer_values, join_measures, take_kernel_moves)
 
@@ -71,10 +71,10 @@ def build(program: StepProgram, compiled: bool) -> Executor:
     passes, backend = back(program, compiled)
     program = run(passes, program)
     registers = Registers(program)
-    parts = backend(program, registers)
-    calls = len(parts.calls) + len(program.moves)
+    emitted = backend(program, registers)
+    calls = len(emitted.calls) + len(program.moves)
     program.log.append(f"  {backend.__name__:40}{calls:>12,} calls")
-    return Executor(program, registers, parts, map(KernelCall, program.moves))
+    return Executor(program, registers, emitted, map(KernelCall, program.moves))
 
 
 class Step:

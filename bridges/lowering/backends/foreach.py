@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from chainrule.bridges.lowering.backends import parts
 from chainrule.bridges.lowering.backends.body import Ref, filled, without_nodes
 from chainrule.bridges.lowering.backends.liveness import aliases_of, last_reads
-from chainrule.bridges.lowering.executor import Parts, Registers
+from chainrule.bridges.lowering.executor import Emitted, Registers
 from chainrule.bridges.lowering.nodes import args_of, is_array, value_of
 from chainrule.bridges.lowering.op_info import Batched, info
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind
@@ -25,11 +25,11 @@ _Column = Callable[[list[Any], Sequence[int]], Any]
 """Makes what a node is in some of the pieces, given what the inputs and nodes before it are in them."""
 
 
-def foreach_calls(program: StepProgram, registers: Registers) -> Parts:
+def foreach_calls(program: StepProgram, registers: Registers) -> Emitted:
     """The stages as calls, one for all pieces of a kind."""
     kinds = [kind for stage in program.stages for kind in by_kind(stage)]
     batches = [_Batch(kind, registers, program.on_cpu) for kind in kinds]
-    return Parts([*batches], {pair for batch in batches for pair in batch.written})
+    return Emitted([*batches], {pair for batch in batches for pair in batch.written})
 
 
 class _Batch:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece
-from chainrule.bridges.lowering.executor import Parts, Registers
+from chainrule.bridges.lowering.executor import Emitted, Registers
 from chainrule.bridges.lowering.nodes import args_of, value_of
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -24,7 +24,7 @@ _LARGE = 1 << 16
 """From this many elements on, a piece is compiled for all threads."""
 
 
-def inductor_calls(program: StepProgram, registers: Registers) -> Parts:
+def inductor_calls(program: StepProgram, registers: Registers) -> Emitted:
     """The stages as calls, one for each piece; those of a kind share what is compiled."""
     written = {
         (piece.outputs[i], old)
@@ -40,7 +40,7 @@ def inductor_calls(program: StepProgram, registers: Registers) -> Parts:
         for call in _calls(kind, registers)
     ]
     compiled = [call for call in calls if isinstance(call, _CompiledCall)]
-    return Parts([_Watch(compiled), *calls] if compiled else [*calls], written)
+    return Emitted([_Watch(compiled), *calls] if compiled else [*calls], written)
 
 
 def _compiles(piece: Piece) -> bool:

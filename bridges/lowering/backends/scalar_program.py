@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering.backends.scalar_plan import Plan, Word
-from chainrule.bridges.lowering.executor import Parts, Registers
+from chainrule.bridges.lowering.executor import Emitted, Registers
 from chainrule.bridges.lowering.nodes import first_arg, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -33,7 +33,7 @@ def _is_free(node: fx.Node) -> bool:
     return taken or info(node).free
 
 
-def scalar_calls(program: StepProgram, registers: Registers) -> Parts:
+def scalar_calls(program: StepProgram, registers: Registers) -> Emitted:
     """A program on the CPU as stages, its scalars outside torch.
 
     The first call raises `TypeError` for a scalar of another dtype, shape or device, before anything is written.
@@ -55,7 +55,7 @@ def scalar_calls(program: StepProgram, registers: Registers) -> Parts:
     given = plan.given(stores)
     expected = [(value_of(x).dtype, value_of(x).shape, True) for x in given]
     check = _Check([registers[x] for x in given], expected)
-    return Parts([check, *stages], written, [module.graph for module in plan.modules])
+    return Emitted([check, *stages], written, [module.graph for module in plan.modules])
 
 
 class _Check(NamedTuple):
