@@ -28,11 +28,11 @@ from chainrule.native.dtypes import is_key, x64_if_wide
 class XlaProgram:
     """A step that JAX computes."""
 
-    def __init__(self, step: Trace, targets: Sequence[int], device: torch.device):
+    def __init__(self, trace: Trace, targets: Sequence[int], device: torch.device):
         self._targets = targets
-        self._avals = jax.tree.leaves(step.inputs)
+        self._avals = jax.tree.leaves(trace.inputs)
         self._by_value = [is_key(a.dtype) or np.dtype(a.dtype).name in MASKS for a in self._avals]
-        self._jaxpr, self._device = step.jaxpr, device
+        self._jaxpr, self._device = trace.jaxpr, device
         self._flat: Any = None
 
     def ready(self) -> InPlace:
@@ -72,8 +72,8 @@ class XlaProgram:
 class XlaEngine:
     """Leaves steps to JAX."""
 
-    def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> XlaProgram:
-        return XlaProgram(step, targets, device)
+    def program(self, trace: Trace, targets: Sequence[int], device: torch.device) -> XlaProgram:
+        return XlaProgram(trace, targets, device)
 
     def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         avals = jax.tree.leaves(init.inputs)

@@ -36,11 +36,11 @@ class Program(Protocol):
 class Engine(Protocol):
     """A way to compute a step."""
 
-    def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> Program:
+    def program(self, trace: Trace, targets: Sequence[int], device: torch.device) -> Program:
         """The program of a step function.
 
         Args:
-          step: the function of the leaves of (parameters, gradients, state, extras).
+          trace: the step as a function of the leaves of (parameters, gradients, state, extras).
           targets: for every output, the position of the input in whose place it goes.
           device: of the inputs.
 
@@ -86,8 +86,8 @@ class TorchEngine:
     def __init__(self, compile: bool):
         self._compile = compile
 
-    def program(self, step: Trace, targets: Sequence[int], device: torch.device) -> TorchProgram:
-        lowered = _lowered(step, device, self._compile)
+    def program(self, trace: Trace, targets: Sequence[int], device: torch.device) -> TorchProgram:
+        lowered = _lowered(trace, device, self._compile)
         return TorchProgram(lowered, make_step(lowered, targets, compile=self._compile))
 
     def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -99,8 +99,8 @@ class TorchEngine:
         return leaves
 
 
-def _lowered(step: Trace, device: torch.device, compiled: bool) -> Lowered:
-    with x64_if_wide(step.inputs):
-        lowered = lower_jaxpr(step.jaxpr, device=device, compiled=compiled)
+def _lowered(trace: Trace, device: torch.device, compiled: bool) -> Lowered:
+    with x64_if_wide(trace.inputs):
+        lowered = lower_jaxpr(trace.jaxpr, device=device, compiled=compiled)
     dissolve_with(lowered, lowered.graphs)
     return lowered

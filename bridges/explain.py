@@ -28,13 +28,13 @@ def explain_group(index: int, leaves: list[Tensor], tree: GroupTree, *, passes: 
     ]
     lines.append(
         f"  hyperparameters: {', '.join(tree.hyperparameters.tensors)}"
-        + ("; reads the loss" if tree.step.reads_value else "")
+        + ("; reads the loss" if tree.described.reads_value else "")
     )
     lines += tree.program.explained(len(tree.params))
     lines.append(f"  {'state':40}{'tensors':>12}{'memory':>14}")
     settable = set(tree.live.values())
     fields: dict[str, list[int]] = {}
-    for i, (slot, leaf) in enumerate(zip(tree.step.slots, leaves, strict=True)):
+    for i, (slot, leaf) in enumerate(zip(tree.described.slots, leaves, strict=True)):
         if i not in settable:
             fields.setdefault(slot.name, []).append(leaf.nbytes)
     for name, sizes in fields.items():

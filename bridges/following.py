@@ -190,7 +190,7 @@ def taken_over(
     found = [position.get(origin.get(p, p)) for p in new.params]
     survivors = [i for i in found if i is not None]
     taken = list(leaves)
-    for i, (home, slot) in enumerate(zip(new.homes, new.step.slots, strict=True)):
+    for i, (home, slot) in enumerate(zip(new.homes, new.described.slots, strict=True)):
         if home is None:
             continue
         shared = slot.owner is None

@@ -46,7 +46,7 @@ class GroupTree:
     """The tree of one parameter group, the homes of its state in `optimizer.state`, and its program.
 
     Attributes:
-      step: what a step of the chain is; see `step.description`.
+      described: what a step of the chain is; see `step.description`.
       params: the parameters in the order in which JAX flattens the tree.
       labels: what messages call them.
       dtypes, shapes: what they were when the chain was traced.
@@ -89,12 +89,12 @@ class GroupTree:
         structs = jax.tree.unflatten(structure, map(_struct, self.params))
         rounding = options.rounding is not None
         with collector_paused():
-            self.step = describe(
+            self.described = describe(
                 chain, structs, rounding=rounding, tiers=tiers, state=state, value=has_loss
             )
         self._has_loss = has_loss
-        self.live = {key_of(name): leaf for name, leaf in self.step.live.items()}
-        self.state_avals, self._state_structure = jax.tree.flatten(self.step.state)
+        self.live = {key_of(name): leaf for name, leaf in self.described.live.items()}
+        self.state_avals, self._state_structure = jax.tree.flatten(self.described.state)
         # The tiers' step count: its tensor, the version that was read, the number.
         self._steps: tuple[Tensor, int, int] | None = None
         self._checked: list[int] = []
@@ -108,7 +108,7 @@ class GroupTree:
             None
             if i in settable
             else (self.head if slot.owner is None else self.params[slot.owner], slot.name)
-            for i, slot in enumerate(self.step.slots)
+            for i, slot in enumerate(self.described.slots)
         ]
         self.keepers = list(dict.fromkeys(home[0] for home in self.homes if home))
         index = {p: i for i, p in enumerate(self.keepers)}
@@ -129,15 +129,15 @@ class GroupTree:
         self._programs: dict[bool, Program] = {}
         self.program = self._program(self._has_loss)
         dtypes = {key: torch_dtype(self.state_avals[leaf].dtype) for key, leaf in self.live.items()}
-        multiplier = self.step.function.multiplier
+        multiplier = self.described.function.multiplier
         self.hyperparameters = Hyperparameters(dtypes, multiplier, device)
         self._value = torch.zeros((), dtype=torch.float32, device=device)
 
     def _program(self, has_loss: bool) -> Program:
-        value = self.step.takes_value(has_loss)
+        value = self.described.takes_value(has_loss)
         if value not in self._programs:
-            step = self.step.trace(value)
-            self._programs[value] = self._engine.program(step, self.step.targets, self.device)
+            trace = self.described.trace(value)
+            self._programs[value] = self._engine.program(trace, self.described.targets, self.device)
         return self._programs[value]
 
     def moved(self) -> "GroupTree":
@@ -151,18 +151,18 @@ class GroupTree:
     @property
     def tiers(self) -> tuple[int, ...] | None:
         """The tier of every parameter, or None if the chain has no tiers."""
-        return self.step.tiers
+        return self.described.tiers
 
     def initial_state(self) -> tuple[list[Tensor], dict[str, float | int]]:
         """The leaves of the state that `init` makes, and the hyperparameters in it by group key."""
-        leaves = self._engine.initial(self.step.init(), self.params, self.device)
+        leaves = self._engine.initial(self.described.init(), self.params, self.device)
         found = [leaves[leaf] for leaf in self.live.values()]
         if self.device.type == "meta":  # where nothing has a value
-            found = map(to_torch, self.step.init().constants(self.live.values()))
+            found = map(to_torch, self.described.init().constants(self.live.values()))
         values = dict(zip(self.live, map(shortest, found), strict=True))
         for key in self.hyperparameters.tensors:
             values.setdefault(key, 1.0)  # the multiplier
-        if self.step.function.rounding:
+        if self.described.function.rounding:
             # int32 keeps the low bits of the seed that torch.manual_seed set
             seed = (torch.initial_seed() & 0x7FFF_FFFF, 0)
             leaves.append(torch.tensor(seed, dtype=torch.int32, device=self.device))
@@ -209,7 +209,7 @@ class GroupTree:
 
     def misfit(self, leaves: Sequence[Tensor]) -> str | None:
         """Which entry of the state is not of the kind that the chain was traced for, or None."""
-        for leaf, aval, slot in zip(leaves, self.state_avals, self.step.slots, strict=True):
+        for leaf, aval, slot in zip(leaves, self.state_avals, self.described.slots, strict=True):
             want = torch_dtype(aval.dtype), physical_shape(aval), self.device
             got = leaf.dtype, tuple(leaf.shape), leaf.device
             if got != want:
@@ -237,18 +237,18 @@ class GroupTree:
         Raises:
           KeyError: the optimizer's state lacks the step count.
         """
-        if self.step.tiered is None:
+        if self.described.tiered is None:
             return False
         count = self._count(state)
         known, version, steps = self._steps or (None, 0, 0)
         if known is not count or version != count._version:
             steps = int(count)
             self._steps = count, count._version, steps
-        return self.step.tiered.assignment.policy.due(steps + 1)
+        return self.described.tiered.assignment.policy.due(steps + 1)
 
     def _count(self, state: State) -> Tensor:
-        assert self.step.tiered is not None
-        home = self.homes[int(self.step.tiered.count)]  # positions stand in the place of leaves
+        assert self.described.tiered is not None
+        home = self.homes[int(self.described.tiered.count)]  # positions stand in the place of leaves
         assert home is not None
         return state.get(home[0], {})[home[1]]
 
@@ -272,7 +272,7 @@ class GroupTree:
 
     def jax_tree(self, tensors: Sequence[Tensor | None]) -> Any:
         """Tensors like the parameters as the chain's tree in JAX, zeros for None."""
-        structs, structure = jax.tree.flatten(self.step.params)
+        structs, structure = jax.tree.flatten(self.described.params)
         with jax.enable_x64(True):
             arrays = [
                 jnp.zeros(aval.shape, aval.dtype) if t is None else to_jax(t, aval)
@@ -295,6 +295,6 @@ class GroupTree:
           ValueError: the chain cannot do without the loss, and there is none, or it is no scalar.
         """
         program = self._program(loss is not None)
-        if loss is not None and self.step.reads_value:
+        if loss is not None and self.described.reads_value:
             fill(self._value, loss)
         return program.ready(), [self.hyperparameters.multiplier, self._value]

@@ -98,7 +98,7 @@ def from_state_dict(
             )
     tree.hyperparameters.check(saved, where)
     label = dict(zip(tree.params, tree.labels, strict=True))
-    shared = {slot.name for slot in tree.step.slots if slot.owner is None}
+    shared = {slot.name for slot in tree.described.slots if slot.owner is None}
     homes = {home for home in tree.homes if home}
     for p, entry in entries.items():
         for name in entry:
@@ -108,7 +108,7 @@ def from_state_dict(
                     f"{where}: state entry `{name}` of parameter {label[p]} is none of this chain's: {known}"
                 )
     copies: Copies = []
-    for slot, home, target in zip(tree.step.slots, tree.homes, leaves, strict=True):
+    for slot, home, target in zip(tree.described.slots, tree.homes, leaves, strict=True):
         if home is None:
             continue
         p, name = home
@@ -257,7 +257,7 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
         for state in _adam_states(numbers)
         for ours, theirs in fields.items()
         for leaf in jax.tree.leaves(getattr(state, ours))
-        if tree.step.slots[leaf].owner is not None
+        if tree.described.slots[leaf].owner is not None
     ]
     if not wanted:
         raise ValueError("load_torch_adam: this chain has no state with `count`, `mu` and `nu`")
@@ -272,7 +272,7 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
         )
     copies = []
     for leaf, theirs in wanted:
-        owner = tree.step.slots[leaf].owner
+        owner = tree.described.slots[leaf].owner
         assert owner is not None
         entry = entries[owner]
         if not entry:
@@ -285,7 +285,7 @@ def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -
                 f"{tuple(leaves[leaf].shape)}"
             )
         copies.append((leaves[leaf], value))
-    for leaf, slot in enumerate(tree.step.slots):
+    for leaf, slot in enumerate(tree.described.slots):
         counts = (
             slot.owner is None
             and slot.name.rpartition(".")[2] == "count"

@@ -93,7 +93,7 @@ class Group(NamedTuple):
         label = dict(zip(tree.params, tree.labels, strict=True))
         leaves = []
         for slot, home, leaf in zip(
-            tree.step.slots, tree.homes, tree.initial_state()[0], strict=True
+            tree.described.slots, tree.homes, tree.initial_state()[0], strict=True
         ):
             kept = home is None or home[1] in state.get(home[0], {})
             if home and not kept and (home[0] not in gone or slot.owner is None):
@@ -213,7 +213,7 @@ class Group(NamedTuple):
             ]
             leaves = [
                 leaf.clone() if slot.owner in absent else leaf
-                for leaf, slot in zip(leaves, tree.step.slots, strict=True)
+                for leaf, slot in zip(leaves, tree.described.slots, strict=True)
             ]
         return run, [*params, *present, *leaves, *extras]
 

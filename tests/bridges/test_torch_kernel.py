@@ -169,7 +169,7 @@ def test_steps_of_cosmic_leave_no_work_on_tensors_to_torch(tensors: int) -> None
         bridge = TorchBridge(chain, [nn.Parameter(torch.ones(3)) for _ in range(tensors)])
     tree = bridge._groups[0].tree
     assert tree is not None and isinstance(tree.program, TorchProgram)
-    program = StepProgram.of(tree.program.lowered, tree.step.targets)
+    program = StepProgram.of(tree.program.lowered, tree.described.targets)
     program = run_passes(FRONT, program)
     assert program.moves and only_scalars(program)
 
