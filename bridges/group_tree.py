@@ -129,8 +129,7 @@ class GroupTree:
         self._programs: dict[bool, Program] = {}
         self.program = self._program(self._has_loss)
         dtypes = {key: torch_dtype(self.state_avals[leaf].dtype) for key, leaf in self.live.items()}
-        multiplier = self.described.function.multiplier
-        self.hyperparameters = Hyperparameters(dtypes, multiplier, device)
+        self.hyperparameters = Hyperparameters(dtypes, self.described.function.multiplier, device)
         self._value = torch.zeros((), dtype=torch.float32, device=device)
 
     def _program(self, has_loss: bool) -> Program:
@@ -247,8 +246,9 @@ class GroupTree:
         return self.described.tiered.assignment.policy.due(steps + 1)
 
     def _count(self, state: State) -> Tensor:
-        assert self.described.tiered is not None
-        home = self.homes[int(self.described.tiered.count)]  # positions stand in the place of leaves
+        tiered = self.described.tiered
+        assert tiered is not None
+        home = self.homes[int(tiered.count)]  # positions stand in the place of leaves
         assert home is not None
         return state.get(home[0], {})[home[1]]
 
