@@ -179,7 +179,7 @@ def folded_over_time(point, measured):
     return {**point, "factors": measured["confidence"].tolist()}
 
 
-GRID = {"learning_rate": log_grid(5e-3, 2e-2, 3), "weight_decay": log_grid(0.5, 2, 3)}
+GRID = {"learning_rate": log_grid(5e-3, 2e-2, 3), "weight_decay": log_grid(0.25, 2, 4)}
 BETTER = "CASMO learns the rule in spite of wrong labels where AdamW learns them by heart"
 
 EXPERIMENT = Experiment(
@@ -257,9 +257,9 @@ EXPERIMENT = Experiment(
         "normal": Setting(
             steps=2000,
             evaluations=20,
-            seeds=5,
-            tuning_seeds=1,
-            block=5,
+            seeds=8,
+            tuning_seeds=2,
+            block=8,
             sizes={"p": 97, "width": 64, "steps": 2000, "batch": 256},
         ),
         "full": Setting(
