@@ -91,7 +91,7 @@ def _rows(document: Document) -> list[tuple[str, ...]]:
     return [
         (
             f"[{document['experiment']}](#{document['experiment'].lower()})",
-            f"{c.claim.text} ({c.metric.label})",
+            f"{c.claim.text} ({c.claim.arm} over {c.claim.baseline}: {c.metric.label})",
             f"**{c.verdict}**",
             shown(c.over_baseline, c.metric),
             "" if c.over_off is None else shown(c.over_off, c.metric),

@@ -172,7 +172,8 @@ class Store:
     def write(self) -> None:
         """Writes the file in one move: a reader never sees half of it. A run is a line."""
         lines = ",\n".join(json.dumps(run) for run in self.runs)
-        head = json.dumps({**self.document, "runs": []}, indent=1)
+        rest = {name: value for name, value in self.document.items() if name != "runs"}
+        head = json.dumps({**rest, "runs": []}, indent=1)
         assert head.endswith("[]\n}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
