@@ -160,6 +160,19 @@ def test_each_condition_has_its_own_task(tmp_path):
         dataclasses.replace(experiment, conditions={"small": {}})
 
 
+def test_costs_are_in_the_file_and_the_report(tmp_path):
+    """Arms are timed once, at their tuned hyperparameters, on the parameters that the experiment names."""
+    experiment = dataclasses.replace(EXPERIMENT, timed=lambda: {"w": np.zeros(1000, np.float32)})
+    run = Run(experiment, "quick", tmp_path)
+    costs = json.loads(json.dumps(run()["costs"]))
+    stored = json.loads(run.store.path.read_text())
+    assert stored["costs"] == costs
+    assert stored["runs"] == run.store.runs
+    assert costs["adam"]["state_bytes"] == 2 * 4000 + 4 + 4  # two moments, two counts
+    assert f"{costs['sgd']['step_microseconds']:.0f} µs" in report.write(tmp_path).read_text()
+    assert Run(experiment, "quick", tmp_path)()["costs"] == costs
+
+
 def test_an_interrupted_run_goes_on_and_ends_alike(whole, tmp_path):
     """Stopped after each block: nothing is trained twice, and the results are those of a run in one piece."""
     trained, interruptions = [], 0
