@@ -4,12 +4,13 @@ import contextlib
 import functools
 import itertools
 import operator
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from chainrule.bridges.sharded import local
 
 _Result = TypeVar("_Result")
 
@@ -79,15 +80,9 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             raise TypeError(
                 f"TorchBridge: parameter {label} is {p.dtype}, expected a floating-point dtype"
             )
-        distributed = sys.modules.get("torch.distributed.tensor")
-        if distributed is not None and isinstance(p, distributed.DTensor):
-            raise TypeError(
-                f"TorchBridge: parameter {label} is a DTensor; a chain may couple parameters, so pass full tensors, or "
-                "the local ones (`p.to_local()`) to a chain that works leaf by leaf"
-            )
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.nbytes, label)
-        for p, label in zip(params, labels, strict=True)
+        for p, label in zip(map(local, params), labels, strict=True)
         if p.device.type == "cpu" and p.numel() and p.is_contiguous()
     )
     for (_, end, one), (start, _, other) in itertools.pairwise(spans):

@@ -72,10 +72,23 @@ class XlaProgram:
 class XlaEngine:
     """Leaves steps to JAX."""
 
-    def program(self, trace: Trace, targets: Sequence[int], device: torch.device) -> XlaProgram:
+    def program(
+        self,
+        trace: Trace,
+        targets: Sequence[int],
+        device: torch.device,
+        sharding: Any = None,
+    ) -> XlaProgram:
+        if sharding is not None:
+            raise NotImplementedError(
+                'TorchBridge: engine="xla" runs on one device, and a parameter is a DTensor; use the default engine'
+            )
         return XlaProgram(trace, targets, device)
 
-    def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    def initial(
+        self, init: Trace, params: Sequence[Tensor], device: torch.device, sharding: Any = None
+    ) -> list[Tensor]:
+        del sharding  # `program` refused it
         avals = jax.tree.leaves(init.inputs)
         with x64_if_wide(avals):
             arrays = [to_jax(p, aval) for p, aval in zip(params, avals, strict=True)]

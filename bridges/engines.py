@@ -11,7 +11,8 @@ from chainrule.bridges.checks import autocast_off
 from chainrule.bridges.engine_xla import XlaEngine
 from chainrule.bridges.lowering import Lowered, lower_jaxpr
 from chainrule.bridges.lowering.executor import InPlace
-from chainrule.bridges.lowering.pipeline import Step, make_step
+from chainrule.bridges.lowering.passes.shard import Sharding
+from chainrule.bridges.lowering.pipeline import Step, make_step, sharded
 from chainrule.bridges.lowering.release import dissolve_with
 from chainrule.bridges.step.trace import Trace
 from chainrule.native.dtypes import x64_if_wide
@@ -36,21 +37,34 @@ class Program(Protocol):
 class Engine(Protocol):
     """A way to compute a step."""
 
-    def program(self, trace: Trace, targets: Sequence[int], device: torch.device) -> Program:
+    def program(
+        self,
+        trace: Trace,
+        targets: Sequence[int],
+        device: torch.device,
+        sharding: Sharding | None = None,
+    ) -> Program:
         """The program of a step function.
 
         Args:
           trace: the step as a function of the leaves of (parameters, gradients, state, extras).
           targets: for every output, the position of the input in whose place it goes.
           device: of the inputs.
+          sharding: how the inputs lie on a mesh; None: on one device.
 
         Raises:
           UnsupportedPrimitive: the chain needs another engine.
         """
         ...
 
-    def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """The leaves of the state that `init` makes for parameters on a device."""
+    def initial(
+        self,
+        init: Trace,
+        params: Sequence[Tensor],
+        device: torch.device,
+        sharding: Sharding | None = None,
+    ) -> list[Tensor]:
+        """The leaves of the state that `init` makes for parameters on a device, or for what this rank has of them."""
         ...
 
 
@@ -86,14 +100,28 @@ class TorchEngine:
     def __init__(self, compile: bool):
         self._compile = compile
 
-    def program(self, trace: Trace, targets: Sequence[int], device: torch.device) -> TorchProgram:
+    def program(
+        self,
+        trace: Trace,
+        targets: Sequence[int],
+        device: torch.device,
+        sharding: Sharding | None = None,
+    ) -> TorchProgram:
         lowered = _lowered(trace, device, self._compile)
-        return TorchProgram(lowered, make_step(lowered, targets, compile=self._compile))
+        made = make_step(lowered, targets, compile=self._compile, sharding=sharding)
+        return TorchProgram(lowered, made)
 
-    def initial(self, init: Trace, params: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    def initial(
+        self,
+        init: Trace,
+        params: Sequence[Tensor],
+        device: torch.device,
+        sharding: Sharding | None = None,
+    ) -> list[Tensor]:
         lowered = _lowered(init, device, compiled=False)
+        run = lowered if sharding is None else sharded(lowered, sharding)
         with autocast_off(params):
-            leaves = list(lowered(*params))
+            leaves = list(run(*params))
         for i in lowered.passthrough:  # a state that starts as the parameters themselves
             leaves[i] = leaves[i].detach().clone()
         return leaves

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chainrule.bridges.group_tree import GroupTree
 from chainrule.bridges.matching import POSITIONS, TREE
+from chainrule.bridges.sharded import laid_out
 from chainrule.native.dtypes import is_key
 
 
@@ -207,7 +208,7 @@ def taken_over(
                 f"{where}: state entry `{slot.name}` spans all parameters of the group, so none can join, leave or "
                 "move later; give those that are frozen at first a group of their own"
             )
-        taken[i] = value.to(taken[i])
+        taken[i] = laid_out(value, taken[i]).to(taken[i])
     return taken
 
 

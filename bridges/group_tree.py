@@ -15,8 +15,10 @@ from chainrule.bridges.hyperparameters import Hyperparameters, fill, key_of, sho
 from chainrule.bridges.lowering import to_jax, to_torch, torch_dtype
 from chainrule.bridges.lowering.arrays import physical_shape
 from chainrule.bridges.lowering.executor import InPlace
+from chainrule.bridges.lowering.passes.shard import Sharding
 from chainrule.bridges.lowering.program import collector_paused
 from chainrule.bridges.meant import Meant
+from chainrule.bridges.sharded import Layouts, as_state, gathered, laid_out, local
 from chainrule.bridges.step.description import describe
 from chainrule.bridges.step.function import as_transformation
 from chainrule.bridges.step.tiers import TIERS
@@ -93,6 +95,7 @@ class GroupTree:
                 chain, structs, rounding=rounding, tiers=tiers, state=state, value=has_loss
             )
         self._has_loss = has_loss
+        self.layouts = Layouts.of(self.params, self.labels)
         self.live = {key_of(name): leaf for name, leaf in self.described.live.items()}
         self.state_avals, self._state_structure = jax.tree.flatten(self.described.state)
         # The tiers' step count: its tensor, the version that was read, the number.
@@ -136,8 +139,24 @@ class GroupTree:
         value = self.described.takes_value(has_loss)
         if value not in self._programs:
             trace = self.described.trace(value)
-            self._programs[value] = self._engine.program(trace, self.described.targets, self.device)
+            self._programs[value] = self._engine.program(
+                trace, self.described.targets, self.device, self._sharding(len(trace.jaxpr.in_avals))
+            )
         return self._programs[value]
+
+    def _sharding(self, inputs: int | None = None) -> Sharding | None:
+        """How the inputs of a step lie, or with None those and the results of `init`; None if all is on one device."""
+        if self.layouts is None:
+            return None
+        mesh, axes = self.layouts
+        state = tuple(
+            self.layouts.of_state(physical_shape(aval), slot.owner, self.params)
+            for aval, slot in zip(self.state_avals, self.described.slots, strict=True)
+        )
+        if inputs is None:
+            return Sharding(mesh, axes, state[: len(self.described.init().jaxpr.out_avals)])
+        scalars = inputs - 2 * len(axes) - len(state)
+        return Sharding(mesh, (*axes, *axes, *state, *[()] * scalars))
 
     def moved(self) -> "GroupTree":
         """This tree on the device that its parameters have moved to."""
@@ -154,7 +173,8 @@ class GroupTree:
 
     def initial_state(self) -> tuple[list[Tensor], dict[str, float | int]]:
         """The leaves of the state that `init` makes, and the hyperparameters in it by group key."""
-        leaves = self._engine.initial(self.described.init(), self.params, self.device)
+        own = list(map(local, self.params))
+        leaves = self._engine.initial(self.described.init(), own, self.device, self._sharding())
         found = [leaves[leaf] for leaf in self.live.values()]
         if self.device.type == "meta":  # where nothing has a value
             found = map(to_torch, self.described.init().constants(self.live.values()))
@@ -165,7 +185,18 @@ class GroupTree:
             # int32 keeps the low bits of the seed that torch.manual_seed set
             seed = (torch.initial_seed() & 0x7FFF_FFFF, 0)
             leaves.append(torch.tensor(seed, dtype=torch.int32, device=self.device))
-        return self._in_their_dtypes(leaves), values
+        return self._laid_out(self._in_their_dtypes(leaves)), values
+
+    def _laid_out(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Leaves of the state as this rank has them beside their parameters."""
+        if self.layouts is None:
+            return list(leaves)
+        return [
+            leaf
+            if slot.owner is None
+            else as_state(leaf, self.params[slot.owner], physical_shape(aval))
+            for leaf, slot, aval in zip(leaves, self.described.slots, self.state_avals, strict=True)
+        ]
 
     def _in_their_dtypes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -267,7 +298,9 @@ class GroupTree:
     def jax_state(self, leaves: Sequence[Tensor]) -> Any:
         """The chain's state in JAX."""
         with jax.enable_x64(True):
-            arrays = [to_jax(t, aval) for t, aval in zip(leaves, self.state_avals, strict=True)]
+            arrays = [
+                to_jax(gathered(t), aval) for t, aval in zip(leaves, self.state_avals, strict=True)
+            ]
         return stack(self.state(arrays))
 
     def jax_tree(self, tensors: Sequence[Tensor | None]) -> Any:
@@ -275,7 +308,7 @@ class GroupTree:
         structs, structure = jax.tree.flatten(self.described.params)
         with jax.enable_x64(True):
             arrays = [
-                jnp.zeros(aval.shape, aval.dtype) if t is None else to_jax(t, aval)
+                jnp.zeros(aval.shape, aval.dtype) if t is None else to_jax(gathered(t), aval)
                 for t, aval in zip(tensors, structs, strict=True)
             ]
         return jax.tree.unflatten(structure, arrays)
@@ -283,7 +316,16 @@ class GroupTree:
     def torch_leaves(self, state: Any) -> list[Tensor]:
         """The leaves of the chain's state in torch, in the dtypes of the program."""
         leaves = jax.tree.leaves(unstack(state))
-        return self._in_their_dtypes([to_torch(leaf, self.device) for leaf in leaves])
+        whole = self._in_their_dtypes([to_torch(leaf, self.device) for leaf in leaves])
+        if self.layouts is None:
+            return whole
+        owners = [slot.owner for slot in self.described.slots]
+        return [
+            leaf
+            if owner is None or leaf.shape != self.params[owner].shape
+            else laid_out(leaf, self.params[owner])
+            for leaf, owner in zip(whole, owners, strict=False)
+        ]
 
     # ---- the step --------------------------------------------------------------------------
 

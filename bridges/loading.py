@@ -19,6 +19,7 @@ from chainrule.bridges.hyperparameters import check_number, shortest
 from chainrule.bridges.lowering import to_torch
 from chainrule.bridges.matching import as_saved, is_by_name, saved_ids
 from chainrule.bridges.param_group import Change, Group
+from chainrule.bridges.sharded import laid_out, local
 from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.step.vectors import unstack
 from chainrule.transforms._protocols import is_state
@@ -29,7 +30,7 @@ Copies: TypeAlias = list[tuple[Tensor, Tensor]]
 def carry_out(copies: Copies) -> None:
     """Copies every value into its tensor."""
     for target, value in copies:
-        target.copy_(value)
+        local(target).copy_(local(laid_out(value, target)))
 
 
 def check_layout(state_dict: Any, owner: str) -> None:

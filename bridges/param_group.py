@@ -22,6 +22,7 @@ from chainrule.bridges.group_tree import GroupTree, Options, State
 from chainrule.bridges.hyperparameters import pair
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.matching import is_by_name
+from chainrule.bridges.sharded import gradient, local
 
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
 _TORCH_KEYS = {
@@ -215,6 +216,9 @@ class Group(NamedTuple):
                 leaf.clone() if slot.owner in absent else leaf
                 for leaf, slot in zip(leaves, tree.described.slots, strict=True)
             ]
+        if tree.layouts is not None:
+            present = list(map(gradient, params, present))
+            params, leaves = list(map(local, params)), list(map(local, leaves))
         return run, [*params, *present, *leaves, *extras]
 
     def has_gradients(self, owner: str) -> bool:

@@ -61,3 +61,10 @@ def is_array(value: Any) -> bool:
 def is_scalar(value: Any) -> bool:
     """Whether what stands for a node is a 0-d tensor."""
     return isinstance(value, Tensor) and value.ndim == 0
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """The shape of what stands for a node; of several results, which are alike, that of the first."""
+    while isinstance(value, (tuple, list)):
+        value = next((v for v in value if v is not None), None)
+    return () if value is None else tuple(value.shape)

@@ -142,6 +142,7 @@ _add(
 )
 _add(ops.branch, ops.scan, ops.while_loop, control=True, host=True)
 _add(ops.kernel_call, host=True, free=True)
+_add(ops.all_reduce, ops.all_gather, host=True)
 _add(torch.stack, torch.reshape, torch.narrow, ops.unbind, free=True)
 
 # Nothing but what they return.

@@ -19,7 +19,8 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from chainrule.bridges.lowering.backends.foreach import foreach_calls
 from chainrule.bridges.lowering.backends.kernel import KernelCall
@@ -28,9 +29,11 @@ from chainrule.bridges.lowering.executor import Emitted, Executor, Registers
 from chainrule.bridges.lowering.passes.fuse import fuse
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
+from chainrule.bridges.lowering.passes.merge_collectives import merge_collectives
 from chainrule.bridges.lowering.passes.partition import partition
 from chainrule.bridges.lowering.passes.rematerialise import rematerialise
 from chainrule.bridges.lowering.passes.scalarise import scalarise
+from chainrule.bridges.lowering.passes.shard import Sharding, shard
 from chainrule.bridges.lowering.passes.take_kernel_moves import take_kernel_moves
 from chainrule.bridges.lowering.program import Lowered, collector_paused
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -39,6 +42,7 @@ Pass = Callable[[StepProgram], StepProgram]
 Backend = Callable[[StepProgram, Registers], Emitted]
 
 FRONT: tuple[Pass, ...] = (infer_values, join_measures, take_kernel_moves)
+SHARDED: tuple[Pass, ...] = (infer_values, shard, infer_values, merge_collectives)
 
 
 def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]:
@@ -67,6 +71,8 @@ def run(passes: Sequence[Pass], program: StepProgram) -> StepProgram:
 
 def build(program: StepProgram, compiled: bool) -> Executor:
     """A program as a function of its flat inputs; its graph is gone after it."""
+    if program.sharding:
+        program = run(SHARDED, program)
     program = run(FRONT, program)
     passes, backend = back(program, compiled)
     program = run(passes, program)
@@ -77,6 +83,12 @@ def build(program: StepProgram, compiled: bool) -> Executor:
     return Executor(program, registers, emitted, map(KernelCall, program.moves))
 
 
+def sharded(lowered: Lowered, sharding: Sharding) -> Callable[..., Sequence[Tensor]]:
+    """A program as a function of what this rank has of its inputs, which runs op by op and writes nothing."""
+    program = run(SHARDED, StepProgram.of(lowered, (), sharding))
+    return torch.no_grad()(fx.GraphModule(program.attributes, program.graph))
+
+
 class Step:
     """A lowered program that writes its results into its inputs; it is built when it first runs, or is made `ready`.
 
@@ -84,8 +96,14 @@ class Step:
       log: what each pass did, once it is built.
     """
 
-    def __init__(self, lowered: Lowered, targets: Sequence[int], compiled: bool):
-        self._make = functools.partial(StepProgram.of, lowered, targets)
+    def __init__(
+        self,
+        lowered: Lowered,
+        targets: Sequence[int],
+        compiled: bool,
+        sharding: Sharding | None = None,
+    ):
+        self._make = functools.partial(StepProgram.of, lowered, targets, sharding)
         self._compiled = compiled
         self._run: Executor | None = None
         self.log: list[str] = []
@@ -104,13 +122,20 @@ class Step:
         self.ready()(inputs)
 
 
-def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False) -> Step:
+def make_step(
+    lowered: Lowered,
+    targets: Sequence[int],
+    *,
+    compile: bool = False,
+    sharding: Sharding | None = None,
+) -> Step:
     """The program as a function that writes its outputs into its inputs.
 
     Args:
       lowered: the program.
       targets: for every output, the position of the input that it updates; no input twice.
       compile: whether to run it through Inductor.
+      sharding: how the inputs lie on a mesh of devices; the program then takes what this rank has of each.
 
     Returns:
       A function of the flat inputs. They may be other tensors at every call, of the same shapes and
@@ -124,4 +149,4 @@ def make_step(lowered: Lowered, targets: Sequence[int], *, compile: bool = False
     >>> swap([a, b]), a, b
     (None, tensor(2.), tensor(3.))
     """
-    return Step(lowered, targets, compile)
+    return Step(lowered, targets, compile, sharding)

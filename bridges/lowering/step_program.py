@@ -13,6 +13,7 @@ from chainrule.bridges.lowering.program import Lowered
 
 if TYPE_CHECKING:
     from chainrule.bridges.lowering.passes.partition import Piece
+    from chainrule.bridges.lowering.passes.shard import Sharding
 
 
 class KernelMove(NamedTuple):
@@ -38,6 +39,7 @@ class StepProgram:
       attributes: what the graph's `get_attr` nodes name.
       targets: for every result the position of the input that it is written into; no input twice.
       device: where all inputs are.
+      sharding: how the inputs lie on a mesh of devices; None: on one device. From `shard` on the graph is this rank's.
       buffers: the memory of the last inputs, which the program brings itself.
       moves: what the kernel does after the graph, in place.
       stages: the graph in pieces, from `partition` on.
@@ -48,17 +50,20 @@ class StepProgram:
     attributes: dict[str, Any]
     targets: tuple[int, ...]
     device: torch.device
+    sharding: "Sharding | None" = None
     buffers: list[Tensor] = dataclasses.field(default_factory=list)
     moves: Sequence[KernelMove] = ()
     stages: "Sequence[Sequence[Piece]]" = ()
     log: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def of(cls, lowered: Lowered, targets: Sequence[int]) -> "StepProgram":
+    def of(
+        cls, lowered: Lowered, targets: Sequence[int], sharding: "Sharding | None" = None
+    ) -> "StepProgram":
         """A copy of a lowered program, whose results are written into the inputs at `targets`."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(lowered.graph, {}))
-        return cls(graph, lowered.attributes, tuple(targets), lowered.device)
+        return cls(graph, lowered.attributes, tuple(targets), lowered.device, sharding)
 
     @property
     def inputs(self) -> list[fx.Node]:

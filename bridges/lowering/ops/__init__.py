@@ -3,6 +3,7 @@
 `make_fx`, AOTAutograd and Inductor trace through them. None waits for a device except `branch` and `while_loop`.
 """
 
+from chainrule.bridges.lowering.ops.collectives import all_gather, all_reduce
 from chainrule.bridges.lowering.ops.control import branch, scan, while_loop
 from chainrule.bridges.lowering.ops.elementwise import (
     cbrt,
@@ -51,6 +52,8 @@ from chainrule.bridges.lowering.ops.numeric import (
 )
 
 __all__ = [
+    "all_gather",
+    "all_reduce",
     "branch",
     "cbrt",
     "cholesky",

@@ -156,7 +156,14 @@ def threefry2x32(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor
     return x0, x1
 
 
-def iota_2x32(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The high and low 32-bit words of 0 .. n-1 in the given shape."""
-    counts = torch.arange(math.prod(shape), dtype=torch.int64, device=device).reshape(tuple(shape))
+def iota_2x32(
+    shape: Sequence[int],
+    device: torch.device,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The high and low 32-bit words of 0 .. n-1 in the given shape, or in its part within `spans`."""
+    spans = [(0, n) for n in shape] if spans is None else spans
+    counts = torch.zeros((), dtype=torch.int64, device=device)
+    for n, (start, stop) in zip(shape, spans, strict=True):
+        counts = n * counts[..., None] + torch.arange(start, stop, device=device)
     return counts >> 32, counts & _WORD

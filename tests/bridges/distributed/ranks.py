@@ -1,0 +1,275 @@
+"""What each rank does in the tests of sharded parameters: `python ranks.py SCENARIO RANK RANKS FILE`.
+
+Every scenario trains a model on one process, and the same model on several, and raises where they differ.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import optax
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from chainrule import TorchBridge, chains
+
+# Sums of a few hundred products in another order, through six steps of a rate of at most 0.1.
+TOLERANCE = 5e-5
+
+CHAINS: dict[str, Callable[[], Any]] = {
+    "adamw": lambda: optax.adamw(1e-2),
+    "lion": lambda: optax.lion(1e-2),
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
+    "lamb": lambda: optax.lamb(1e-2),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
+    "noisy_sgd": lambda: optax.noisy_sgd(1e-2, key=0),
+    "stam": lambda: chains.stam(1e-2),
+    "stam_lite": lambda: chains.stam_lite(1e-2),
+    "casmo": lambda: chains.casmo(1e-2),
+    "casmo by parameter": lambda: chains.casmo(1e-2, granularity="parameter"),
+    "casmo_snr": lambda: chains.casmo_snr(1e-2),
+    "magma": lambda: chains.magma(optax.adamw(1e-2)),
+    "muon": lambda: chains.muon(1e-2),
+    "nadam": lambda: chains.nadam(1e-2),
+    "cosmic": lambda: chains.cosmic(1e-2),
+    "orthograd": lambda: chains.orthograd(optax.sgd(0.1)),
+    "quantized": lambda: optax.chain(chains_quantized(), optax.scale_by_learning_rate(1e-2)),
+}
+
+
+def chains_quantized() -> Any:
+    from chainrule.transforms import quantized_state, scale_by_adam
+
+    return quantized_state(scale_by_adam(), 8, 32)
+
+
+def model() -> torch.nn.Module:
+    """With an axis of 5 rows, which gives four ranks 2, 2, 1 and none."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(6, 12),
+        torch.nn.Tanh(),
+        torch.nn.Linear(12, 5),
+        torch.nn.LayerNorm(5),
+        torch.nn.Linear(5, 3, bias=False),
+    )
+
+
+def layouts(ranks: int) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The model on every kind of mesh that a number of ranks makes."""
+    plan: Any = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    made = model()
+    fully_shard(made, mesh=init_device_mesh("cpu", (ranks,)))
+    yield "FSDP2", made
+    if ranks == 4:
+        made = model()
+        fully_shard(made, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
+        yield "HSDP", made
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+        made = model()
+        parallelize_module(made, mesh["model"], plan)
+        fully_shard(made, mesh=mesh["data"])
+        yield "TP+FSDP2", made
+        made = model()
+        parallelize_module(made, init_device_mesh("cpu", (4,), mesh_dim_names=("model",)), plan)
+        yield "TP", made
+
+
+def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    x, y = (torch.randn(8, n, generator=generator) for n in (6, 3))
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = ((net(x) - y) ** 2).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def check_same(what: str, net: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """The parameters are those of the reference, and equal to the bit on all ranks."""
+    for (name, own), p in zip(net.named_parameters(), reference.parameters(), strict=True):
+        full = whole(own)
+        error = (full - p.detach()).abs().max().item()
+        assert error <= TOLERANCE, f"{what}: {name} is off by {error}"
+        everyone = [torch.empty_like(full) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, full)
+        assert all(torch.equal(full, other) for other in everyone), (
+            f"{what}: ranks differ in {name}"
+        )
+
+
+def trained(make: Callable[[], Any], net: torch.nn.Module, steps: int = 6, **options: Any) -> Any:
+    optimizer = TorchBridge(make(), net.named_parameters(), **options)
+    for number in range(steps):
+        step(net, optimizer, number)
+    return optimizer
+
+
+def _train(names: list[str], **options: Any) -> None:
+    for name in names:
+        reference = model()
+        trained(CHAINS[name], reference, **options)
+        for kind, net in layouts(dist.get_world_size()):
+            optimizer = trained(CHAINS[name], net, **options)
+            check_same(f"{name}, {kind}", net, reference)
+            for p in net.parameters():
+                for entry, value in optimizer.state[p].items():
+                    alike = isinstance(p, DTensor) and value.shape == p.shape
+                    assert isinstance(value, DTensor) == alike, (name, kind, entry)
+
+
+def eager() -> None:
+    _train(list(CHAINS))
+
+
+def compiled() -> None:
+    _train(["adamw", "stam"], compile=True)
+
+
+def rounded() -> None:
+    """bfloat16 weights with stochastic rounding: the random bits are those of one process."""
+    reference = model().to(torch.bfloat16)
+    names = [name for name, _ in reference.named_parameters()]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net = model().to(torch.bfloat16)
+    torch.manual_seed(3)
+    one = TorchBridge(optax.sgd(1e-3), reference.named_parameters(), rounding="stochastic")
+    params = {
+        name: torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+        for name, p in net.named_parameters()
+    }
+    torch.manual_seed(3)
+    many = TorchBridge(optax.sgd(1e-3), params.items(), rounding="stochastic")
+    for number in range(6):
+        generator = torch.Generator().manual_seed(number)
+        for name, p in zip(names, reference.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).to(torch.bfloat16)
+            params[name].grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+        one.step()
+        many.step()
+    for name, p in zip(names, reference.parameters(), strict=True):
+        assert torch.equal(whole(params[name]), p.detach()), name
+
+
+def exchanged() -> None:
+    """A trainer that puts new tensors into `group["params"]`, as Accelerate does for FSDP2."""
+    for name in ("adamw", "stam"):
+        reference, net = model(), model()
+        expected = trained(CHAINS[name], reference, 3)
+        optimizer = trained(CHAINS[name], net, 3)
+        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer.param_groups[0]["params"] = list(net.parameters())
+        for number in range(3, 6):
+            step(reference, expected, number)
+            step(net, optimizer, number)
+        check_same(name, net, reference)
+
+
+def frozen() -> None:
+    """A layer that is frozen at first, and a parameter that never has a gradient."""
+    reference = model()
+    nets = [("one", reference), *layouts(dist.get_world_size())]
+    for kind, net in nets:
+        layer: Any = net[2]
+        layer.requires_grad_(False)
+        optimizer = TorchBridge(chains.stam(1e-2), net.named_parameters())
+        for number in range(2):
+            step(net, optimizer, number)
+        layer.requires_grad_(True)
+        for number in range(2, 5):
+            step(net, optimizer, number)
+        check_same(kind, net, reference)
+
+
+def refused() -> None:
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    try:
+        TorchBridge(optax.adam(1e-2), net.named_parameters(), engine="xla")
+    except NotImplementedError as error:
+        assert 'engine="xla"' in str(error) and "DTensor" in str(error)
+    else:
+        raise AssertionError("engine='xla' took a DTensor")
+
+
+def in_jax() -> None:
+    """`jax_state` sees whole tensors, and going on from it equals going on."""
+    reference, net = model(), model()
+    expected = trained(CHAINS["stam"], reference, 3)
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = trained(CHAINS["stam"], net, 3)
+    optimizer.load_jax_state(optimizer.jax_state())
+    for number in range(3, 6):
+        step(reference, expected, number)
+        step(net, optimizer, number)
+    check_same("stam", net, reference)
+
+
+def save() -> None:
+    folder = sys.argv[4] + ".checkpoint"
+    for name in ("adamw", "stam", "muon"):
+        net = model()
+        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = trained(CHAINS[name], net, 3)
+        state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
+        dcp.save(state, checkpoint_id=f"{folder}/{name}")
+        for number in range(3, 6):
+            step(net, optimizer, number)
+        if dist.get_rank() == 0:
+            pass
+        final = {k: whole(p) for k, p in net.named_parameters()}
+        if dist.get_rank() == 0:
+            torch.save(final, f"{folder}/{name}.pt")
+
+
+def load() -> None:
+    folder = sys.argv[4].rpartition("-")[0] + "-save.checkpoint"
+    for name in ("adamw", "stam", "muon"):
+        net = model()
+        if dist.get_world_size() > 1:
+            fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = TorchBridge(CHAINS[name](), net.named_parameters())
+        state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
+        dcp.load(state, checkpoint_id=f"{folder}/{name}")
+        net.load_state_dict(state["model"])
+        set_optimizer_state_dict(net, optimizer, state["optimizer"])
+        for number in range(3, 6):
+            step(net, optimizer, number)
+        for key, expected in torch.load(f"{folder}/{name}.pt").items():
+            error = (whole(dict(net.named_parameters())[key]) - expected).abs().max().item()
+            assert error <= TOLERANCE, f"{name}: {key} is off by {error}"
+
+
+def main() -> None:
+    scenario, rank, ranks, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    # FSDP and DTensor warn of what they do themselves.
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    globals()[scenario]()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
