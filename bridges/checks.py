@@ -80,6 +80,11 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             raise TypeError(
                 f"TorchBridge: parameter {label} is {p.dtype}, expected a floating-point dtype"
             )
+        if getattr(p, "_fsdp_flattened", False):
+            raise TypeError(
+                f"TorchBridge: parameter {label} is cut or flattened by FullyShardedDataParallel (FSDP1), so its shape is "
+                "lost; shard the model with torch.distributed.fsdp.fully_shard"
+            )
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.nbytes, label)
         for p, label in zip(map(local, params), labels, strict=True)

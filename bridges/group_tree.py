@@ -12,18 +12,16 @@ from torch import Tensor
 from chainrule.bridges.checks import one_device
 from chainrule.bridges.engines import Engine, Program, engine_named
 from chainrule.bridges.hyperparameters import Hyperparameters, fill, key_of, shortest
-from chainrule.bridges.lowering import to_jax, to_torch, torch_dtype
+from chainrule.bridges.lowering import to_torch, torch_dtype
 from chainrule.bridges.lowering.arrays import physical_shape
 from chainrule.bridges.lowering.executor import InPlace
-from chainrule.bridges.lowering.passes.shard import Sharding
 from chainrule.bridges.lowering.program import collector_paused
 from chainrule.bridges.meant import Meant
-from chainrule.bridges.sharded import Layouts, as_state, gathered, laid_out, local
+from chainrule.bridges.sharded import Layouts, as_state, local
 from chainrule.bridges.step.description import describe
 from chainrule.bridges.step.function import as_transformation
 from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.step.trace import Struct
-from chainrule.bridges.step.vectors import stack, unstack
 
 State = dict[Tensor, dict[str, Tensor]]
 """`optimizer.state`."""
@@ -57,6 +55,7 @@ class GroupTree:
       device: the device of all of them.
       homes: for every leaf of the state the parameter and name it is kept under; None: a live hyperparameter.
       named: whether the tree is a dict by label, else it is a list.
+      layouts: how the parameters lie on a mesh of devices; None: they are no DTensors.
       live: group key -> position of the hyperparameter's leaf in the state.
       hyperparameters: the scalars that the group's keys set.
       program: that of the step which was traced first.
@@ -95,14 +94,27 @@ class GroupTree:
                 chain, structs, rounding=rounding, tiers=tiers, state=state, value=has_loss
             )
         self._has_loss = has_loss
-        self.layouts = Layouts.of(self.params, self.labels)
         self.live = {key_of(name): leaf for name, leaf in self.described.live.items()}
         self.state_avals, self._state_structure = jax.tree.flatten(self.described.state)
+        self._lay_out()
         # The tiers' step count: its tensor, the version that was read, the number.
         self._steps: tuple[Tensor, int, int] | None = None
         self._checked: list[int] = []
         self._bind(self.params, params[0])
         self._put_on(one_device(params))
+
+    def _lay_out(self) -> None:
+        """Finds how parameters and state lie on a mesh of devices."""
+        self.layouts = Layouts.of(self.params, self.labels)
+        shapes, owners = self.shapes, [slot.owner for slot in self.described.slots]
+        self._alike = [
+            None if i is None or shapes[i] != physical_shape(aval) else i
+            for i, aval in zip(owners, self.state_avals, strict=True)
+        ]
+
+    def likes(self) -> list[Tensor | None]:
+        """For every leaf of the state the parameter that it lies like, having its shape, or None."""
+        return [None if i is None else self.params[i] for i in self._alike]
 
     def _bind(self, params: Sequence[Tensor], head: Tensor) -> None:
         self.params, self.head = list(params), head
@@ -139,24 +151,10 @@ class GroupTree:
         value = self.described.takes_value(has_loss)
         if value not in self._programs:
             trace = self.described.trace(value)
-            self._programs[value] = self._engine.program(
-                trace, self.described.targets, self.device, self._sharding(len(trace.jaxpr.in_avals))
-            )
+            sharding = self.layouts and self.layouts.of_step(self._alike, trace.jaxpr.in_avals)
+            targets = self.described.targets
+            self._programs[value] = self._engine.program(trace, targets, self.device, sharding)
         return self._programs[value]
-
-    def _sharding(self, inputs: int | None = None) -> Sharding | None:
-        """How the inputs of a step lie, or with None those and the results of `init`; None if all is on one device."""
-        if self.layouts is None:
-            return None
-        mesh, axes = self.layouts
-        state = tuple(
-            self.layouts.of_state(physical_shape(aval), slot.owner, self.params)
-            for aval, slot in zip(self.state_avals, self.described.slots, strict=True)
-        )
-        if inputs is None:
-            return Sharding(mesh, axes, state[: len(self.described.init().jaxpr.out_avals)])
-        scalars = inputs - 2 * len(axes) - len(state)
-        return Sharding(mesh, (*axes, *axes, *state, *[()] * scalars))
 
     def moved(self) -> "GroupTree":
         """This tree on the device that its parameters have moved to."""
@@ -173,11 +171,12 @@ class GroupTree:
 
     def initial_state(self) -> tuple[list[Tensor], dict[str, float | int]]:
         """The leaves of the state that `init` makes, and the hyperparameters in it by group key."""
-        own = list(map(local, self.params))
-        leaves = self._engine.initial(self.described.init(), own, self.device, self._sharding())
+        init, own = self.described.init(), list(map(local, self.params))
+        sharding = self.layouts and self.layouts.of_init(self._alike, init.jaxpr.out_avals)
+        leaves = self._engine.initial(init, own, self.device, sharding)
         found = [leaves[leaf] for leaf in self.live.values()]
         if self.device.type == "meta":  # where nothing has a value
-            found = map(to_torch, self.described.init().constants(self.live.values()))
+            found = map(to_torch, init.constants(self.live.values()))
         values = dict(zip(self.live, map(shortest, found), strict=True))
         for key in self.hyperparameters.tensors:
             values.setdefault(key, 1.0)  # the multiplier
@@ -185,20 +184,10 @@ class GroupTree:
             # int32 keeps the low bits of the seed that torch.manual_seed set
             seed = (torch.initial_seed() & 0x7FFF_FFFF, 0)
             leaves.append(torch.tensor(seed, dtype=torch.int32, device=self.device))
-        return self._laid_out(self._in_their_dtypes(leaves)), values
+        return list(map(as_state, self.in_their_dtypes(leaves), self.likes())), values
 
-    def _laid_out(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Leaves of the state as this rank has them beside their parameters."""
-        if self.layouts is None:
-            return list(leaves)
-        return [
-            leaf
-            if slot.owner is None
-            else as_state(leaf, self.params[slot.owner], physical_shape(aval))
-            for leaf, slot, aval in zip(leaves, self.described.slots, self.state_avals, strict=True)
-        ]
-
-    def _in_their_dtypes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+    def in_their_dtypes(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Leaves of the state in the dtypes that the step keeps."""
         return [
             leaf.to(torch_dtype(aval.dtype))
             for leaf, aval in zip(leaves, self.state_avals, strict=False)
@@ -289,43 +278,9 @@ class GroupTree:
             count = self._count(state)
             self._steps = count, count._version, self._steps[2] + 1
 
-    # ---- the same state in JAX -------------------------------------------------------------
-
     def state(self, leaves: Sequence[Any]) -> Any:
         """The chain's state with these leaves, `unstack`ed."""
         return jax.tree.unflatten(self._state_structure, leaves).chain
-
-    def jax_state(self, leaves: Sequence[Tensor]) -> Any:
-        """The chain's state in JAX."""
-        with jax.enable_x64(True):
-            arrays = [
-                to_jax(gathered(t), aval) for t, aval in zip(leaves, self.state_avals, strict=True)
-            ]
-        return stack(self.state(arrays))
-
-    def jax_tree(self, tensors: Sequence[Tensor | None]) -> Any:
-        """Tensors like the parameters as the chain's tree in JAX, zeros for None."""
-        structs, structure = jax.tree.flatten(self.described.params)
-        with jax.enable_x64(True):
-            arrays = [
-                jnp.zeros(aval.shape, aval.dtype) if t is None else to_jax(gathered(t), aval)
-                for t, aval in zip(tensors, structs, strict=True)
-            ]
-        return jax.tree.unflatten(structure, arrays)
-
-    def torch_leaves(self, state: Any) -> list[Tensor]:
-        """The leaves of the chain's state in torch, in the dtypes of the program."""
-        leaves = jax.tree.leaves(unstack(state))
-        whole = self._in_their_dtypes([to_torch(leaf, self.device) for leaf in leaves])
-        if self.layouts is None:
-            return whole
-        owners = [slot.owner for slot in self.described.slots]
-        return [
-            leaf
-            if owner is None or leaf.shape != self.params[owner].shape
-            else laid_out(leaf, self.params[owner])
-            for leaf, owner in zip(whole, owners, strict=False)
-        ]
 
     # ---- the step --------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from chainrule.bridges.group_tree import GroupTree, Options, State
 from chainrule.bridges.hyperparameters import pair
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.matching import is_by_name
-from chainrule.bridges.sharded import gradient, local
+from chainrule.bridges.sharded import Layouts, gradient, local
 
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
 _TORCH_KEYS = {
@@ -176,7 +176,8 @@ class Group(NamedTuple):
         if old.keepers and not any(_entries(old, state, origin).values()):  # it was cleared too
             return new.started(new.tree_of(members))
         in_order = own == old.labels if old.named else same(params, members)
-        if in_order and [p.dtype for p in params] == old.dtypes and old.named == is_by_name(group):
+        alike = [p.dtype for p in params] == old.dtypes and old.layouts == Layouts.of(params, own)
+        if in_order and alike and old.named == is_by_name(group):
             tree = old.bound_to(params, members[0], own)
             return new._replace(tree=tree), old.leaves(_entries(old, state, origin))
         return new.with_members(members, state, origin, where)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chainrule.bridges.lowering.arrays import physical_shape
 from chainrule.bridges.lowering.layouts import Axes, Cut, Mesh, local_shape, spans, whole
+from chainrule.bridges.lowering.passes.shard import Sharding
 
 
 def is_distributed(tensor: Any) -> bool:
@@ -80,7 +82,7 @@ class Layouts(NamedTuple):
         meshes = list(dict.fromkeys(p.device_mesh for p in params if is_distributed(p)))  # pyright: ignore
         if not meshes:
             return None
-        common = _common(meshes, labels)
+        common = _common(meshes)
         found = []
         for p, label in zip(params, labels, strict=True):
             axes = whole(p.ndim)
@@ -94,18 +96,32 @@ class Layouts(NamedTuple):
             found.append(axes)
         return cls(_mesh(common), tuple(found))
 
-    def of_state(self, shape: Sequence[int], owner: int | None, params: Sequence[Tensor]) -> Axes:
-        """How an array of the state lies: as the parameter that owns it if it has its shape, else on every rank."""
-        if owner is not None and tuple(params[owner].shape) == tuple(shape):
-            return self.axes[owner]
-        return whole(len(shape))
+    def of_step(self, alike: Sequence[int | None], inputs: Sequence[Any]) -> Sharding:
+        """Of the flat inputs of a step: parameters, gradients, state, and scalars.
+
+        Args:
+          alike: for every leaf of the state the position of the parameter that it lies like, None: it is whole.
+          inputs: of the step, in JAX.
+        """
+        leaves = inputs[2 * len(self.axes) :]
+        lies = [*alike, *[None] * (len(leaves) - len(alike))]
+        return Sharding(self.mesh, (*self.axes, *self.axes, *self._of(lies, leaves)))
+
+    def of_init(self, alike: Sequence[int | None], results: Sequence[Any]) -> Sharding:
+        """Of the parameters, and of what `init` makes of them: the first leaves of the state."""
+        lies = alike[: len(results)]
+        return Sharding(self.mesh, self.axes, tuple(self._of(lies, results)))
+
+    def _of(self, alike: Sequence[int | None], leaves: Sequence[Any]) -> list[Axes]:
+        return [
+            whole(len(physical_shape(leaf))) if i is None else self.axes[i]
+            for i, leaf in zip(alike, leaves, strict=True)
+        ]
 
 
-def as_state(own: Tensor, param: Any, shape: Sequence[int]) -> Any:
-    """A leaf of the state beside its parameter: a DTensor where the leaf has the shape of one."""
-    return (
-        _like(own, param) if is_distributed(param) and tuple(param.shape) == tuple(shape) else own
-    )
+def as_state(own: Tensor, like: Any) -> Any:
+    """What this rank has of a leaf of the state, as a DTensor where it lies like one."""
+    return _like(own, like) if is_distributed(like) else own
 
 
 def gradient(param: Any, grad: Any) -> Any:
@@ -116,7 +132,7 @@ def gradient(param: Any, grad: Any) -> Any:
     return local(grad)
 
 
-def _common(meshes: Sequence[Any], labels: Sequence[str]) -> Any:
+def _common(meshes: Sequence[Any]) -> Any:
     """The mesh of which all others are parts."""
     if len(meshes) == 1:
         return meshes[0]

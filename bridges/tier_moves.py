@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from torch import Tensor
 
+from chainrule.bridges.in_jax import jax_state, jax_tree, torch_leaves
 from chainrule.bridges.param_group import Change, Group
 from chainrule.bridges.step.tiers import retiered, tiers_of
 from chainrule.bridges.step.trace import Struct
@@ -23,9 +24,9 @@ def between_tiers(
       has_loss: whether the step that is about to be made has a loss.
     """
     trees: dict[int, Any] = {index: group.tree for index, group in groups.items()}
-    states = [tree.jax_state(leaves[index]) for index, tree in trees.items()]
-    grads = [tree.jax_tree([p.grad for p in tree.params]) for tree in trees.values()]
-    params = [tree.jax_tree(tree.params) for tree in trees.values()]
+    states = [jax_state(tree, leaves[index]) for index, tree in trees.items()]
+    grads = [jax_tree(tree, [p.grad for p in tree.params]) for tree in trees.values()]
+    params = [jax_tree(tree, tree.params) for tree in trees.values()]
     changes = {}
     for (index, tree), new_state in zip(
         trees.items(), retiered(states, grads, params), strict=True
@@ -36,7 +37,7 @@ def between_tiers(
             tree = group.tree_of(group.members, tiers, known, has_loss)
             group = group.with_tree(tree)._replace(is_initial=False)
         own = leaves[index][-1:] if group.options.rounding else []
-        changes[index] = group, [*tree.torch_leaves(new_state), *own]
+        changes[index] = group, [*torch_leaves(tree, new_state), *own]
     return changes
 
 

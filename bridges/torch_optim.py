@@ -11,6 +11,7 @@ from chainrule.bridges.explain import explain_group
 from chainrule.bridges.following import Known
 from chainrule.bridges.group_tree import Options
 from chainrule.bridges.grouped_optimizer import GroupedOptimizer
+from chainrule.bridges.in_jax import jax_state
 from chainrule.bridges.loading import (
     Copies,
     carry_out,
@@ -59,6 +60,9 @@ class TorchBridge(GroupedOptimizer):
     updates in float32 and rounds up or down at random, so that the expectation is exact. The bits are a hash of the
     seed that `torch.manual_seed` set when the bridge was made and of the step; both are part of the state.
 
+    *Sharding.* Parameters may be DTensors (`fully_shard`, tensor parallelism, both): every rank works on its part, and the
+    result is that of one process. See docs/scaling.md.
+
     *Pickling* needs a chain that can be pickled, which closures cannot: give a function that makes it, such as
     `functools.partial(optax.adamw, 1e-3)`. `copy.deepcopy` and `state_dict` take any chain.
 
@@ -72,9 +76,9 @@ class TorchBridge(GroupedOptimizer):
       **group_defaults: hyperparameters by the names of the group's keys, for groups that do not set them.
 
     Raises:
-      ValueError: a key that is no hyperparameter, a value out of bounds, no or repeated parameters, several devices in
-        one group.
-      TypeError: complex parameters, DTensors, a chain whose state changes shape or that evaluates the loss itself.
+      ValueError: a key that is no hyperparameter, a value out of bounds, no or repeated parameters, several devices.
+      TypeError: complex or FSDP1 parameters, a chain whose state changes shape or that evaluates the loss itself.
+      NotImplementedError: DTensors with `engine="xla"`, or on meshes that are no parts of one.
       UnsupportedPrimitive: the chain needs `engine="xla"`.
 
     >>> import optax
@@ -214,7 +218,7 @@ class TorchBridge(GroupedOptimizer):
         Returns:
           The state of the only group, or a list with the state of each.
         """
-        states = [tree.jax_state(leaves) for _, leaves, tree in self._synced()]
+        states = [jax_state(tree, leaves) for _, leaves, tree in self._synced()]
         return states[0] if states and len(self.param_groups) == 1 else states
 
     def load_jax_state(self, state: Any) -> None:

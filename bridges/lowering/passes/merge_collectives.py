@@ -1,6 +1,7 @@
 """One collective in the place of several."""
 
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def merge_collectives(program: StepProgram) -> StepProgram:
             last = _one(graph, new, alike, last)
     graph.output(fx.map_arg(output.args[0], new.__getitem__))
     program.graph = graph
+    names = Counter(node.target.__name__ for node in graph.nodes if _is_collective(node))
+    program.log.append(f"    collectives a step: {dict(names) or 'none'}")
     return program
 
 

@@ -1,6 +1,7 @@
 """A program of whole tensors as one of the parts that this rank has of them."""
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ class Sharder:
         """How what an old node stands for is cut in `new`; several results of one node alike."""
         self.parts: dict[tuple[fx.Node, Axes], fx.Node] = {}
         """Of whole tensors the parts, and of parts the whole ones."""
+        self.gathered: Counter[str] = Counter()
+        """What reads whole tensors, of which ranks have parts."""
 
     def run(self) -> StepProgram:
         placeholders = iter(self.given)
@@ -71,6 +74,9 @@ class Sharder:
         self.graph.output(tuple(self.part(node, axes) for node, axes in results))
         self.graph.eliminate_dead_code()
         self.program.graph = self.graph
+        self.program.log += [
+            f"    whole tensors for {n} {what}" for what, n in self.gathered.items()
+        ]
         return self.program
 
     # ---- nodes -----------------------------------------------------------------------------
@@ -188,6 +194,7 @@ class Sharder:
         if rule is None and info(old).elementwise:
             rule = elementwise
         if rule is None or not rule(self, old):
+            self.gathered[f"{function_of(old).__name__} in {old.meta['link'] or 'the step'}"] += 1
             self.copy(old, whole(len(shape_of(value_of(old)))), self.all_of)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -211,6 +211,14 @@ def refused() -> None:
         assert 'engine="xla"' in str(error) and "DTensor" in str(error)
     else:
         raise AssertionError("engine='xla' took a DTensor")
+    for use_orig_params in (False, True):
+        old = FullyShardedDataParallel(model(), use_orig_params=use_orig_params)
+        try:
+            TorchBridge(optax.adam(1e-2), old.named_parameters())
+        except TypeError as error:
+            assert "fully_shard" in str(error)
+        else:
+            raise AssertionError("FSDP1 was taken")
 
 
 def in_jax() -> None:
@@ -236,8 +244,6 @@ def save() -> None:
         dcp.save(state, checkpoint_id=f"{folder}/{name}")
         for number in range(3, 6):
             step(net, optimizer, number)
-        if dist.get_rank() == 0:
-            pass
         final = {k: whole(p) for k, p in net.named_parameters()}
         if dist.get_rank() == 0:
             torch.save(final, f"{folder}/{name}.pt")
