@@ -82,8 +82,8 @@ def check_params(params: Sequence[Tensor], labels: Sequence[str]) -> None:
             )
         if getattr(p, "_fsdp_flattened", False):
             raise TypeError(
-                f"TorchBridge: parameter {label} is cut or flattened by FullyShardedDataParallel (FSDP1), so its shape is "
-                "lost; shard the model with torch.distributed.fsdp.fully_shard"
+                f"TorchBridge: parameter {label} is cut or flattened by FullyShardedDataParallel (FSDP1), so its shape "
+                "is lost; shard the model with torch.distributed.fsdp.fully_shard"
             )
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.nbytes, label)

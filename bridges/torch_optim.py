@@ -6,20 +6,13 @@ from typing import Any
 
 import torch
 
+from chainrule.bridges import loading
 from chainrule.bridges.checks import autocast_off, check_order, outside_inference_mode
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.following import Known
 from chainrule.bridges.group_tree import Options
 from chainrule.bridges.grouped_optimizer import GroupedOptimizer
 from chainrule.bridges.in_jax import jax_state
-from chainrule.bridges.loading import (
-    Copies,
-    carry_out,
-    check_layout,
-    from_group,
-    from_jax,
-    from_torch_adam,
-)
 from chainrule.bridges.matching import loaded, marked
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.param_group import Change
@@ -60,8 +53,8 @@ class TorchBridge(GroupedOptimizer):
     updates in float32 and rounds up or down at random, so that the expectation is exact. The bits are a hash of the
     seed that `torch.manual_seed` set when the bridge was made and of the step; both are part of the state.
 
-    *Sharding.* Parameters may be DTensors (`fully_shard`, tensor parallelism, both): every rank works on its part, and the
-    result is that of one process. See docs/scaling.md.
+    *Sharding.* Parameters may be DTensors (`fully_shard`, tensor parallelism, both): every rank works on its part, and
+    the result is that of one process. See docs/scaling.md.
 
     *Pickling* needs a chain that can be pickled, which closures cannot: give a function that makes it, such as
     `functools.partial(optax.adamw, 1e-3)`. `copy.deepcopy` and `state_dict` take any chain.
@@ -189,7 +182,7 @@ class TorchBridge(GroupedOptimizer):
         state_dict = copy.copy(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        check_layout(state_dict, "TorchBridge: the loaded state dict")
+        loading.check_layout(state_dict, "TorchBridge: the loaded state dict")
         saved_groups = copy.deepcopy(state_dict["param_groups"])
         if len(saved_groups) != len(self.param_groups):
             raise ValueError("loaded state dict has a different number of parameter groups")
@@ -197,11 +190,11 @@ class TorchBridge(GroupedOptimizer):
         for index, saved in enumerate(saved_groups):
             where = f"TorchBridge: param group {index} of the loaded state dict"
             leaves, state = self._leaves(index), state_dict["state"]
-            found.append(from_group(self._groups[index], leaves, saved, state, where))
+            found.append(loading.from_group(self._groups[index], leaves, saved, state, where))
         with self._writing():
             self._write({index: change for index, (change, _) in enumerate(found)})
             for index, (_, copies) in enumerate(found):
-                carry_out(copies)
+                loading.carry_out(copies)
                 group = loaded(self.param_groups[index], saved_groups[index])
                 self.param_groups[index] = group
                 self._groups[index] = self._groups[index]._replace(known=Known.of(group))
@@ -232,19 +225,21 @@ class TorchBridge(GroupedOptimizer):
         """
         self._follow()
         states = [state] if len(self.param_groups) == 1 else list(state)
-        copies: Copies = []
+        copies: loading.Copies = []
         values: list[tuple[dict[str, Any], dict[str, float | int]]] = []
         moved: dict[int, Change] = {}
         for (index, leaves, tree), new in zip(self._synced(), states, strict=True):
             group, leaves = change = in_tiers_of(self._groups[index], leaves, new)
             if group.tree and group.tree is not tree:
                 tree, moved[index] = group.tree, change
-            own, hyperparams = from_jax(tree, leaves, new, f"load_jax_state: param group {index}")
+            own, hyperparams = loading.from_jax(
+                tree, leaves, new, f"load_jax_state: param group {index}"
+            )
             copies += own
             values.append((self.param_groups[index], hyperparams))
         with self._writing():
             self._write(moved)
-            carry_out(copies)
+            loading.carry_out(copies)
             for group, hyperparams in values:
                 group.update(hyperparams)
         self._is_loaded()
@@ -264,22 +259,22 @@ class TorchBridge(GroupedOptimizer):
             of a group differ in their number of steps; the optimizer is unchanged.
         """
         self._follow()
-        check_layout(state_dict, "load_torch_adam: the state dict")
+        loading.check_layout(state_dict, "load_torch_adam: the state dict")
         saved_groups = state_dict["param_groups"]
         theirs, own = ([len(g["params"]) for g in gs] for gs in (saved_groups, self.param_groups))
         if theirs != own:
             raise ValueError(
                 "load_torch_adam: the state dict has other parameter groups than this optimizer"
             )
-        copies: Copies = []
+        copies: loading.Copies = []
         for index, leaves, tree in self._synced():
             saved = dict(
                 zip(self.param_groups[index]["params"], saved_groups[index]["params"], strict=True)
             )
             entries = [state_dict["state"].get(saved[p]) for p in tree.params]
-            copies += from_torch_adam(tree, leaves, entries)
+            copies += loading.from_torch_adam(tree, leaves, entries)
         with self._writing():
-            carry_out(copies)
+            loading.carry_out(copies)
         self._is_loaded()
 
     # ---- looking inside --------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import optax
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -212,7 +212,9 @@ def refused() -> None:
     else:
         raise AssertionError("engine='xla' took a DTensor")
     for use_orig_params in (False, True):
-        old = FullyShardedDataParallel(model(), use_orig_params=use_orig_params)
+        old = FullyShardedDataParallel(
+            model(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
         try:
             TorchBridge(optax.adam(1e-2), old.named_parameters())
         except TypeError as error:
@@ -241,7 +243,7 @@ def save() -> None:
         fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         optimizer = trained(CHAINS[name], net, 3)
         state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
-        dcp.save(state, checkpoint_id=f"{folder}/{name}")
+        state_dict_saver.save(state, checkpoint_id=f"{folder}/{name}")
         for number in range(3, 6):
             step(net, optimizer, number)
         final = {k: whole(p) for k, p in net.named_parameters()}
@@ -257,7 +259,7 @@ def load() -> None:
             fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         optimizer = TorchBridge(CHAINS[name](), net.named_parameters())
         state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
-        dcp.load(state, checkpoint_id=f"{folder}/{name}")
+        state_dict_loader.load(state, checkpoint_id=f"{folder}/{name}")
         net.load_state_dict(state["model"])
         set_optimizer_state_dict(net, optimizer, state["optimizer"])
         for number in range(3, 6):

@@ -50,7 +50,6 @@ def test_two_ranks_go_on_when_parameters_are_exchanged(tmp_path):
         ("frozen", 4),
         ("in_jax", 2),
         ("refused", 2),
-        ("eager", 2),
     ],
 )
 def test_it_is_as_on_one_process(scenario, ranks, tmp_path):
