@@ -23,7 +23,7 @@ from chainrule.evidence.experiment import (
     log_grid,
 )
 
-TARGET = 2.3
+TARGET = 2.6
 """Nats a character."""
 BETAS = {"b1": 0.9, "b2": 0.95}
 SIZES = {"batch": 8, "places": 32, "width": 64, "depth": 2, "windows": 64}
@@ -79,7 +79,7 @@ def setting(steps: int, sizes: Mapping[str, Any], **more: Any) -> Setting:
     return Setting(steps=steps, sizes={"steps": steps, **sizes}, **more)
 
 
-REST = {"rest_rate": log_grid(3e-3, 3e-2, 3)}
+REST = {"rest_rate": log_grid(1e-3, 3e-2, 3)}
 MUON_GRID = {"learning_rate": log_grid(1e-2, 1e-1, 3), **REST}
 EXPERIMENT = Experiment(
     id="E8",
@@ -89,12 +89,12 @@ EXPERIMENT = Experiment(
     model="a transformer, 0.11 million parameters",
     build=tasks.language,
     arms=[
-        Arm("adamw", "baseline", adamw, {"learning_rate": log_grid(2e-3, 2e-2, 3), **REST}),
+        Arm("adamw", "baseline", adamw, {"learning_rate": log_grid(6e-4, 6e-3, 3), **REST}),
         Arm(
             "adamw, one rate",
             "control",
             one_rate,
-            {"learning_rate": log_grid(2e-3, 2e-2, 3), "forget": log_grid(5e-3, 5e-1, 3)},
+            {"learning_rate": log_grid(1e-3, 1e-2, 3), "forget": log_grid(5e-3, 5e-1, 3)},
         ),
         Arm("muon", "claim", muon(), MUON_GRID),
         Arm(
