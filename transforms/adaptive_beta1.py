@@ -31,6 +31,7 @@ from chainrule.transforms._checks import check_bounds, check_choice, check_param
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import HUGE, bias_correction, ema, finite, increment, up
 from chainrule.transforms._per_parameter import PerParameter, unstacked
+from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._sums import means
 from chainrule.transforms._words import checked_words
 
@@ -149,13 +150,13 @@ def adaptive_beta1(
     check_choice("adaptive_beta1", "signal", signal, ("residual", "moments", "noise"))
     decays = (tau_decay, b2) if signal == "residual" else (moment_decay, moment_decay)
 
-    def init(params) -> Any:
+    def init(params: Tree) -> AdaptiveBeta1State:
         check_params("adaptive_beta1", params, real=True)
 
-        def each(value, dtype=stat_dtype):
+        def each(value: Any, dtype: Any = stat_dtype) -> PerParameter:
             return PerParameter.full(value, params, dtype)
 
-        def zeros():
+        def zeros() -> Tree:
             return zeros_like("adaptive_beta1", params, state_dtype)
 
         return AdaptiveBeta1State(
@@ -169,7 +170,9 @@ def adaptive_beta1(
             noise=_noise_signal.start(params, zeros(), stat_dtype) if signal == "noise" else None,
         )
 
-    def update(updates, state, params=None) -> Any:
+    def update(
+        updates: Tree, state: AdaptiveBeta1State, params: Tree | None = None
+    ) -> tuple[Tree, AdaptiveBeta1State]:
         del params
         count = increment(state.count)
         renew = state.count % jnp.asarray(b1_update_interval, jnp.int32) == 0
@@ -189,7 +192,7 @@ def adaptive_beta1(
         if noise is not None:
             noise, left_out = _noise_signal.averaged(noise, moment_decay, bad)
 
-        def taken_in(decay, old, new):
+        def taken_in(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
             new = ema(decay, old, new)
             return new if left_out is None else jnp.where(left_out, up(old), new)
 
@@ -226,7 +229,9 @@ def adaptive_beta1(
             noise=noise,
         )
 
-    def wanted(count, first, second, noise):
+    def wanted(
+        count: jax.Array, first: jax.Array, second: jax.Array, noise: Any
+    ) -> tuple[Any, jax.Array]:
         """b1 before it is held in its bounds, and where it is `b1_base` instead."""
         if noise is not None:
             return _noise_signal.best_b1(noise, first, second)
@@ -244,4 +249,4 @@ def adaptive_beta1(
             fall_back = ~jnp.isfinite(z)
         return b1_base * (1 - adapt_strength * z / (1 + z)), fall_back
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(*typed(init, update))
