@@ -7,13 +7,13 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "chainrule/batch.hpp"
 #include "chainrule/parallel.hpp"
+#include "checks.hpp"
 #include "doors.hpp"
 
 namespace py = pybind11;
@@ -21,32 +21,7 @@ namespace py = pybind11;
 namespace chainrule {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-std::string at(const std::string& name, std::size_t index) {
-  return name + "[" + std::to_string(index) + "]";
-}
-
-const char* name_of(Element element) {
-  switch (element) {
-    case Element::float32:
-      return "float32";
-    case Element::bfloat16:
-      return "bfloat16";
-    case Element::float16:
-      return "float16";
-    default:
-      return "uint8";
-  }
-}
-
-Element element_of(const std::string& dtype, const std::string& where) {
-  for (const Element e : {Element::float32, Element::bfloat16, Element::float16, Element::uint8}) {
-    if (dtype == name_of(e)) return e;
-  }
-  throw py::type_error(where + ": dtype must be float32, bfloat16, float16 or (for codes) uint8, got " +
-                       dtype + "; cast it, or use the XLA form of the chain");
-}
+std::string type_of(py::handle value) { return py::str(py::type::of(value).attr("__name__")); }
 
 // The memory of several tensors, checked once; `owners` keeps arrays alive.
 class Buffers {
@@ -54,8 +29,7 @@ class Buffers {
   Buffers(const py::object& tensors, const std::string& name) {
     if (!py::isinstance<py::sequence>(tensors) || py::isinstance<py::str>(tensors) ||
         py::isinstance<py::array>(tensors)) {
-      throw py::type_error(name + ": expected a sequence of arrays or (pointer, length, dtype) triples, got " +
-                           std::string(py::str(py::type::of(tensors).attr("__name__"))));
+      refuse<WrongType>(name, "a sequence of arrays or (pointer, length, dtype) triples", type_of(tensors));
     }
     for (const py::handle tensor : tensors) add(tensor, at(name, buffers.size()));
   }
@@ -70,11 +44,9 @@ class Buffers {
     } else if (py::isinstance<py::tuple>(tensor) && py::len(tensor) == 3) {
       add_triple(py::reinterpret_borrow<py::tuple>(tensor), where);
     } else {
-      throw py::type_error(
-          where + ": expected a NumPy array or a (pointer, length, dtype) triple, got " +
-          std::string(py::str(py::type::of(tensor).attr("__name__"))) +
-          "; a torch tensor on the CPU is (t.data_ptr(), t.numel(), 'float32'), one on an accelerator has no "
-          "memory the kernel can reach");
+      refuse<WrongType>(where, "a NumPy array or a (pointer, length, dtype) triple", type_of(tensor),
+                        "a torch tensor on the CPU is (t.data_ptr(), t.numel(), 'float32'), one on an accelerator has "
+                        "no memory the kernel can reach");
     }
   }
 
@@ -82,10 +54,10 @@ class Buffers {
     static const py::handle float32 = py::dtype::of<float>().release();
     const py::dtype dtype = array.dtype();
     const Element element = dtype.is(float32) ? Element::float32
-                                              : element_of(py::str(dtype.attr("name")), where);
-    if (dtype.byteorder() == '>') throw py::value_error(where + ": must have the native byte order");
+                                              : element_of(std::string(py::str(dtype.attr("name"))), where);
+    if (dtype.byteorder() == '>') refuse(where, "in the native byte order", "another");
     if ((array.flags() & py::array::c_style) == 0) {
-      throw py::value_error(where + ": must be C-contiguous; copy it with numpy.ascontiguousarray");
+      refuse(where, "C-contiguous", "another layout", "copy it with numpy.ascontiguousarray");
     }
     add_memory(const_cast<void*>(array.data()), array.size(), element, where);
     writeable.push_back(array.writeable());
@@ -95,14 +67,14 @@ class Buffers {
   void add_triple(const py::tuple& triple, const std::string& where) {
     if (!py::isinstance<py::int_>(triple[0]) || !py::isinstance<py::int_>(triple[1]) ||
         !py::isinstance<py::str>(triple[2])) {
-      throw py::type_error(where + ": a triple is (pointer: int, length: int, dtype: str)");
+      refuse<WrongType>(where, "a triple (pointer: int, length: int, dtype: str)", py::repr(triple));
     }
     // Python's integers have no bounds: -1 and an error set where one does not fit.
     const auto pointer = PyLong_AsUnsignedLongLong(triple[0].ptr());
     const auto length = PyErr_Occurred() != nullptr ? -1 : PyLong_AsLongLong(triple[1].ptr());
     PyErr_Clear();
     if (length < 0 || (pointer == 0 && length > 0)) {
-      throw py::value_error(where + ": needs a length of at least 0 and a pointer that is not null");
+      refuse(where, "a length of at least 0 at a pointer that is not null", py::repr(triple));
     }
     const Element element = element_of(triple[2].cast<std::string>(), where);
     add_memory(reinterpret_cast<void*>(pointer), length, element, where);  // NOLINT: raw by contract
@@ -113,7 +85,7 @@ class Buffers {
     static std::uint32_t nothing[1];  // an empty tensor is present, whatever its pointer
     const auto address = reinterpret_cast<std::uintptr_t>(data);
     if (size > 0 && address % static_cast<std::uintptr_t>(element_size(element)) != 0) {
-      throw py::value_error(where + ": misaligned: its address is not a multiple of its element size");
+      refuse(where, "aligned: at a multiple of its element size", "address " + std::to_string(address));
     }
     buffers.push_back({size > 0 ? data : nothing, size, element});
   }
@@ -134,18 +106,17 @@ class Numbers {
       }
     } else {
       const auto array = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(value);
-      if (!array) throw py::type_error(std::string(name) + ": expected a number or one for each tensor");
+      if (!array) refuse<WrongType>(name, "a number or one for each tensor", type_of(value));
       if (array.size() != 1 && (array.ndim() != 1 || array.size() != static_cast<py::ssize_t>(tensors))) {
-        throw py::value_error(std::string(name) + ": expected one number or " + std::to_string(tensors) +
-                              ", one for each tensor, got " + std::to_string(array.size()));
+        refuse(name, "one number or " + std::to_string(tensors) + ", one for each tensor",
+               std::to_string(array.size()));
       }
       values_.assign(array.data(), array.data() + array.size());
     }
     for (const double x : values_) {
       if (!(std::isfinite(x) && x >= low && x <= high && !(low_excluded && x == low))) {
-        const auto bound = [](double b) { return std::string(py::str(py::float_(b))); };
-        throw py::value_error(std::string(name) + ": must be finite and in " + (low_excluded ? "(" : "[") +
-                              bound(low) + ", " + bound(high) + "], got " + bound(x));
+        refuse(name, "finite and in " + std::string(low_excluded ? "(" : "[") + shown(low) + ", " + shown(high) + "]",
+               shown(x));
       }
     }
   }
@@ -160,17 +131,19 @@ class Numbers {
 class Call {
  public:
   explicit Call(int threads) {
-    if (threads < 0 || threads > 1024) {
-      throw py::value_error("threads: must be in [0, 1024], 0 for the default, got " + std::to_string(threads));
-    }
-    threads_ = threads > 0 ? threads : default_threads();
+    threads_ = in_range("threads", threads, 0, 1024) > 0 ? threads : default_threads();
     kernels();  // a CHAINRULE_ISA that is wrong is an error now, not in a thread
   }
 
-  // The role's buffers; the first role sets how many tensors there are. None is absent.
-  const std::vector<Buffer>* role(const py::object& tensors, const char* name, bool written,
-                                  bool codes = false) {
-    if (tensors.is_none()) return nullptr;
+  // The tensors of a role; the first role sets how many there are.
+  Role role(const py::object& tensors, const char* name, bool written, Holds holds = Holds::floats) {
+    if (tensors.is_none()) refuse<WrongType>(name, "given", "None");
+    return optional(tensors, name, written, holds);
+  }
+
+  // One that may be None.
+  Role optional(const py::object& tensors, const char* name, bool written, Holds holds = Holds::floats) {
+    if (tensors.is_none()) return {};
     const Buffers* parsed;
     if (py::isinstance<Buffers>(tensors)) {
       parsed = tensors.cast<const Buffers*>();
@@ -180,52 +153,21 @@ class Call {
     const std::size_t count = parsed->buffers.size();
     if (!tensors_) tensors_ = count;
     if (*tensors_ != count) {
-      throw py::value_error(std::string(name) + ": expected " + std::to_string(*tensors_) +
-                            " tensors, as in the other arguments, got " + std::to_string(count));
+      refuse(name, std::to_string(*tensors_) + " tensors, as in the other arguments", std::to_string(count));
     }
     for (std::size_t i = 0; i < count; ++i) {
       const Buffer& b = parsed->buffers[i];
-      if ((b.element == Element::uint8) != codes) {
-        throw py::type_error(at(name, i) + ": dtype must be " +
-                             (codes ? "uint8" : "float32, bfloat16 or float16") + ", got " + name_of(b.element));
-      }
+      require_holds(holds, b.element, name, i);
       if (written && !parsed->writeable[i]) {
-        throw py::value_error(at(name, i) + ": is read-only, and the kernel writes it; pass a copy");
+        refuse(at(name, i), "writeable", "what is read-only", "pass a copy");
       }
       ranges_.push_back({reinterpret_cast<std::uintptr_t>(b.data), b.size * element_size(b.element), written,
                          name, i});
     }
-    return &parsed->buffers;
-  }
-
-  const std::vector<Buffer>& needed_role(const py::object& tensors, const char* name, bool written,
-                                         bool codes = false) {
-    const auto* buffers = role(tensors, name, written, codes);
-    if (buffers == nullptr) throw py::type_error(std::string(name) + ": must not be None");
-    return *buffers;
+    return {name, &parsed->buffers};
   }
 
   std::size_t tensors() const { return tensors_.value_or(0); }
-
-  // Every tensor of the role has the length that `expected(i)` gives.
-  template <class Expected>
-  static void require_sizes(const std::vector<Buffer>* role, const char* name, Expected expected) {
-    if (role == nullptr) return;
-    for (std::size_t i = 0; i < role->size(); ++i) {
-      if ((*role)[i].size != expected(i)) {
-        throw py::value_error(at(name, i) + ": expected " + std::to_string(expected(i)) + " elements, got " +
-                              std::to_string((*role)[i].size));
-      }
-    }
-  }
-
-  static void require_float32(const std::vector<Buffer>& role, const char* name) {
-    for (std::size_t i = 0; i < role.size(); ++i) {
-      if (role[i].element != Element::float32) {
-        throw py::type_error(at(name, i) + ": dtype must be float32, got " + name_of(role[i].element));
-      }
-    }
-  }
 
   // The i-th tensor of the first role is written under another name, in exactly its own memory.
   void allow_in_place(std::size_t i) { ranges_[i].bytes = 0; }
@@ -240,8 +182,8 @@ class Call {
     for (const Range& range : ranges_) {
       const Range* other = range.written ? furthest : furthest_written;
       if (other != nullptr && range.start < other->end()) {
-        throw py::value_error(at(other->name, other->index) + " and " + at(range.name, range.index) +
-                              " overlap in memory, and one of them is written");
+        throw std::invalid_argument(at(other->name, other->index) + " and " + at(range.name, range.index) +
+                                    " overlap in memory, and one of them is written");
       }
       if (furthest == nullptr || range.end() > furthest->end()) furthest = &range;
       if (range.written && (furthest_written == nullptr || range.end() > furthest_written->end())) {
@@ -275,90 +217,55 @@ class Call {
   std::vector<Range> ranges_;
 };
 
-Buffer pick(const std::vector<Buffer>* role, std::size_t i) { return role == nullptr ? Buffer{} : (*role)[i]; }
+// What every step is given.
+StepRoles step_roles(Call& call, const py::object& parameters, const py::object& gradients, const py::object& updates) {
+  StepRoles roles;
+  roles.gradients = call.role(gradients, "gradients", false);
+  roles.updates = call.optional(updates, "updates", true);
+  roles.parameters = call.optional(parameters, "parameters", !roles.updates);
+  if (!roles.updates && !roles.parameters) refuse("parameters", "given", "None", "or `updates`, where the step goes");
+  roles.require();
+  for (std::size_t i = 0; i < roles.updates.size(); ++i) {
+    const Buffer u = roles.updates[i], g = roles.gradients[i];
+    if (u.data == g.data && u.element == g.element) call.allow_in_place(i);
+  }
+  return roles;
+}
 
-// The roles that every step has: what is read, and where the step goes.
-struct StepRoles {
-  const std::vector<Buffer>*gradients, *parameters, *updates;
+// Rates and decays of the steps that have no table.
+struct Rates {
+  Numbers rate, weight_decay;
 
-  StepRoles(Call& call, const py::object& parameters_in, const py::object& gradients_in,
-            const py::object& updates_in) {
-    gradients = &call.needed_role(gradients_in, "gradients", false);
-    updates = call.role(updates_in, "updates", true);
-    parameters = call.role(parameters_in, "parameters", updates == nullptr);
-    if (updates == nullptr && parameters == nullptr) {
-      throw py::value_error("parameters: needed, unless `updates` says where to write the step");
-    }
-    sizes(parameters, "parameters");
-    sizes(updates, "updates");
-    for (std::size_t i = 0; updates != nullptr && i < updates->size(); ++i) {
-      const Buffer &u = (*updates)[i], &g = (*gradients)[i];
-      if (u.data == g.data && u.element == g.element) call.allow_in_place(i);
-    }
+  Rates(const Call& call, const StepRoles& roles, const py::object& rate_in, const py::object& decay_in)
+      : rate(rate_in, "learning_rate", call.tensors(), -kInfinity, kInfinity),
+        weight_decay(decay_in, "weight_decay", call.tensors(), -kInfinity, kInfinity) {
+    for (std::size_t i = 0; i < call.tensors(); ++i) require_parameters(roles, weight_decay[i]);
   }
 
-  void sizes(const std::vector<Buffer>* role, const char* name) const {
-    Call::require_sizes(role, name, [&](std::size_t i) { return (*gradients)[i].size; });
-  }
-
-  // The part of a tensor's description that every step has.
-  template <class Step>
-  void fill(Step& step, std::size_t i, const Numbers& learning_rate, const Numbers& weight_decay) const {
-    if (parameters == nullptr && weight_decay[i] != 0) {
-      throw py::value_error("parameters: needed when weight_decay is not 0");
-    }
-    step.parameter = pick(parameters, i);
-    step.gradient = (*gradients)[i];
-    step.output = pick(updates, i);
-    step.rate = learning_rate[i];
-    step.weight_decay = weight_decay[i];
+  static void require_parameters(const StepRoles& roles, double weight_decay) {
+    if (!roles.parameters && weight_decay != 0) refuse("parameters", "given", "None", "weight_decay is not 0");
   }
 };
 
-Denominator denominator_of(const std::string& name) {
-  const int found = index_of(kDenominatorNames, name);
-  if (found >= 0) return static_cast<Denominator>(found);
-  throw py::value_error("denominator: must be 'root', 'magnitude' or 'none', got '" + name + "'");
-}
-
-// What a tier-2 step takes besides its buffers, as given.
+// The numbers of a tier-2 step as given, in the order of `kTier2Numbers`, and its denominator.
 struct Tier2Arguments {
-  py::object learning_rate, weight_decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction;
+  py::object numbers[std::size(kTier2Numbers)];
   std::string denominator;
 };
 
-// The tensors of a tier-2 step, all but its first moments.
-std::vector<Tier2> tier2_tensors(Call& call, const StepRoles& roles, const py::object& nu_in, bool has_long,
-                                 const Tier2Arguments& given) {
-  const std::size_t n = call.tensors();
-  const Denominator denominator = denominator_of(given.denominator);
-  const auto* nu = call.role(nu_in, "nu", true);
-  if ((nu != nullptr) != (denominator == Denominator::root)) {
-    throw py::value_error(std::string("nu: ") + (nu == nullptr ? "needed" : "must be None") +
-                          " when denominator is '" + given.denominator + "'");
+std::vector<Tier2> tier2_tensors(Call& call, const StepRoles& roles, const Role& mu, const Role& mu_long,
+                                 const py::object& nu, bool has_long, const Tier2Arguments& given) {
+  std::vector<Numbers> columns;
+  for (std::size_t k = 0; k < std::size(kTier2Numbers); ++k) {
+    const Tier2Number& n = kTier2Numbers[k];
+    columns.emplace_back(given.numbers[k], n.name, call.tensors(), n.low, n.high, n.low_excluded);
   }
-  roles.sizes(nu, "nu");
-  const Numbers rate(given.learning_rate, "learning_rate", n, -kInfinity, kInfinity);
-  const Numbers weight_decay(given.weight_decay, "weight_decay", n, -kInfinity, kInfinity);
-  const Numbers b1(given.b1, "b1", n, 0, 1), b1_long(given.b1_long, "b1_long", n, 0, 1);
-  const Numbers blend(given.blend, "blend", n, 0, 1);
-  const Numbers b2(given.b2, "b2", n, 0, 1), eps(given.eps, "eps", n, 0, kInfinity);
-  const Numbers mu_correction(given.mu_correction, "mu_correction", n, 0, kInfinity, true);
-  const Numbers nu_correction(given.nu_correction, "nu_correction", n, 0, kInfinity, true);
-  std::vector<Tier2> tensors(n);
-  for (std::size_t i = 0; i < n; ++i) {
-    if (!has_long && blend[i] != 1) throw py::value_error("blend: must be 1 without a long EMA");
-    Tier2& t = tensors[i];
-    roles.fill(t, i, rate, weight_decay);
-    t.nu = pick(nu, i);
-    t.denominator = denominator;
-    t.b1 = b1[i];
-    t.b1_long = b1_long[i];
-    t.blend = blend[i];
-    t.b2 = b2[i];
-    t.eps = eps[i];
-    t.mu_correction = mu_correction[i];
-    t.nu_correction = nu_correction[i];
+  const Denominator denominator = denominator_of(given.denominator);
+  auto tensors = tier2_of(roles, mu, mu_long, call.optional(nu, "nu", true), denominator,
+                          [&](std::size_t k, std::size_t i) { return columns[k][i]; });
+  for (const Tier2& t : tensors) {
+    Rates::require_parameters(roles, t.weight_decay);
+    if (!has_long && t.blend != 1) refuse("blend", "1 without a long EMA", shown(t.blend));
   }
   return tensors;
 }
@@ -367,80 +274,48 @@ void tier2(const py::object& parameters, const py::object& gradients, const py::
            const py::object& nu, const py::object& mu_long, const py::object& updates,
            const Tier2Arguments& given, int threads) {
   Call call(threads);
-  const StepRoles roles(call, parameters, gradients, updates);
-  const auto& mus = call.needed_role(mu, "mu", true);
-  const auto* longs = call.role(mu_long, "mu_long", true);
-  roles.sizes(&mus, "mu");
-  roles.sizes(longs, "mu_long");
-  std::vector<Tier2> tensors = tier2_tensors(call, roles, nu, longs != nullptr, given);
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    tensors[i].mu = mus[i];
-    tensors[i].mu_long = pick(longs, i);
-  }
+  const StepRoles roles = step_roles(call, parameters, gradients, updates);
+  const Role mus = call.role(mu, "mu", true), longs = call.optional(mu_long, "mu_long", true);
+  const auto tensors = tier2_tensors(call, roles, mus, longs, nu, static_cast<bool>(longs), given);
   call.require_disjoint();
   call.without_gil([&](const Loop& loop) { run_tier2(tensors, loop); });
 }
 
-// One block size for all tensors or one for each, and the bits of a code.
-class Blocks {
- public:
-  Blocks(const Call& call, const py::object& block, int bits)
-      : block_(block, "block", call.tensors(), 1, 9.0e15), bits_(bits) {
-    if (bits != 4 && bits != 8) throw py::value_error("bits: must be 4 or 8, got " + std::to_string(bits));
-    for (std::size_t i = 0; i < call.tensors(); ++i) {
-      if (block_[i] != std::floor(block_[i])) throw py::value_error("block: must be an integer");
-    }
-  }
-
-  // Codes and scales of tensors with the sizes of `values`.
-  std::vector<Codes> codes(Call& call, const std::vector<Buffer>& values, const py::object& packed_in,
-                           const char* packed_name, const py::object& scales_in, const char* scales_name,
-                           bool written) const {
-    const auto& packed = call.needed_role(packed_in, packed_name, written, true);
-    const auto& scales = call.needed_role(scales_in, scales_name, written);
-    Call::require_float32(scales, scales_name);
-    std::vector<Codes> result(values.size());
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      // A block beyond the tensor's end is the whole tensor.
-      const double size = static_cast<double>(std::max<std::int64_t>(values[i].size, 1));
-      const auto block = static_cast<std::int64_t>(std::min(block_[i], size));
-      result[i] = {packed[i], scales[i], values[i].size, block, bits_};
-    }
-    Call::require_sizes(&packed, packed_name,
-                        [&](std::size_t i) { return packed_size(values[i].size, bits_); });
-    Call::require_sizes(&scales, scales_name,
-                        [&](std::size_t i) { return block_count(values[i].size, result[i].block); });
-    return result;
-  }
-
- private:
-  Numbers block_;
-  int bits_;
-};
+// Codes and scales of tensors with the sizes of `values`; one size of blocks for all or one for each.
+std::vector<Codes> codes_of(Call& call, const Role& values, const py::object& packed_in, const char* packed_name,
+                            const py::object& scales_in, const char* scales_name, bool written,
+                            const py::object& block_in, int bits) {
+  const Numbers block(block_in, "block", call.tensors(), 1, 9.0e15);
+  const Role packed = call.role(packed_in, packed_name, written, Holds::codes);
+  const Role scales = call.role(scales_in, scales_name, written, Holds::singles);
+  const auto whole = [&](std::size_t i) {
+    if (block[i] != std::floor(block[i])) refuse("block", "an integer", shown(block[i]));
+    return static_cast<std::int64_t>(block[i]);
+  };
+  return codes_of(packed, scales, values, whole, bits);
+}
 
 void tier2_quantized(const py::object& parameters, const py::object& gradients, const py::object& mu_codes,
                      const py::object& mu_scales, const py::object& nu, const py::object& mu_long_codes,
                      const py::object& mu_long_scales, const py::object& updates, const py::object& block,
                      int bits, const std::string& start, const Tier2Arguments& given, int threads) {
-  if (start != "zero" && start != "gradient") {
-    throw py::value_error("start: must be 'zero' or 'gradient', got '" + start + "'");
-  }
-  if (mu_long_codes.is_none() != mu_long_scales.is_none()) {
-    throw py::value_error("mu_long_codes and mu_long_scales: give both or neither");
+  const bool at_gradient = index_of({"zero", "gradient"}, start, "start") == 1;
+  const bool has_long = !mu_long_codes.is_none();
+  if (mu_long_scales.is_none() == has_long) {
+    refuse("mu_long_codes and mu_long_scales", "both given or both None", "one of them");
   }
   Call call(threads);
-  const StepRoles roles(call, parameters, gradients, updates);
-  const Blocks blocks(call, block, bits);
-  const auto mu = blocks.codes(call, *roles.gradients, mu_codes, "mu_codes", mu_scales, "mu_scales", true);
+  const StepRoles roles = step_roles(call, parameters, gradients, updates);
+  const auto mu =
+      codes_of(call, roles.gradients, mu_codes, "mu_codes", mu_scales, "mu_scales", true, block, bits);
   std::vector<Codes> longs(call.tensors());
-  const bool has_long = !mu_long_codes.is_none();
   if (has_long) {
-    longs = blocks.codes(call, *roles.gradients, mu_long_codes, "mu_long_codes", mu_long_scales,
-                         "mu_long_scales", true);
+    longs = codes_of(call, roles.gradients, mu_long_codes, "mu_long_codes", mu_long_scales, "mu_long_scales", true,
+                     block, bits);
   }
-  const std::vector<Tier2> steps = tier2_tensors(call, roles, nu, has_long, given);
+  const auto steps = tier2_tensors(call, roles, {}, {}, nu, has_long, given);
   std::vector<Tier2Quantized> tensors(steps.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {steps[i], mu[i], longs[i], start == "gradient"};
+  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {steps[i], mu[i], longs[i], at_gradient};
   call.require_disjoint();
   call.without_gil([&](const Loop& loop) { run_tier2_quantized(tensors, loop); });
 }
@@ -449,19 +324,17 @@ void tier1(const py::object& parameters, const py::object& gradients, const py::
            const py::object& updates, const py::object& learning_rate, const py::object& weight_decay,
            const py::object& decay, bool scale_decay, const py::object& mean_magnitude, int threads) {
   Call call(threads);
-  const StepRoles roles(call, parameters, gradients, updates);
-  const auto& cs = call.needed_role(magnitudes, "magnitudes", true);
-  Call::require_float32(cs, "magnitudes");
-  Call::require_sizes(&cs, "magnitudes", [](std::size_t) { return 1; });
+  const StepRoles roles = step_roles(call, parameters, gradients, updates);
+  const Role cs = call.role(magnitudes, "magnitudes", true, Holds::singles);
+  require_sizes(cs, [](std::size_t) { return 1; });
   const std::size_t n = call.tensors();
-  const Numbers rate(learning_rate, "learning_rate", n, -kInfinity, kInfinity);
-  const Numbers weight(weight_decay, "weight_decay", n, -kInfinity, kInfinity);
+  const Rates rates(call, roles, learning_rate, weight_decay);
   const Numbers decays(decay, "decay", n, 0, 1);
   std::optional<Numbers> means;
   if (!mean_magnitude.is_none()) means.emplace(mean_magnitude, "mean_magnitude", n, 0, kInfinity);
   std::vector<Tier1> tensors(n);
   for (std::size_t i = 0; i < n; ++i) {
-    roles.fill(tensors[i].step, i, rate, weight);
+    roles.fill(tensors[i].step, i, rates.rate[i], rates.weight_decay[i]);
     tensors[i].magnitude = static_cast<float*>(cs[i].data);
     tensors[i].decay = decays[i];
     tensors[i].scale_decay = scale_decay;
@@ -474,20 +347,20 @@ void tier1(const py::object& parameters, const py::object& gradients, const py::
 void tier0(const py::object& parameters, const py::object& gradients, const py::object& updates,
            const py::object& learning_rate, const py::object& weight_decay, int threads) {
   Call call(threads);
-  const StepRoles roles(call, parameters, gradients, updates);
-  const std::size_t n = call.tensors();
-  const Numbers rate(learning_rate, "learning_rate", n, -kInfinity, kInfinity);
-  const Numbers weight(weight_decay, "weight_decay", n, -kInfinity, kInfinity);
-  std::vector<SignStep> tensors(n);
-  for (std::size_t i = 0; i < n; ++i) roles.fill(tensors[i], i, rate, weight);
+  const StepRoles roles = step_roles(call, parameters, gradients, updates);
+  const Rates rates(call, roles, learning_rate, weight_decay);
+  std::vector<SignStep> tensors(call.tensors());
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    roles.fill(tensors[i], i, rates.rate[i], rates.weight_decay[i]);
+  }
   call.require_disjoint();
   call.without_gil([&](const Loop& loop) { run_sign(tensors, loop); });
 }
 
 py::array_t<double> statistics(const py::object& gradients, int threads) {
   Call call(threads);
-  const auto& buffers = call.needed_role(gradients, "gradients", false);
-  const auto totals = call.without_gil([&](const Loop& loop) { return run_statistics(buffers, loop); });
+  const Role role = call.role(gradients, "gradients", false);
+  const auto totals = call.without_gil([&](const Loop& loop) { return run_statistics(*role.buffers, loop); });
   py::array_t<double> table({static_cast<py::ssize_t>(totals.size()), py::ssize_t{4}});
   double* row = table.mutable_data();
   for (const Statistics& s : totals) {
@@ -496,27 +369,17 @@ py::array_t<double> statistics(const py::object& gradients, int threads) {
   return table;
 }
 
-SumKind sum_kind_of(const std::string& name) {
-  const int found = index_of(kSumNames, name);
-  if (found >= 0) return static_cast<SumKind>(found);
-  std::string known;
-  for (const char* kind : kSumNames) known += (known.empty() ? "" : ", ") + std::string(kind);
-  throw py::value_error("kind: must be one of " + known + ", got " + name);
-}
-
 py::array_t<float> sums(const std::string& kind_name, const py::object& xs_in, const py::object& ys_in, double c,
                         int threads) {
   const SumKind kind = sum_kind_of(kind_name);
   if (is_of_pairs(kind) == ys_in.is_none()) {
-    throw py::value_error("ys: must " + std::string(is_of_pairs(kind) ? "not " : "") + "be None for '" +
-                          kind_name + "'");
+    refuse("ys", ys_in.is_none() ? "given" : "None", type_of(ys_in), "kind is '" + kind_name + "'");
   }
   Call call(threads);
-  const auto& xs = call.needed_role(xs_in, "xs", false);
-  const auto* ys = call.role(ys_in, "ys", false);
-  Call::require_sizes(ys, "ys", [&](std::size_t i) { return xs[i].size; });
+  const Role xs = call.role(xs_in, "xs", false), ys = call.optional(ys_in, "ys", false);
+  require_like(ys, xs);
   std::vector<Summands> tensors(xs.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {xs[i], pick(ys, i), static_cast<float>(c)};
+  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {xs[i], ys[i], static_cast<float>(c)};
   const auto totals = call.without_gil([&](const Loop& loop) { return run_sums(kind, tensors, loop); });
   py::array_t<float> table(
       {static_cast<py::ssize_t>(totals.size()), static_cast<py::ssize_t>(sum_count(kind))});
@@ -530,16 +393,17 @@ py::array_t<float> sums(const std::string& kind_name, const py::object& xs_in, c
 void quantize(const py::object& values, const py::object& codes, const py::object& scales,
               const py::object& block, int bits, const py::object& keys, int threads) {
   Call call(threads);
-  const auto& buffers = call.needed_role(values, "values", false);
-  const auto coded = Blocks(call, block, bits).codes(call, buffers, codes, "codes", scales, "scales", true);
-  std::vector<Requantize> tensors(buffers.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {buffers[i], coded[i]};
+  const Role role = call.role(values, "values", false);
+  const auto coded = codes_of(call, role, codes, "codes", scales, "scales", true, block, bits);
+  std::vector<Requantize> tensors(role.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {role[i], coded[i]};
   if (!keys.is_none()) {
     const auto words = py::array_t<std::uint32_t, py::array::c_style>::ensure(keys);
     if (!words || words.ndim() != 2 || words.shape(0) != static_cast<py::ssize_t>(tensors.size()) ||
         words.shape(1) != 2) {
-      throw py::value_error("keys: expected uint32 of shape (" + std::to_string(tensors.size()) +
-                            ", 2), a Threefry key for each tensor");
+      const std::string shape = words ? py::str(words.attr("shape")) : py::str(py::repr(keys));
+      refuse("keys", "uint32 of shape (" + std::to_string(tensors.size()) + ", 2)", shape,
+             "a Threefry key for each tensor");
     }
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       tensors[i].stochastic = true;
@@ -554,10 +418,10 @@ void quantize(const py::object& values, const py::object& codes, const py::objec
 void dequantize(const py::object& codes, const py::object& scales, const py::object& values,
                 const py::object& block, int bits, int threads) {
   Call call(threads);
-  const auto& buffers = call.needed_role(values, "values", true);
-  const auto coded = Blocks(call, block, bits).codes(call, buffers, codes, "codes", scales, "scales", false);
-  std::vector<Requantize> tensors(buffers.size());
-  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {buffers[i], coded[i]};
+  const Role role = call.role(values, "values", true);
+  const auto coded = codes_of(call, role, codes, "codes", scales, "scales", false, block, bits);
+  std::vector<Requantize> tensors(role.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) tensors[i] = {role[i], coded[i]};
   call.require_disjoint();
   call.without_gil([&](const Loop& loop) { run_requantize(tensors, true, loop); });
 }
@@ -580,7 +444,7 @@ void add_numpy_door(py::module_& m) {
          const py::object& blend, const py::object& b2, const py::object& eps, const py::object& mu_correction,
          const py::object& nu_correction, const std::string& denominator, int threads) {
         tier2(parameters, gradients, mu, nu, mu_long, updates,
-              {learning_rate, weight_decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction,
+              {{learning_rate, weight_decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction},
                denominator},
               threads);
       },
@@ -599,8 +463,8 @@ void add_numpy_door(py::module_& m) {
          const std::string& denominator, int threads) {
         tier2_quantized(parameters, gradients, mu_codes, mu_scales, nu, mu_long_codes, mu_long_scales, updates,
                         block, bits, start,
-                        {learning_rate, weight_decay, b1, b1_long, blend, b2, eps, mu_correction,
-                         nu_correction, denominator},
+                        {{learning_rate, weight_decay, b1, b1_long, blend, b2, eps, mu_correction, nu_correction},
+                         denominator},
                         threads);
       },
       arg("parameters"), arg("gradients"), arg("mu_codes"), arg("mu_scales"), arg("nu"), kw,

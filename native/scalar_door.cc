@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "chainrule/scalars.hpp"
+#include "checks.hpp"
 #include "doors.hpp"
 
 namespace py = pybind11;
@@ -24,7 +25,7 @@ auto op_of(const std::string& name) {
   for (const ScalarOp& op : scalar_ops()) {
     if (name == op.name) return op.apply;
   }
-  throw py::value_error("instructions: there is no scalar operation " + name);
+  refuse("instructions", "of `scalar_ops`", "'" + name + "'");
 }
 
 class ScalarProgram {
@@ -33,10 +34,10 @@ class ScalarProgram {
                 const std::vector<Place>& stores, Words words, int tensors)
       : words_(std::move(words)), tensors_(tensors) {
     if (words_.ndim() != 1 || !words_.writeable()) {
-      throw py::value_error("words: expected a uint32 vector that may be written");
+      refuse("words", "a uint32 vector that may be written", std::to_string(words_.ndim()) + " axes");
     }
     for (const auto& [name, result, a, b, c] : instructions) {
-      for (const int index : {result, a, b, c}) check(index, words_.size(), "instructions: a word");
+      for (const int index : {result, a, b, c}) require_index("instructions: a word", index, words_.size());
       code_.push_back({op_of(name), result, a, b, c});
     }
     loads_ = places(loads, "loads");
@@ -45,30 +46,27 @@ class ScalarProgram {
 
   void run(const std::vector<std::uintptr_t>& pointers) {
     if (pointers.size() != static_cast<std::size_t>(tensors_)) {
-      throw py::value_error("pointers: expected " + std::to_string(tensors_) + ", got " +
-                            std::to_string(pointers.size()));
+      refuse("pointers", std::to_string(tensors_) + ", one for each tensor", std::to_string(pointers.size()));
     }
     for (std::size_t i = 0; i < pointers.size(); ++i) {
-      if (pointers[i] == 0) throw py::value_error("pointers[" + std::to_string(i) + "]: is null");
+      if (pointers[i] == 0) refuse(at("pointers", i), "the address of a tensor", "null");
     }
     run_scalars(code_, loads_, stores_, words_.mutable_data(), pointers);
   }
 
  private:
-  static void check(int index, py::ssize_t size, const std::string& what) {
-    if (index < 0 || index >= size) {
-      throw py::value_error(what + " must be in [0, " + std::to_string(size) + "), got " + std::to_string(index));
-    }
+  static void require_index(const std::string& what, int index, py::ssize_t size) {
+    in_range<std::int64_t>(what, index, 0, size - 1);
   }
 
   std::vector<ScalarPlace> places(const std::vector<Place>& given, const std::string& name) const {
     std::vector<ScalarPlace> places;
     for (const auto& [word, tensor, offset, bytes] : given) {
-      check(word, words_.size(), name + ": a word");
-      check(tensor, tensors_, name + ": a tensor");
+      require_index(name + ": a word", word, words_.size());
+      require_index(name + ": a tensor", tensor, tensors_);
       if (offset < 0 || (bytes != 1 && bytes != 4)) {
-        throw py::value_error(name + ": expected an offset of at least 0 and 1 or 4 bytes, got " +
-                              std::to_string(offset) + " and " + std::to_string(bytes));
+        refuse(name, "at an offset of at least 0 and of 1 or 4 bytes",
+               std::to_string(offset) + " and " + std::to_string(bytes));
       }
       places.push_back({word, tensor, offset, bytes});
     }

@@ -430,3 +430,35 @@ def test_a_handler_refuses_what_does_not_fit(name: str) -> None:
     for wrong in bad:
         with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
             call_raw(name, wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "attributes", "message"),
+    [
+        ("tier2", {2: ((9,), F)}, {}, r"mu\[0\]: must be of 8 elements, got 9"),
+        ("tier2", {0: ((1, 8), F)}, {}, "columns of the table: must be 9, got 8"),
+        ("tier2", {0: ((2, 9), F)}, {}, "operands|results"),
+        ("tier2", {1: ((8,), "int8")}, {}, r"gradients\[0\]: must be float32, .*, got S8; cast it"),
+        ("tier2", {2: ((8,), U8)}, {}, r"mu\[0\]: must be float32, bfloat16 or float16, got uint8"),
+        ("tier2", {}, {"denominator": "sqrt"}, "denominator: must be one of root, .*, got 'sqrt'"),
+        ("tier2", {}, {"denominator": "none"}, "number of operands: must be 2, got 3"),
+        ("tier2_quantized", {3: ((1,), F)}, {}, r"mu_scales\[0\]: must be of 2 elements, got 1"),
+        ("tier1", {1: ((2,), F)}, {}, "number of magnitudes: must be 1, got 2"),
+        ("sums", {2: ((7,), F)}, {}, r"ys\[0\]: must be of 8 elements, got 7"),
+        ("sums", {}, {"kind": "median"}, "kind: must be one of moments, .*, got 'median'"),
+        ("quantize", {}, {"bits": np.int32(5)}, "bits: must be 4 or 8, got 5"),
+        ("dequantize", {}, {"block": np.int64(0)}, "block: must be at least 1, got 0"),
+    ],
+)
+def test_a_handler_says_what_does_not_fit(
+    name: str, operands: dict[int, Any], attributes: dict[str, Any], message: str
+) -> None:
+    """In the words of the NumPy door."""
+    raw = RAW[name]
+    results = list(raw.results)
+    for i in operands.keys() & raw.aliases.keys():
+        results[raw.aliases[i]] = operands[i]
+    changed = [operands.get(i, spec) for i, spec in enumerate(raw.operands)]
+    given = {**raw.attributes, **attributes}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"chainrule: ({message})"):
+        call_raw(name, raw._replace(operands=changed, results=results, attributes=given))

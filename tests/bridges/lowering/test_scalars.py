@@ -242,13 +242,19 @@ def as_words(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"instructions": [("median.f", 0, 0, 0, 0)]}, "no scalar operation median.f"),
-        ({"instructions": [("add.f", 0, 3, 0, 0)]}, r"a word must be in \[0, 3\), got 3"),
-        ({"loads": [(0, 1, 0, 4)]}, r"loads: a tensor must be in \[0, 1\), got 1"),
-        ({"stores": [(-1, 0, 0, 4)]}, r"stores: a word must be in \[0, 3\), got -1"),
+        (
+            {"instructions": [("median.f", 0, 0, 0, 0)]},
+            "instructions: must be of `scalar_ops`, got 'median.f'",
+        ),
+        (
+            {"instructions": [("add.f", 0, 3, 0, 0)]},
+            r"instructions: a word: must be in \[0, 2\], got 3",
+        ),
+        ({"loads": [(0, 1, 0, 4)]}, r"loads: a tensor: must be in \[0, 0\], got 1"),
+        ({"stores": [(-1, 0, 0, 4)]}, r"stores: a word: must be in \[0, 2\], got -1"),
         ({"stores": [(0, 0, 0, 8)]}, "1 or 4 bytes, got 0 and 8"),
-        ({"loads": [(0, 0, -1, 4)]}, "an offset of at least 0"),
-        ({"words": np.zeros((1, 3), np.uint32)}, "words: expected a uint32 vector"),
+        ({"loads": [(0, 0, -1, 4)]}, "an offset of at least 0 and of 1 or 4 bytes, got -1 and 4"),
+        ({"words": np.zeros((1, 3), np.uint32)}, "words: must be a uint32 vector"),
     ],
 )
 def test_a_wrong_program_is_refused(change: dict[str, Any], message: str) -> None:
@@ -259,7 +265,9 @@ def test_a_wrong_program_is_refused(change: dict[str, Any], message: str) -> Non
 
 def test_a_program_wants_all_its_memory() -> None:
     program = _kernel.ScalarProgram([], [(0, 0, 0, 4)], [], np.zeros(1, np.uint32), 1)
-    with pytest.raises(ValueError, match="pointers: expected 1, got 2"):
+    with pytest.raises(ValueError, match="pointers: must be 1, one for each tensor, got 2"):
         program.run([8, 8])
-    with pytest.raises(ValueError, match=r"pointers\[0\]: is null"):
+    with pytest.raises(
+        ValueError, match=r"pointers\[0\]: must be the address of a tensor, got null"
+    ):
         program.run([0])
