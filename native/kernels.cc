@@ -1,4 +1,6 @@
 // Compiled once per instruction set, with CHAINRULE_ISA its name.
+#include <utility>
+
 #include "chainrule/kernels.hpp"
 
 namespace chainrule {
@@ -7,13 +9,13 @@ namespace chainrule {
 #define CHAINRULE_TEXT(name) CHAINRULE_TEXT_OF(name)
 
 namespace CHAINRULE_ISA {
+template <std::size_t... kKind>
+constexpr Kernels table_of(std::index_sequence<kKind...>) {
+  return {CHAINRULE_TEXT(CHAINRULE_ISA), tier2, tier2_quantized, sign_step, partial_statistics,
+          {partial_sums<static_cast<SumKind>(kKind)>...}, quantize, dequantize};
+}
+
 extern const Kernels table;
-const Kernels table = {
-    CHAINRULE_TEXT(CHAINRULE_ISA), tier2,    tier2_quantized, sign_step, partial_statistics,
-    {partial_sums<SumKind::moments>, partial_sums<SumKind::residual>, partial_sums<SumKind::alignment>,
-     partial_sums<SumKind::variance_share>, partial_sums<SumKind::square_share>,
-     partial_sums<SumKind::magnitude>},
-    quantize, dequantize,
-};
+const Kernels table = table_of(std::make_index_sequence<kSumKinds>());
 }  // namespace CHAINRULE_ISA
 }  // namespace chainrule

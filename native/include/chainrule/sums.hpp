@@ -77,6 +77,7 @@ inline Sums partial_sums(const Summands& t, std::int64_t begin, std::int64_t end
           sums[1][v] += a * a;
           sums[2][v] += b * b;
         } else {
+          static_assert(kKind == SumKind::variance_share || kKind == SumKind::square_share, "a kind without terms");
           const Floats signal = a * a, other = t.c * b;
           // NaN in either stays: the comparison is false for it, and `other` is then the NaN or divides it.
           const Floats whole =
