@@ -152,8 +152,13 @@ class Sharder:
             return None
         value, target = value_of(old), old.target
         if target is operator.getitem:
-            source = self._generated(first_arg(old), axes)
-            return source and self.emit(old, operator.getitem, source, args_of(old)[1])
+            source = first_arg(old)
+            if (source, axes) not in self.parts:
+                made = self._generated(source, axes)
+                if made is None:
+                    return None
+                self.parts[source, axes] = made
+            return self.emit(old, operator.getitem, self.parts[source, axes], args_of(old)[1])
         shape = layouts.local_shape(shape_of(value), axes, self.mesh)
         ((start, stop), *_) = spans = layouts.spans(shape_of(value), axes, self.mesh.coordinate)
         if target in (torch.full, torch.zeros):
