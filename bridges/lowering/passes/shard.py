@@ -54,6 +54,8 @@ class Sharder:
         """How what an old node stands for is cut in `new`; several results of one node alike."""
         self.parts: dict[tuple[fx.Node, Axes], fx.Node] = {}
         """Of whole tensors the parts, and of parts the whole ones."""
+        self._lacks_whole: dict[fx.Node, int] = {}
+        """Nodes without a whole, when `parts` had so many entries."""
         self.gathered: Counter[str] = Counter()
         """What reads whole tensors, of which ranks have parts."""
 
@@ -107,13 +109,30 @@ class Sharder:
         args, kwargs = (fx.map_arg(x, operand) for x in (old.args, old.kwargs))
         return self.keep(old, self.emit(old, function_of(old), *args, **kwargs), axes)  # pyright: ignore[reportCallIssue]
 
+    def is_whole(self, old: fx.Node) -> bool:
+        return not is_cut(self.axes[old])
+
+    def has_whole(self, old: fx.Node) -> bool:
+        """Whether the whole is there without another collective, or can be computed entry by entry of what is."""
+        if self.is_whole(old) or (old, whole(len(self.axes[old]))) in self.parts:
+            return True
+        known = self._lacks_whole.get(old)
+        if known != len(self.parts) and info(old).elementwise:
+            if all(map(self.has_whole, old.all_input_nodes)):
+                return True
+            self._lacks_whole[old] = len(self.parts)
+        return False
+
     def all_of(self, old: fx.Node) -> fx.Node:
         """The whole of what an old node stands for."""
         axes = self.axes[old]
         if not is_cut(axes):
             return self.new[old]
         key = old, whole(len(axes))
-        if key not in self.parts:
+        if key not in self.parts and self.has_whole(old):
+            args, kwargs = (fx.map_arg(x, self.all_of) for x in (old.args, old.kwargs))
+            self.parts[key] = self.emit(old, function_of(old), *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        elif key not in self.parts:
             value = value_of(old)
             spans = tuple(
                 layouts.spans(value.shape, axes, coordinate) for coordinate in self.mesh.order
@@ -199,7 +218,10 @@ class Sharder:
         if rule is None and info(old).elementwise:
             rule = elementwise
         if rule is None or not rule(self, old):
-            self.gathered[f"{function_of(old).__name__} in {old.meta['link'] or 'the step'}"] += 1
+            if not info(old).elementwise:
+                self.gathered[
+                    f"{function_of(old).__name__} in {old.meta['link'] or 'the step'}"
+                ] += 1
             self.copy(old, whole(len(shape_of(value_of(old)))), self.all_of)
 
 

@@ -29,8 +29,12 @@ Rule: TypeAlias = "Callable[[Sharder, fx.Node], bool]"
 
 
 def elementwise(s: "Sharder", old: fx.Node) -> bool:
-    """Entry by entry: cut as the operands are."""
+    """Entry by entry: cut as the operands are, or whole where one is and of the others the whole is there already."""
     shape = shape_of(value_of(old))
+    if any(s.is_whole(n) and shape_of(value_of(n)) == shape for n in old.all_input_nodes) and all(
+        map(s.has_whole, old.all_input_nodes)
+    ):
+        return False
     operands = [layouts.broadcast(s.axes[n], value_of(n).shape, shape) for n in old.all_input_nodes]
     axes = layouts.merged(operands)
     s.copy(old, axes, lambda n: s.operand(n, axes, shape))
