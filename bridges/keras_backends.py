@@ -1,5 +1,6 @@
 """A flat chain as a step on Keras variables: what the backends share, and which class is that of a backend."""
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import keras
 from chainrule.bridges.flat_chain import FlatChain
 
 
-class FlatStep:
+class FlatStep(abc.ABC):
     """Runs a flat chain on Keras variables. A backend says how in `_made`, `_run`, `_values`, `_like` and `_assign`."""
 
     def __init__(self, flat: FlatChain, compile: bool):
@@ -64,8 +65,9 @@ class FlatStep:
             self._programs[key] = self._made(name, missing, *more)
         return self._programs[key]
 
+    @abc.abstractmethod
     def _made(self, name: str, missing: tuple[int, ...], *more: Any) -> Any:
-        raise NotImplementedError
+        """The function as the backend's program."""
 
     def _run(self, name: str, missing: tuple[int, ...], *arguments: Any) -> tuple[Any, Any]:
         """The program on values: lists of parameters, gradients and state, the rate, and `moved` if there is one."""
@@ -75,9 +77,9 @@ class FlatStep:
         """What the variables hold."""
         return [v.value for v in variables]
 
+    @abc.abstractmethod
     def _like(self, grad: Any, value: Any) -> Any:
         """A gradient in the dtype of `value`."""
-        raise NotImplementedError
 
     def _assign(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
         for variable, value in zip(variables, values, strict=True):

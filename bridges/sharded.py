@@ -161,7 +161,8 @@ def _layout(tensor: Any, common: Any) -> tuple[Axes, Mesh]:
             continue
         if placement.is_partial():
             raise NotImplementedError(
-                "TorchBridge: a parameter is placed as Partial, so no rank knows it"
+                f"TorchBridge: a parameter of shape {tuple(tensor.shape)} is placed as {tensor.placements}, so no rank "
+                "knows its value; redistribute it to Shard or Replicate"
             )
         # A strided shard (FSDP over tensor parallelism) was split after those that come later in the mesh.
         strided = hasattr(placement, "split_factor")

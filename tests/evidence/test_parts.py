@@ -38,9 +38,11 @@ def test_looked_up_attention_is_attention():
     model = e1.Transformer(np.random.default_rng(0), p, width)
     pairs = np.array([[0, 3], [6, 6], [2, 1]], np.int32)
 
+    def dense(layer, x):
+        return x @ layer.kernel + layer.bias
+
     def one(a, b):
         x = np.stack([model.embedding[i] for i in (a, b, p)]) + model.positions
-        dense = lambda layer, x: x @ layer.kernel + layer.bias  # noqa: E731
         q = dense(model.query, x[2]).reshape(e1.HEADS, -1)
         k, v = (dense(m, x).reshape(3, e1.HEADS, -1) for m in (model.key, model.value))
         scores = np.einsum("hd,thd->ht", q, k) / (width / e1.HEADS) ** 0.5
