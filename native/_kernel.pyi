@@ -177,3 +177,26 @@ class ScalarProgram:
 
 def scalar_ops() -> list[str]:
     """The operations: torch's name and the type of the operands, f, i or b."""
+
+class Launches:
+    """Calls of one compiled function without a result, one after the other, each with arguments of 64 bits.
+
+    Args:
+        function: its address, which the caller vouches for, as for the memory of the tensors.
+        rows: the arguments of each call, at most 64: the address of tensor i, or `numbers[i - tensors]`.
+        numbers: that do not change.
+        tensors: how many there are.
+
+    Raises:
+        ValueError: an index out of its range, or a row that is too long.
+    """
+
+    def __init__(
+        self, function: int, rows: Sequence[Sequence[int]], numbers: Sequence[int], tensors: int
+    ) -> None: ...
+    def run(self, pointers: Sequence[int]) -> None:
+        """Makes the calls, without the GIL.
+
+        Raises:
+            ValueError: another number of pointers; nothing has been called.
+        """

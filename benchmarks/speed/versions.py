@@ -4,9 +4,10 @@
     python benchmarks/speed/versions.py /tmp/other/.venv/bin/python [--lists gpt small] [--rounds 15]
 
 Each version runs in a process of its own; the two take turns, one at a time, on the same shapes. Where a process lies
-in memory changes its speed by some per cent, so there are several pairs of processes. A ratio is the median over pairs
-of the median over rounds of (this / other in the same round), with the least and the largest pair in brackets. The
-last line of a list is the other version against itself: how much of a ratio is noise.
+in memory changes its speed by some per cent, and the one that started first is slower by 3 %: so there are several
+pairs of processes, an even number, and every second pair is started and asked in the other order. A ratio is the
+geometric mean over pairs of the median over rounds of (this / other in the same round), with the least and the largest
+pair in brackets. The last line of a list is the other version against itself: how much of a ratio is noise.
 """
 
 import argparse
@@ -89,16 +90,17 @@ class Worker:
 def compare(pythons: list[str], listed: str, name: str, pairs: int, rounds: int) -> None:
     """Prints a line."""
     ratios, least = [], []
-    for _ in range(pairs):
-        workers = [Worker(python, listed, name) for python in pythons]
-        times = [[worker.round() for worker in workers] for _ in range(rounds)]
+    for pair in range(pairs):
+        order = slice(None, None, -1 if pair % 2 else 1)  # its own inverse
+        workers = [Worker(python, listed, name) for python in pythons[order]]
+        times = [[worker.round() for worker in workers][order] for _ in range(rounds)]
         for worker in workers:
             worker.stop()
         ratios.append(statistics.median(this / other for this, other in times))
         least.append([min(seconds) for seconds in zip(*times, strict=True)])
     this, other = (1e3 * min(seconds) / STEPS[listed] for seconds in zip(*least, strict=True))
     print(
-        f"{listed:7}{name:20}{this:10.2f} ms{other:10.2f} ms{statistics.median(ratios):8.3f}"
+        f"{listed:7}{name:20}{this:10.2f} ms{other:10.2f} ms{statistics.geometric_mean(ratios):8.3f}"
         f"  [{min(ratios):.3f}, {max(ratios):.3f}]",
         flush=True,
     )
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("other", nargs="?", help="the Python that has the other version")
     parser.add_argument("--lists", nargs="+", default=["gpt", "small"])
     parser.add_argument("--only", default="", help="contenders whose name holds this")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

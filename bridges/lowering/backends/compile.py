@@ -18,6 +18,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from chainrule.bridges.lowering.backends.body import body_of
+from chainrule.bridges.lowering.backends.launches import Function, function_of
 from chainrule.bridges.lowering.nodes import inputs_of, results_of, return_, value_of
 from chainrule.bridges.lowering.passes.partition import Piece
 
@@ -25,32 +26,39 @@ Compiled = Callable[[list[Any]], Sequence[Tensor]]
 """Takes the inputs of a piece, and returns its outputs but those that it writes into inputs."""
 
 
-def compile_piece(piece: Piece, large: bool) -> Compiled:
+def compile_piece(piece: Piece, large: bool) -> tuple[Compiled, Function | None]:
     """The piece through Inductor, with updates as copies into its inputs, which Inductor does in place.
 
     Args:
       piece: one of its kind.
       large: whether to compile it for all threads.
+
+    Returns:
+      The compiled piece, and the C++ function behind it if it is no more than that.
     """
     body = body_of(piece)
 
-    def example(node: fx.Node) -> Tensor:
+    def example(node: fx.Node, length: int) -> Tensor:
         fake = value_of(node)
         if not (piece.flat and fake.ndim):
             shape = tuple(fake.shape)
-        elif fake.numel() < 2:
-            shape = (fake.numel(),)
-        else:  # a length that is no other's, so that nothing is specialised to it
-            shape = ((1 << 20) + 7 if large else 97,)
+        else:
+            shape = (fake.numel() if fake.numel() < 2 else length,)
         if (
             not shape
         ):  # an entry of a vector lies anywhere: code that wants it aligned would copy it first
             return torch.empty((2,), dtype=fake.dtype, device=fake.device)[1]
         return torch.empty(shape, dtype=fake.dtype, device=fake.device)
 
+    # Lengths that are no other's, so that nothing is specialised to them.
+    lengths = ((1 << 20) + 7, (1 << 20) + 11) if large else (97, 101)
+    examples = {length: [example(n, length) for n in piece.inputs] for length in lengths}
+    if not any(x.shape == (lengths[0],) for x in examples[lengths[0]]):
+        examples = {0: examples[lengths[0]]}
     # Tracing and Inductor keep state of the process: torch's own lock, so that its threads wait too.
     with compile_lock, torch.no_grad():
-        return _through_inductor(piece, body, [example(n) for n in piece.inputs])
+        compiled = _through_inductor(piece, body, next(iter(examples.values())))
+    return compiled, function_of(compiled, examples)
 
 
 def _through_inductor(piece: Piece, body: Callable[..., Any], inputs: list[Tensor]) -> Compiled:

@@ -1,24 +1,26 @@
 """Compiled calls: each kind of piece goes through Inductor once, whatever the number of leaves.
 
 A flat piece is compiled for tensors of any length and called for each leaf with its tensors given flat; any other for
-its shapes. The compiled code is called directly, without Dynamo's guards: the bridge has checked shapes, dtypes and
-devices. Parameters and state are updated in place. Inductor keeps what it compiled on disk, so another process starts
-warm.
+its shapes. The calls of a kind are one loop where that can be: see `launches.py`. The compiled code is called directly,
+without Dynamo's guards: the bridge has checked shapes, dtypes and devices. Parameters and state are updated in place.
+Inductor keeps what it compiled on disk, so another process starts warm.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece
-from chainrule.bridges.lowering.executor import Emitted, Registers
+from chainrule.bridges.lowering.backends.launches import Function
+from chainrule.bridges.lowering.executor import Call, Emitted, Registers
 from chainrule.bridges.lowering.nodes import args_of, value_of
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
 from chainrule.bridges.lowering.step_program import StepProgram
+from chainrule.native import _kernel
 
 _LARGE = 1 << 16
 """From this many elements on, a piece is compiled for all threads."""
@@ -39,32 +41,34 @@ def inductor_calls(program: StepProgram, registers: Registers) -> Emitted:
         for kind in by_kind(stage)
         for call in _calls(kind, registers)
     ]
-    compiled = [call for call in calls if isinstance(call, _CompiledCall)]
-    return Emitted([_Watch(compiled), *calls] if compiled else [*calls], written)
+    return Emitted(calls, written)
 
 
 def _compiles(piece: Piece) -> bool:
     return not any(map(is_apart, piece.nodes))
 
 
-def _calls(pieces: Sequence[Piece], registers: Registers) -> list["_Call | _CompiledCall"]:
-    """A call for each piece of one kind."""
-    programs: dict[bool, Compiled] = {}
-    calls: list[_Call | _CompiledCall] = []
-    for piece in pieces:
-        compiles = _compiles(piece)
-        updates = dict(piece.updates) if compiles else {}
-        for i, old in updates.items():
-            registers.alias(piece.outputs[i], old)
-        outputs = [n for i, n in enumerate(piece.outputs) if i not in updates]
-        sizes = [t.numel() for t in map(value_of, piece.inputs) if isinstance(t, Tensor)]
-        large = max(sizes, default=0) >= _LARGE
-        if large not in programs:
-            programs[large] = compile_piece(piece, large) if compiles else _plain(piece)
-        inputs = [registers[n] for n in piece.inputs]
-        call = _Call(programs[large], inputs, [registers[n] for n in piece.outputs if n in outputs])
-        calls.append(_CompiledCall(call, piece, outputs) if compiles else call)
+def _calls(pieces: Sequence[Piece], registers: Registers) -> list[Call]:
+    """A call for each piece of one kind, or one for all of them."""
+    if not _compiles(pieces[0]):
+        return [_Call(_plain(p), p, registers) for p in pieces]
+    calls: list[Call] = []
+    for large in (False, True):
+        alike = [piece for piece in pieces if _is_large(piece) == large]
+        if not alike:
+            continue
+        program, function = compile_piece(alike[0], large)
+        compiled = [_CompiledCall(program, piece, registers) for piece in alike]
+        if function is None or len(compiled) == 1:
+            calls += compiled
+        else:
+            calls.append(_Launched(function, compiled))
     return calls
+
+
+def _is_large(piece: Piece) -> bool:
+    sizes = [t.numel() for t in map(value_of, piece.inputs) if isinstance(t, Tensor)]
+    return max(sizes, default=0) >= _LARGE
 
 
 def _plain(piece: Piece) -> Compiled:
@@ -81,12 +85,13 @@ def _plain(piece: Piece) -> Compiled:
     return lambda inputs: body(*inputs)
 
 
-class _Call(NamedTuple):
+class _Call:
     """A call of a piece: what it runs, and the registers that it reads and fills."""
 
-    program: Compiled
-    inputs: list[int]
-    outputs: list[int]
+    def __init__(self, program: Compiled, piece: Piece, registers: Registers):
+        self.program = program
+        self.inputs = [registers[n] for n in piece.inputs]
+        self.outputs = [registers[n] for n in piece.outputs]
 
     def __call__(self, memory: list[Any]) -> None:
         results = self.program([memory[i] for i in self.inputs])
@@ -97,68 +102,95 @@ class _Call(NamedTuple):
 class _CompiledCall:
     """A call of compiled code, which wants its tensors contiguous: others are copied there and back."""
 
-    def __init__(self, call: _Call, piece: Piece, outputs: list[fx.Node]):
-        self.program, self.inputs, self.outputs = call
-        self.shapes = [value_of(n).shape for n in outputs] if piece.flat else None
-        shapes = {j: value_of(n).shape for j, n in enumerate(piece.inputs) if value_of(n).ndim > 0}
-        updated = {piece.inputs.index(old) for _, old in piece.updates}
-        self.others = [j for j in shapes if j not in updated]
-        # Parameters and state are the same tensors in most steps; to keep a gradient would keep its memory.
-        self.updated = {j: shape for j, shape in shapes.items() if j in updated}
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self.forget()
-
-    def remembered(self) -> list[tuple[int, torch.Size]]:
-        """Registers of the tensors of which it keeps a view, and their shapes."""
-        return [(self.inputs[j], shape) for j, shape in self.updated.items()]
-
-    def forget(self) -> None:
-        none = torch.empty(0, device="cpu")
-        self.seen = dict.fromkeys(self.updated, (none, none))
+    def __init__(self, program: Compiled, piece: Piece, registers: Registers):
+        self.program, self.flat = program, piece.flat
+        self.inputs = [registers[n] for n in piece.inputs]
+        updates = dict(piece.updates)
+        for i, old in updates.items():
+            registers.alias(piece.outputs[i], old)
+        made = [n for i, n in enumerate(piece.outputs) if i not in updates]
+        self.outputs = [(registers[n], value_of(n)) for n in made]
+        """Registers that it fills, and what with."""
+        self.updated = [piece.inputs.index(old) for old in updates.values()]
+        self.size = max((x.numel() for x in map(value_of, piece.inputs) if x.ndim), default=0)
 
     def __call__(self, memory: list[Any]) -> None:
         given = [memory[i] for i in self.inputs]
-        copies = []
-        for j, (known, ready) in self.seen.items():
-            x = given[j]
-            if x is known:
-                given[j] = ready
-            elif x.is_contiguous():
-                given[j] = self.ready(x)
-                self.seen[j] = x, given[j]
-            else:
-                given[j] = self.ready(x.contiguous())
-                copies.append((x, given[j]))
-        for j in self.others:
-            given[j] = self.ready(given[j].contiguous())
-        results = self.program(given)
+        ready = [x.contiguous() for x in given]
+        copies = [(given[j], ready[j]) for j in self.updated if ready[j] is not given[j]]
+        results = self.program([x.view(-1) if self.flat and x.ndim > 1 else x for x in ready])
         for x, new in copies:
-            x.copy_(new.view(x.shape))
-        if self.shapes is None:
-            for register, result in zip(self.outputs, results, strict=True):
-                memory[register] = result
-            return
-        for register, result, shape in zip(self.outputs, results, self.shapes, strict=True):
-            memory[register] = result.view(shape) if result.ndim else result
-
-    def ready(self, x: Tensor) -> Tensor:
-        return x if self.shapes is None or x.ndim == 1 else x.view(-1)
+            x.copy_(new)
+        for (register, like), result in zip(self.outputs, results, strict=True):
+            memory[register] = result.view(like.shape) if result.ndim else result
 
 
-class _Watch:
-    """Tells calls to forget the views that they keep, when tensors have other memory, or the same in another order:
-    `p.data = ...`."""
+class _Launched:
+    """Calls of a kind in one loop over the C++ function that they have in common.
 
-    def __init__(self, calls: Sequence[_CompiledCall]):
-        self.calls, self.found = calls, []
-        shape_of = {register: shape for call in calls for register, shape in call.remembered()}
-        self.turns = sorted(shape_of)
-        self.moves = [register for register in self.turns if len(shape_of[register]) > 1]
+    One with a tensor that is not contiguous is made by itself. Scalars that the function makes have one memory for all
+    steps, since nothing reads them after its step.
+    """
+
+    def __init__(self, function: Function, calls: Sequence[_CompiledCall]):
+        self.function, self.calls = function, calls
+        self.scalars: dict[int, Tensor] = {}
+        self.results: dict[int, Tensor] = {}
+        """By the register that gets it each step: the same scalar, or a new tensor like this one."""
+        self.kept = [self._scalars(call) for call in calls]
+        self.registers = sorted({r for call in calls for r in (*call.inputs, *self._made(call))})
+        self.contiguous: list[bool] = []
+
+    def _scalars(self, call: _CompiledCall) -> dict[int, Tensor]:
+        """The function's buffers that are scalars; those that are results are handed out."""
+        made = dict(zip(self.function.results, call.outputs, strict=True))
+        kept = {}
+        for i, dtype in enumerate(self.function.buffers):
+            if i in made and made[i][1].ndim:
+                self.results |= [made[i]]
+                continue
+            kept[i] = torch.empty((), dtype=dtype, device="cpu")
+            if i in made:
+                self.scalars[made[i][0]] = kept[i]
+        return kept
+
+    def _made(self, call: _CompiledCall) -> list[int]:
+        return [register for register, _ in call.outputs if register in self.results]
+
+    def _sort(self, contiguous: list[bool]) -> None:
+        """Which calls are in the loop, given which of the registers hold contiguous tensors."""
+        position = {register: i for i, register in enumerate(self.registers)}
+        rows: list[list[int]] = []
+        numbers: list[int] = []
+        self.apart: list[_CompiledCall] = []
+        for call, kept in zip(self.calls, self.kept, strict=True):
+            if not all(contiguous[position[r]] for r in call.inputs):
+                self.apart.append(call)
+                continue
+            made = dict(zip(self.function.results, (r for r, _ in call.outputs), strict=True))
+            row = []
+            for kind, which in self.function.arguments:
+                if kind == "input":
+                    row.append(position[call.inputs[which]])
+                elif kind == "buffer" and which not in kept:
+                    row.append(position[made[which]])
+                else:
+                    row.append(len(position) + len(numbers))
+                    number = {"size": call.size, "number": which}
+                    numbers.append(kept[which].data_ptr() if kind == "buffer" else number[kind])
+            rows.append(row)
+        self.launches = _kernel.Launches(self.function.address, rows, numbers, len(position))
+        self.contiguous = contiguous
 
     def __call__(self, memory: list[Any]) -> None:
-        found: list[Any] = [*map(Tensor.data_ptr, map(memory.__getitem__, self.moves))]
-        found += map(Tensor.is_contiguous, map(memory.__getitem__, self.turns))
-        if found != self.found:
-            self.found = found
-            for call in self.calls:
-                call.forget()
+        for register, scalar in self.scalars.items():
+            memory[register] = scalar
+        for register, like in self.results.items():
+            memory[register] = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        tensors = list(map(memory.__getitem__, self.registers))
+        contiguous = list(map(Tensor.is_contiguous, tensors))
+        if contiguous != self.contiguous:
+            self._sort(contiguous)
+        self.launches.run(list(map(Tensor.data_ptr, tensors)))
+        for call in self.apart:
+            call(memory)
