@@ -45,6 +45,9 @@ class XlaProgram:
                 self._flat = jax.jit(jaxpr_as_fun(self._jaxpr)).lower(*avals).compile()
         return self
 
+    def agrees(self) -> bool:
+        return False
+
     def passes(self) -> list[str]:
         return ["  passes: XLA's own"]
 

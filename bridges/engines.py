@@ -25,6 +25,10 @@ class Program(Protocol):
         """The step as a function of its flat inputs, which writes each output into its target; built, if it was not."""
         ...
 
+    def agrees(self) -> bool:
+        """Whether it takes one more input: see `StepProgram.agrees`; built, if it was not."""
+        ...
+
     def explained(self, parameters: int) -> list[str]:
         """How it runs, as lines of text; `parameters` is their number."""
         ...
@@ -81,6 +85,10 @@ class TorchProgram:
 
     def ready(self) -> InPlace:
         return self.step.ready()
+
+    def agrees(self) -> bool:
+        self.step.ready()
+        return self.step.agrees
 
     def explained(self, parameters: int) -> list[str]:
         nodes = [n for n in self.lowered.graph.nodes if n.op == "call_function"]

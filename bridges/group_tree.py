@@ -78,11 +78,10 @@ class GroupTree:
         assert options.meant is not None
         names = dict(zip(params, keys, strict=True))
         chain = options.meant.told(as_transformation(options.chain), names)
-        positions = range(len(params))
+        positions = list(range(len(params)))
         order: list[int]
-        order, structure = jax.tree.flatten(
-            dict(zip(labels, positions, strict=True)) if named else list(positions)
-        )
+        in_tree = dict(zip(labels, positions, strict=True)) if named else positions
+        order, structure = jax.tree.flatten(in_tree)
         self.params = [params[i] for i in order]
         self.labels = [labels[i] for i in order]
         self.dtypes = [p.dtype for p in self.params]
@@ -283,6 +282,10 @@ class GroupTree:
         return jax.tree.unflatten(self._state_structure, leaves).chain
 
     # ---- the step --------------------------------------------------------------------------
+
+    def agrees(self, has_loss: bool) -> bool:
+        """Whether ranks tell each other in a step which gradients they have: all that communicate anyway do."""
+        return self.layouts is not None and self._program(has_loss).agrees()
 
     def ready(self, loss: Any) -> tuple[InPlace, list[Tensor]]:
         """The program for a step with this loss, and the last two of its inputs.

@@ -13,9 +13,9 @@ from torch import Tensor
 from chainrule.bridges.checks import one_device, outside_inference_mode
 from chainrule.bridges.following import Known, check_groups, matches, origins, unchanged
 from chainrule.bridges.group_tree import GroupTree, Options
-from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.param_group import Change, Group, adopted
+from chainrule.bridges.ready_step import Ready
 from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.tier_moves import between_tiers
 
@@ -182,7 +182,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
     # ---- before a step ---------------------------------------------------------------------
 
     def _taking_part(self, has_loss: bool) -> list[int]:
-        """The groups that have a gradient, after parameters joined them and moved between tiers.
+        """The groups that have a gradient here or elsewhere, after parameters joined them and moved between tiers.
 
         All gradients and hyperparameters are checked before anything is written.
         """
@@ -191,7 +191,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             where = f"TorchBridge: param group {index}"
             if joined := group.joined(self.state, where):
                 changes[index], group = joined, joined[0]
-            if group.tree and group.has_gradients(where):
+            if group.tree and group.takes_part(has_loss, where):
                 group.tree.hyperparameters.sync(self.param_groups[index], where)
                 found.append(index)
         if changes:
@@ -210,8 +210,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
             self._leaves(index)
             return self._tree(index).is_due(self.state)
 
-    def _prepared(self, index: int, loss: Any) -> tuple[InPlace, list[Tensor]]:
-        """The program of a group that takes part in a step, and its inputs."""
+    def _prepared(self, index: int, loss: Any) -> Ready:
+        """The step of a group that takes part."""
         leaves, group, tree = self._leaves(index), self._groups[index], self._tree(index)
         if one_device(tree.params) != tree.device:
             tree = tree.moved()

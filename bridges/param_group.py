@@ -20,9 +20,9 @@ from chainrule.bridges.checks import (
 from chainrule.bridges.following import Known, same, taken_over
 from chainrule.bridges.group_tree import GroupTree, Options, State
 from chainrule.bridges.hyperparameters import pair
-from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.matching import is_by_name
-from chainrule.bridges.sharded import Layouts, gradient, local
+from chainrule.bridges.ready_step import Ready, ready_step
+from chainrule.bridges.sharded import Layouts, is_distributed
 
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
 _TORCH_KEYS = {
@@ -136,7 +136,12 @@ class Group(NamedTuple):
         if len(self.members) == len(self.known.params):
             return None
         inside = set(self.members)
-        joining = [p for p in self.known.params if p not in inside and p.grad is not None]
+        # Another rank may have a gradient for its part of a DTensor.
+        joining = [
+            p
+            for p in self.known.params
+            if p not in inside and (p.grad is not None or (is_distributed(p) and p.requires_grad))
+        ]
         if not joining:
             return None
         labels = [f"of shape {tuple(p.shape)}" for p in joining]
@@ -191,8 +196,8 @@ class Group(NamedTuple):
         tree.stepped(state)
         return self._replace(is_initial=False) if self.is_initial else self
 
-    def prepared(self, leaves: list[Tensor], loss: Any, owner: str) -> tuple[InPlace, list[Tensor]]:
-        """The program of a step and its inputs.
+    def prepared(self, leaves: list[Tensor], loss: Any, owner: str) -> Ready:
+        """A step, of which nothing is written yet.
 
         Args:
           leaves: of the state.
@@ -201,36 +206,19 @@ class Group(NamedTuple):
         """
         tree = self.tree
         assert tree is not None
-        params, grads = tree.params, [p.grad for p in tree.params]
         tree.check(leaves, owner)
         tree.hyperparameters.sync(self.known.group, owner)
-        run, extras = tree.ready(loss)  # compiled before anything is written
-        present = [g for g in grads if g is not None]
-        if len(present) < len(grads):
-            absent = {i for i, g in enumerate(grads) if g is None}
-            # The program runs on copies of what shall stay, which are then forgotten.
-            params = [p.detach().clone() if i in absent else p for i, p in enumerate(params)]
-            present = [
-                torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)
-            ]
-            leaves = [
-                leaf.clone() if slot.owner in absent else leaf
-                for leaf, slot in zip(leaves, tree.described.slots, strict=True)
-            ]
-        if tree.layouts is not None:
-            present = list(map(gradient, params, present))
-            params, leaves = list(map(local, params)), list(map(local, leaves))
-        return run, [*params, *present, *leaves, *extras]
+        return ready_step(tree, leaves, loss)
 
-    def has_gradients(self, owner: str) -> bool:
-        """Whether a member has a gradient; all that are there are checked."""
+    def takes_part(self, has_loss: bool, owner: str) -> bool:
+        """Whether a member has a gradient, or may have one on another rank; all that are there are checked."""
         tree = self.tree
         if tree is None:
             return False
         grads = [p.grad for p in tree.params]
         if all(g is None for g in grads):
             check_not_meta(tree.params, owner)
-            return False
+            return tree.agrees(has_loss)
         check_gradients(tree.params, grads, tree.dtypes, tree.shapes, tree.labels)
         return True
 

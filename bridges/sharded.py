@@ -105,7 +105,8 @@ class Layouts(NamedTuple):
         """
         leaves = inputs[2 * len(self.axes) :]
         lies = [*alike, *[None] * (len(leaves) - len(alike))]
-        return Sharding(self.mesh, (*self.axes, *self.axes, *self._of(lies, leaves)))
+        axes = (*self.axes, *self.axes, *self._of(lies, leaves))
+        return Sharding(self.mesh, axes, params=len(self.axes))
 
     def of_init(self, alike: Sequence[int | None], results: Sequence[Any]) -> Sharding:
         """Of the parameters, and of what `init` makes of them: the first leaves of the state."""

@@ -142,12 +142,12 @@ class TorchBridge(GroupedOptimizer):
                 self._leaves(index)
                 self._write({index: self._groups[index].cast(self.state)})
         found = self._taking_part(loss is not None)
-        ready = [(index, *self._prepared(index, loss)) for index in found]
+        ready = [(index, self._prepared(index, loss)) for index in found]
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
             self._torn = True
-            for index, run, inputs in ready:
-                run(inputs)
-                self._groups[index] = self._groups[index].stepped(self.state)
+            for index, run in ready:
+                if run():
+                    self._groups[index] = self._groups[index].stepped(self.state)
             self._torn = False
 
     # ---- saving and loading ----------------------------------------------------------------

@@ -24,6 +24,11 @@ class Mesh(NamedTuple):
     def everyone(self) -> str:
         return self.groups[-1]
 
+    @property
+    def rank(self) -> int:
+        """Of this device in the group of all."""
+        return self.order.index(self.coordinate)
+
 
 class Cut(NamedTuple):
     """An axis that is spread over dimensions of the mesh, in contiguous parts, the first ones not smaller."""
@@ -90,6 +95,40 @@ def spans(
         (0, n) if cut is None else cut.entries(coordinate)
         for n, cut in zip(shape, axes, strict=True)
     )
+
+
+class Parcel(NamedTuple):
+    """Entries that one rank sends to another; both by their number in the group of all."""
+
+    source: int
+    target: int
+    entries: tuple[tuple[int, int], ...]
+    """Along each axis of the whole tensor the first and last + 1."""
+
+    @property
+    def size(self) -> int:
+        return math.prod(stop - start for start, stop in self.entries)
+
+    def within(self, spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """Its entries as they are numbered in a part of the tensor."""
+        pairs = zip(self.entries, spans, strict=True)
+        return tuple((start - first, stop - first) for (start, stop), (first, _) in pairs)
+
+
+def to_owner(shape: Sequence[int], axes: Axes, mesh: Mesh, owner: int) -> list[Parcel]:
+    """All parts of a tensor to one rank, each from the rank that lies in its line."""
+    taken, at = dims_of(axes), mesh.order[owner]
+    return [
+        Parcel(rank, owner, spans(shape, axes, place))
+        for rank, place in enumerate(mesh.order)
+        if all(place[dim] == at[dim] for dim in range(len(at)) if dim not in taken)
+    ]
+
+
+def from_owner(shape: Sequence[int], axes: Axes, mesh: Mesh, owner: int) -> list[Parcel]:
+    """From the rank that has all of a tensor to every rank what it is to have."""
+    places = enumerate(mesh.order)
+    return [Parcel(owner, rank, spans(shape, axes, place)) for rank, place in places]
 
 
 def is_first_holder(axes: Axes, mesh: Mesh) -> bool:

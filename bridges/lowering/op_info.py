@@ -44,6 +44,10 @@ class OpInfo(NamedTuple):
     """Runs outside torch: control flow, or the compiled kernel. Its results are `operator.getitem` of it."""
     free: bool = False
     """Costs nothing in torch: it moves numbers of other operations, or is the kernel's."""
+    collective: bool = False
+    """All ranks call it at the same time, so it stays where nobody reads its results."""
+    heavy: bool = False
+    """A product, a decomposition or a sort: worth sending a tensor to one rank, which does it for all."""
     costly: bool = False
     """Takes longer for one element than to read and write it."""
     commutes: bool = False
@@ -142,7 +146,7 @@ _add(
 )
 _add(ops.branch, ops.scan, ops.while_loop, control=True, host=True)
 _add(ops.kernel_call, host=True, free=True)
-_add(ops.all_reduce, ops.all_gather, host=True)
+_add(ops.all_reduce, ops.all_gather, ops.exchange, host=True, collective=True)
 _add(torch.stack, torch.reshape, torch.narrow, ops.unbind, free=True)
 
 # Nothing but what they return.
@@ -154,3 +158,9 @@ _add(
     *(ops.iota_2x32, ops.pad, ops.reduce_xor, ops.scatter),
     *(ops.singular_values, ops.sort, ops.svd, ops.top_k, ops.triangular_solve, ops.wide_mm),
 )
+_add(
+    *(torch.bmm, torch.linalg.qr, torch.mm, ops.cholesky, ops.dot_general, ops.eigh),
+    *(ops.singular_values, ops.sort, ops.svd, ops.top_k, ops.triangular_solve, ops.wide_mm),
+    heavy=True,
+)
+_add(torch.Tensor.new_full)

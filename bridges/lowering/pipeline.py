@@ -26,6 +26,8 @@ from chainrule.bridges.lowering.backends.foreach import foreach_calls
 from chainrule.bridges.lowering.backends.kernel import KernelCall
 from chainrule.bridges.lowering.backends.scalar_program import only_scalars, scalar_calls
 from chainrule.bridges.lowering.executor import Emitted, Executor, Registers
+from chainrule.bridges.lowering.passes.agree import agree_on_gradients
+from chainrule.bridges.lowering.passes.assign_owners import assign_owners, leave_to_owners
 from chainrule.bridges.lowering.passes.fuse import fuse
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
@@ -42,7 +44,15 @@ Pass = Callable[[StepProgram], StepProgram]
 Backend = Callable[[StepProgram, Registers], Emitted]
 
 FRONT: tuple[Pass, ...] = (infer_values, join_measures, take_kernel_moves)
-SHARDED: tuple[Pass, ...] = (infer_values, shard, infer_values, merge_collectives)
+SHARDED: tuple[Pass, ...] = (
+    infer_values,
+    assign_owners,
+    shard,
+    agree_on_gradients,
+    infer_values,
+    merge_collectives,
+    leave_to_owners,
+)
 
 
 def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]:
@@ -94,6 +104,7 @@ class Step:
 
     Attributes:
       log: what each pass did, once it is built.
+      agrees: whether it takes one more input; see `StepProgram`. Known once it is built.
     """
 
     def __init__(
@@ -106,6 +117,7 @@ class Step:
         self._make = functools.partial(StepProgram.of, lowered, targets, sharding)
         self._compiled = compiled
         self._run: Executor | None = None
+        self.agrees = False
         self.log: list[str] = []
 
     def ready(self) -> Executor:
@@ -114,7 +126,7 @@ class Step:
             with collector_paused():
                 program = self._make()
                 self._run = build(program, self._compiled)
-            self.log = program.log
+            self.log, self.agrees = program.log, program.agrees
             del self._make
         return self._run
 

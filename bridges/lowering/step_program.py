@@ -40,6 +40,7 @@ class StepProgram:
       targets: for every result the position of the input that it is written into; no input twice.
       device: where all inputs are.
       sharding: how the inputs lie on a mesh of devices; None: on one device. From `shard` on the graph is this rank's.
+      agrees: whether its own last input says which parameters have a gradient here, and becomes on how many ranks.
       buffers: the memory of the last inputs, which the program brings itself.
       moves: what the kernel does after the graph, in place.
       stages: the graph in pieces, from `partition` on.
@@ -51,6 +52,7 @@ class StepProgram:
     targets: tuple[int, ...]
     device: torch.device
     sharding: "Sharding | None" = None
+    agrees: bool = False
     buffers: list[Tensor] = dataclasses.field(default_factory=list)
     moves: Sequence[KernelMove] = ()
     stages: "Sequence[Sequence[Piece]]" = ()

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import socket
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,8 @@ import optax
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from chainrule import TorchBridge, chains
 
@@ -52,7 +57,7 @@ def _gpt2() -> Any:
     return GPT2LMHeadModel(config)
 
 
-def _trainer(folder: Path, net: Any, steps: int, stop: int | None = None) -> Any:
+def _trainer(folder: Path, net: Any, steps: int, stop: int | None = None, **arguments_: Any) -> Any:
     from transformers import (
         Trainer,
         TrainerCallback,
@@ -71,7 +76,7 @@ def _trainer(folder: Path, net: Any, steps: int, stop: int | None = None) -> Any
     data = [{"input_ids": row, "labels": row} for row in tokens]
     arguments = TrainingArguments(
         str(folder),
-        per_device_train_batch_size=8,
+        **{"per_device_train_batch_size": 8, **arguments_},
         max_steps=steps,
         save_steps=3,
         logging_steps=1,
@@ -116,7 +121,14 @@ def test_transformers_trainer_runs_and_resumes(tmp_path: Path) -> None:
 # ---- Lightning -----------------------------------------------------------------------------
 
 
-def _lightning_module() -> Any:
+def _plateau() -> Any:
+    # Lightning passes a closure to every step, so chains that read the loss work too.
+    return optax.chain(
+        optax.inject_hyperparams(optax.adamw)(0.01), optax.contrib.reduce_on_plateau()
+    )
+
+
+def _lightning_module(make: Callable[[], Any] = _plateau) -> Any:
     import lightning
 
     class Classifier(lightning.LightningModule):
@@ -130,17 +142,13 @@ def _lightning_module() -> Any:
             return nn.functional.cross_entropy(self.net(x), y)
 
         def configure_optimizers(self) -> Any:
-            # Lightning passes a closure to every step, so chains that read the loss work too.
-            chain = optax.chain(
-                optax.inject_hyperparams(optax.adamw)(0.01), optax.contrib.reduce_on_plateau()
-            )
-            optimizer = TorchBridge(chain, self.named_parameters())
+            optimizer = TorchBridge(make(), self.named_parameters())
             return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
     return Classifier()
 
 
-def _lightning_trainer(folder: Path, epochs: int) -> Any:
+def _lightning_trainer(folder: Path, epochs: int, **arguments: Any) -> Any:
     import lightning
 
     return lightning.Trainer(
@@ -151,14 +159,19 @@ def _lightning_trainer(folder: Path, epochs: int) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
+        **arguments,
     )
+
+
+def _lightning_data(batch: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=batch)
 
 
 @_needs("lightning")
 def test_lightning_runs_and_resumes(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+    data = _lightning_data(8)
     whole = _lightning_module()
     _lightning_trainer(tmp_path, 4).fit(whole, data)
 
@@ -214,3 +227,100 @@ def test_accelerate_runs_and_resumes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path)
     resumed = _accelerated(tmp_path, range(6, 12), load=True, save=False)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+# ---- two ranks -----------------------------------------------------------------------------
+
+
+def _rank(rank: int, port: int, body: Callable[[Path], torch.Tensor], folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in found.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_RUN_ID"] = "chainrule"  # or Lightning starts the ranks itself
+    torch.set_num_threads(1)
+    torch.save(body(folder / str(rank)), folder / f"{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(body: Callable[[Path], torch.Tensor], folder: Path) -> torch.Tensor:
+    """The weights that a body trains in each of two processes, which must be the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, body, folder), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    one, other = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(one, other)
+    return one
+
+
+def _stam() -> Any:
+    return chains.stam(0.01)
+
+
+def _lightning_rank(folder: Path) -> torch.Tensor:
+    net = _lightning_module(_stam)
+    _lightning_trainer(folder, 2, devices=2, strategy="ddp").fit(net, _lightning_data(8))
+    return weights(net)
+
+
+@_needs("lightning")
+def test_lightning_on_two_ranks_is_as_on_one_of_twice_the_batch(tmp_path: Path) -> None:
+    two = on_two_ranks(_lightning_rank, tmp_path)
+    net = _lightning_module(_stam)
+    _lightning_trainer(tmp_path, 2).fit(net, _lightning_data(16))
+    torch.testing.assert_close(two, weights(net), rtol=0, atol=5e-5)
+
+
+def _transformers_rank(folder: Path) -> torch.Tensor:
+    net = _gpt2()
+    _trainer(folder, net, steps=4, ddp_backend="gloo").train()
+    return weights(net)
+
+
+@_needs("transformers")
+@_needs("accelerate")
+def test_transformers_on_two_ranks_is_as_on_one_of_twice_the_batch(tmp_path: Path) -> None:
+    two = on_two_ranks(_transformers_rank, tmp_path)
+    net = _gpt2()
+    _trainer(tmp_path, net, steps=4, per_device_train_batch_size=16).train()
+    torch.testing.assert_close(two, weights(net), rtol=0, atol=5e-5)
+
+
+def _trained(shard: bool) -> torch.Tensor:
+    """A net that is sharded after two steps, as `Accelerator.prepare` shards with its FSDP2 plugin, not on CPUs."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer: Any = TorchBridge(_stam(), net.named_parameters())
+    for step in range(6):
+        if step == 2 and shard:
+            old = {name: p.data_ptr() for name, p in net.named_parameters()}
+            for group in optimizer.param_groups:
+                for i, p in enumerate(group["params"]):
+                    group["params"][i] = torch.empty(1)
+                    group["params"][i].data_ptr = p.data_ptr()
+            fully_shard(net)
+            mapping = {old[name]: p for name, p in net.named_parameters()}
+            fsdp2_switch_optimizer_parameters(optimizer, mapping)
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in net.parameters()]
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def _accelerate_rank(folder: Path) -> torch.Tensor:
+    del folder
+    torch.distributed.init_process_group("gloo")
+    return _trained(shard=True)
+
+
+@_needs("accelerate")
+def test_parameters_that_accelerate_exchanges_go_on(tmp_path: Path) -> None:
+    two = on_two_ranks(_accelerate_rank, tmp_path)
+    torch.testing.assert_close(two, _trained(shard=False), rtol=0, atol=5e-5)

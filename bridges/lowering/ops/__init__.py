@@ -3,7 +3,7 @@
 `make_fx`, AOTAutograd and Inductor trace through them. None waits for a device except `branch` and `while_loop`.
 """
 
-from chainrule.bridges.lowering.ops.collectives import all_gather, all_reduce
+from chainrule.bridges.lowering.ops.collectives import all_gather, all_reduce, exchange
 from chainrule.bridges.lowering.ops.control import branch, scan, while_loop
 from chainrule.bridges.lowering.ops.elementwise import (
     cbrt,
@@ -67,6 +67,7 @@ __all__ = [
     "dynamic_update_slice",
     "eigh",
     "erf_inv",
+    "exchange",
     "first",
     "float_to_int",
     "gather",

@@ -8,7 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 Spans = tuple[tuple[int, int], ...]
-"""Along each axis the first and last + 1 of the entries that a rank has."""
+"""Along each axis the first and last + 1 of some entries."""
+Parcels = tuple[tuple[int, Spans], ...]
+"""Ranks of the group, each with the entries of this rank's tensor that go there, or come from there."""
+Route = tuple[Parcels, Parcels, tuple[int, ...], torch.dtype]
+"""What this rank sends of its tensor, what it gets, and shape and dtype of what it then has."""
 
 
 def _group(name: str) -> dist.ProcessGroup:
@@ -50,7 +54,7 @@ def all_gather(
       after: a result of the collective that comes before it on every rank.
     """
     del after
-    raw = [x.contiguous().reshape(-1).view(torch.uint8) for x in xs]
+    raw = list(map(_bytes, xs))
     sizes = [
         [
             math.prod(b - a for a, b in span) * x.element_size()
@@ -70,7 +74,57 @@ def all_gather(
         for k, size in enumerate(parts):
             # A copy, because a view in another dtype wants an aligned start.
             part = everyone[start : start + size].clone().view(xs[k].dtype)
-            where = tuple(slice(a, b) for a, b in spans[k][rank])
-            found[k][where] = part.reshape([b - a for a, b in spans[k][rank]])
+            _within(found[k], spans[k][rank]).copy_(
+                part.reshape([b - a for a, b in spans[k][rank]])
+            )
             start += size
     return found
+
+
+def exchange(
+    xs: Sequence[Tensor | None],
+    routes: Sequence[Route],
+    device: torch.device,
+    group: str,
+    after: Tensor | None = None,
+) -> list[Tensor]:
+    """Other tensors from parts of those that the ranks of a group have.
+
+    Args:
+      xs: what this rank has; None where it sends nothing.
+      routes: for every tensor.
+      device: of all tensors.
+      group: name of the process group.
+      after: a result of the collective that comes before it on every rank.
+    """
+    del after
+    of_all = _group(group)
+    found = [torch.empty(shape, dtype=dtype, device=device) for *_, shape, dtype in routes]
+    outward: list[list[Tensor]] = [[] for _ in range(of_all.size())]
+    inward: list[list[Tensor]] = [[] for _ in range(of_all.size())]
+    for x, result, (sent, received, *_) in zip(xs, found, routes, strict=True):
+        for rank, spans in sent:
+            outward[rank].append(_within(x, spans))  # pyright: ignore[reportArgumentType]
+        for rank, spans in received:
+            inward[rank].append(_within(result, spans))
+    raw = [_bytes(part) for parts in outward for part in parts]
+    mine = torch.cat(raw) if raw else torch.empty(0, dtype=torch.uint8, device=device)
+    sizes = [[sum(part.nbytes for part in parts) for parts in way] for way in (inward, outward)]
+    got = mine.new_empty(sum(sizes[0]))
+    dist.all_to_all_single(got, mine, *sizes, group=of_all)
+    start = 0
+    for part in (part for parts in inward for part in parts):
+        raw_part = got[start : start + part.nbytes]
+        start += part.nbytes
+        if raw_part.storage_offset() % part.element_size():  # no view in another dtype
+            raw_part = raw_part.clone()
+        part.copy_(raw_part.view(part.dtype).reshape(part.shape))
+    return found
+
+
+def _within(x: Tensor, spans: Spans) -> Tensor:
+    return x[tuple(slice(a, b) for a, b in spans)]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.nodes import args_of, value_of
+from chainrule.bridges.lowering.nodes import args_of, function_of, value_of
+from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.step_program import StepProgram
 
 
@@ -27,28 +28,27 @@ def merge_collectives(program: StepProgram) -> StepProgram:
     output = program.graph.output_node()
     for _, nodes in sorted(levels.items()):
         for node in nodes:
-            if node is not output and not _is_collective(node) and node not in new:
+            if node is not output and not info(node).collective and node not in new:
                 new[node] = graph.node_copy(node, new.__getitem__)
         for alike in _alike(nodes):
             last = _one(graph, new, alike, last)
     graph.output(fx.map_arg(output.args[0], new.__getitem__))
     program.graph = graph
-    names = Counter(node.target.__name__ for node in graph.nodes if _is_collective(node))
+    names = Counter(node.target.__name__ for node in graph.nodes if info(node).collective)
     program.log.append(f"    collectives a step: {dict(names) or 'none'}")
     return program
 
 
-def _is_collective(node: fx.Node) -> bool:
-    return node.target in (ops.all_reduce, ops.all_gather)
+_LISTS: dict[Any, int] = {ops.all_reduce: 0, ops.all_gather: 2, ops.exchange: 1}
+"""How many lists with an entry for every tensor a collective takes behind the tensors."""
 
 
 def _alike(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
     groups: dict[Any, list[fx.Node]] = {}
-    for node in filter(_is_collective, nodes):
+    for node in (node for node in nodes if info(node).collective):
         (x, *_), *rest = args_of(node)
-        reduced = node.target is ops.all_reduce
-        key = (True, value_of(x).dtype, *rest) if reduced else (False, rest[-1])
-        groups.setdefault(key, []).append(node)
+        dtype = value_of(x).dtype if node.target is ops.all_reduce else None
+        groups.setdefault((node.target, dtype, *rest[_LISTS[node.target] :]), []).append(node)
     yield from groups.values()
 
 
@@ -61,10 +61,10 @@ def _one(
     """Puts one call for all of `nodes` into the graph, after `last`, and what takes its results; returns the first."""
     first = nodes[0]
     xs = [new[x] for node in nodes for x in args_of(node)[0]]
-    *lists, group = args_of(first)[1:]
-    if first.target is ops.all_gather:
-        lists = [tuple(own for node in nodes for own in args_of(node)[k]) for k in (1, 2)]
-    call = graph.call_function(first.target, (xs, *lists, group, last))  # pyright: ignore[reportArgumentType]
+    count = 1 + _LISTS[first.target]
+    lists = [tuple(own for node in nodes for own in args_of(node)[k]) for k in range(1, count)]
+    alike = args_of(first)[count:]
+    call = graph.call_function(function_of(first), (xs, *lists, *alike, last))
     call.meta.update(first.meta)
     call.meta["val"] = [value_of(node)[0] for node in nodes]
     results = []

@@ -26,6 +26,8 @@ class Sharding(NamedTuple):
     """Of every input."""
     results: tuple[Axes, ...] | None = None
     """Of every result; None: as the inputs lie that they are written into."""
+    params: int = 0
+    """How many parameters come first among the inputs; ranks agree on which of them have a gradient."""
 
 
 def shard(program: StepProgram) -> StepProgram:
@@ -33,8 +35,12 @@ def shard(program: StepProgram) -> StepProgram:
 
     Because shapes were whole when the chain was traced, divisors of means and counters of random bits are right. Entry
     by entry a result is cut as its operands are; what is generated is made in part; a reduction over a cut axis is one
-    of parts, then a collective; the kernel's sums are sums of parts. Whatever else reads a tensor that is cut gets all
-    of it.
+    of parts, then a collective; the kernel's sums are sums of parts. What has an owner gets all of its operands there,
+    and so has what is made of it and of what all ranks have. Whatever else reads a tensor that is cut gets all of it on
+    every rank.
+
+    The graph and its collectives are the same on all ranks up to constants: the work of the other owners is in it too,
+    until `leave_to_owners`.
     """
     if program.sharding is None:
         return program
@@ -52,10 +58,14 @@ class Sharder:
         self.new: dict[fx.Node, fx.Node] = {}
         self.axes: dict[fx.Node, Axes] = {}
         """How what an old node stands for is cut in `new`; several results of one node alike."""
+        self.owners: dict[fx.Node, int] = {}
+        """The rank that alone has what an old node stands for."""
         self.parts: dict[tuple[fx.Node, Axes], fx.Node] = {}
-        """Of whole tensors the parts, and of parts the whole ones."""
-        self._lacks_whole: dict[fx.Node, int] = {}
-        """Nodes without a whole, when `parts` had so many entries."""
+        """Of whole tensors the parts."""
+        self.wholes: dict[tuple[fx.Node, int | None], fx.Node] = {}
+        """Of parts the whole tensors, on one rank or on all."""
+        self._lacks_whole: dict[tuple[fx.Node, int | None], int] = {}
+        """Nodes without a whole, when `wholes` had so many entries."""
         self.gathered: Counter[str] = Counter()
         """What reads whole tensors, of which ranks have parts."""
 
@@ -104,42 +114,72 @@ class Sharder:
         shape = layouts.local_shape(value.shape, axes, self.mesh)
         return ShapedArray(shape, jnp.dtype(str(value.dtype).removeprefix("torch.")))
 
-    def copy(self, old: fx.Node, axes: Axes, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    def again(self, old: fx.Node, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """The same call of other operands."""
         args, kwargs = (fx.map_arg(x, operand) for x in (old.args, old.kwargs))
-        return self.keep(old, self.emit(old, function_of(old), *args, **kwargs), axes)  # pyright: ignore[reportCallIssue]
+        return self.emit(old, function_of(old), *args, **kwargs)  # pyright: ignore[reportCallIssue]
 
-    def is_whole(self, old: fx.Node) -> bool:
-        return not is_cut(self.axes[old])
+    def copy(self, old: fx.Node, axes: Axes, operand: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """The same call of other operands, in the place of the old one."""
+        return self.keep(old, self.again(old, operand), axes)
 
-    def has_whole(self, old: fx.Node) -> bool:
+    def is_whole(self, old: fx.Node, owner: int | None = None) -> bool:
+        """Whether all ranks, or an owner, have all of it."""
+        return not is_cut(self.axes[old]) and self.owners.get(old) in (None, owner)
+
+    def has_whole(self, old: fx.Node, owner: int | None = None) -> bool:
         """Whether the whole is there without another collective, or can be computed entry by entry of what is."""
-        if self.is_whole(old) or (old, whole(len(self.axes[old]))) in self.parts:
+        key = old, owner
+        if self.is_whole(old, owner) or key in self.wholes or (old, None) in self.wholes:
             return True
-        known = self._lacks_whole.get(old)
-        if known != len(self.parts) and info(old).elementwise:
-            if all(map(self.has_whole, old.all_input_nodes)):
+        known = self._lacks_whole.get(key)
+        if known != len(self.wholes) and info(old).elementwise:
+            if all(self.has_whole(n, owner) for n in old.all_input_nodes):
                 return True
-            self._lacks_whole[old] = len(self.parts)
+            self._lacks_whole[key] = len(self.wholes)
         return False
 
-    def all_of(self, old: fx.Node) -> fx.Node:
-        """The whole of what an old node stands for."""
-        axes = self.axes[old]
-        if not is_cut(axes):
+    def all_of(self, old: fx.Node, owner: int | None = None) -> fx.Node:
+        """The whole of what an old node stands for: on one rank, or on all."""
+        if self.is_whole(old, owner):
             return self.new[old]
-        key = old, whole(len(axes))
-        if key not in self.parts and self.has_whole(old):
-            args, kwargs = (fx.map_arg(x, self.all_of) for x in (old.args, old.kwargs))
-            self.parts[key] = self.emit(old, function_of(old), *args, **kwargs)  # pyright: ignore[reportCallIssue]
-        elif key not in self.parts:
-            value = value_of(old)
-            spans = tuple(
-                layouts.spans(value.shape, axes, coordinate) for coordinate in self.mesh.order
-            )
-            args = ([self.new[old]], (tuple(value.shape),), (spans,), self.mesh.everyone)
-            self.parts[key] = self.collective(old, ops.all_gather, args, whole(len(axes)))
-        return self.parts[key]
+        if (old, None) in self.wholes:
+            return self.wholes[old, None]
+        if (old, owner) not in self.wholes:
+            self.wholes[old, owner] = self._whole(old, owner)
+        return self.wholes[old, owner]
+
+    def _whole(self, old: fx.Node, owner: int | None) -> fx.Node:
+        axes, shape = self.axes[old], shape_of(value_of(old))
+        if self.has_whole(old, owner):
+            return self.again(old, lambda n: self.all_of(n, owner))
+        if old in self.owners:
+            parcels = layouts.from_owner(shape, axes, self.mesh, self.owners[old])
+            if owner is not None:
+                parcels = [parcel for parcel in parcels if parcel.target == owner]
+            return self.exchange(old, parcels, axes)
+        if owner is not None:
+            parcels = layouts.to_owner(shape, axes, self.mesh, owner)
+            return self.exchange(old, parcels, whole(len(axes)))
+        spans = tuple(layouts.spans(shape, axes, place) for place in self.mesh.order)
+        args = ([self.new[old]], (tuple(shape),), (spans,), self.mesh.everyone)
+        return self.collective(old, ops.all_gather, args, whole(len(axes)))
+
+    def exchange(self, old: fx.Node, parcels: Sequence[layouts.Parcel], axes: Axes) -> fx.Node:
+        """What an old node stands for, cut as `axes` say, where parcels arrive.
+
+        Whoever sends its part sends all of it; from an owner every rank gets what it is to have.
+        """
+        me, shape = self.mesh.rank, shape_of(value_of(old))
+        has = layouts.spans(shape, self.axes[old], self.mesh.coordinate)
+        gets = layouts.spans(shape, axes, self.mesh.coordinate)
+        sent = tuple((p.target, p.within(has)) for p in parcels if p.source == me and p.size)
+        received = tuple((p.source, p.within(gets)) for p in parcels if p.target == me and p.size)
+        arrives = any(p.target == me for p in parcels)
+        size = tuple(b - a for a, b in gets) if arrives else (0,)
+        route = sent, received, size, value_of(old).dtype
+        args = ([self.new[old]], (route,), self.program.device, self.mesh.everyone)
+        return self.collective(old, ops.exchange, args, axes)
 
     def collective(self, old: fx.Node, target: Any, args: tuple[Any, ...], axes: Axes) -> fx.Node:
         item = self.emit(old, operator.getitem, self.emit(old, target, *args), 0)
@@ -149,12 +189,17 @@ class Sharder:
 
     def part(self, old: fx.Node, axes: Axes) -> fx.Node:
         """What a rank has that an old node stands for, if it is cut as `axes` say."""
-        if self.axes[old] == axes:
-            return self.new[old]
         if not is_cut(axes):
             return self.all_of(old)
+        if self.axes[old] == axes:
+            return self.new[old]
         if (old, axes) not in self.parts:
-            made = self._generated(old, axes) or self._narrowed(old, axes)
+            if old in self.owners and (old, None) not in self.wholes:
+                shape = shape_of(value_of(old))
+                parcels = layouts.from_owner(shape, axes, self.mesh, self.owners[old])
+                made = self.exchange(old, parcels, axes)
+            else:
+                made = self._generated(old, axes) or self._narrowed(old, axes)
             self.parts[old, axes] = made
         return self.parts[old, axes]
 
@@ -167,7 +212,7 @@ class Sharder:
 
     def _generated(self, old: fx.Node, axes: Axes) -> fx.Node | None:
         """The part of something whole that can be made without the whole, or None."""
-        if old.op != "call_function" or is_cut(self.axes[old]):
+        if old.op != "call_function" or not self.is_whole(old):
             return None
         value, target = value_of(old), old.target
         if target is operator.getitem:
@@ -197,11 +242,7 @@ class Sharder:
                 return None
             return self.emit(old, torch.reshape, self.part(source, own), shape)
         if info(old).elementwise:
-            args, kwargs = (
-                fx.map_arg(x, lambda n: self.operand(n, axes, shape_of(value)))
-                for x in (old.args, old.kwargs)
-            )
-            return self.emit(old, function_of(old), *args, **kwargs)  # pyright: ignore[reportCallIssue]
+            return self.again(old, lambda n: self.operand(n, axes, shape_of(value)))
         return None
 
     def operand(self, old: fx.Node, axes: Axes, shape: Sequence[int]) -> fx.Node:
@@ -211,8 +252,14 @@ class Sharder:
     def _translate(self, old: fx.Node) -> None:
         if old in self.new:  # with the call that it unpacks
             return
-        if not any(is_cut(self.axes[source]) for source in old.all_input_nodes):
-            self.copy(old, whole(len(shape_of(value_of(old)))), self.new.__getitem__)
+        axes = whole(len(shape_of(value_of(old))))
+        owner = self._owner(old)
+        if owner is not None:
+            self.copy(old, axes, lambda n: self.all_of(n, owner))
+            self.owners[old] = owner
+            return
+        if all(map(self.is_whole, old.all_input_nodes)):
+            self.copy(old, axes, self.new.__getitem__)
             return
         rule = RULES.get(old.target)
         if rule is None and info(old).elementwise:
@@ -222,8 +269,16 @@ class Sharder:
                 self.gathered[
                     f"{function_of(old).__name__} in {old.meta['link'] or 'the step'}"
                 ] += 1
-            self.copy(old, whole(len(shape_of(value_of(old)))), self.all_of)
+            self.copy(old, axes, self.all_of)
+
+    def _owner(self, old: fx.Node) -> int | None:
+        """The rank that alone makes what an old node stands for, or None."""
+        if "owner" in old.meta:
+            return old.meta["owner"]
+        owners = {self.owners.get(n) for n in old.all_input_nodes if not self.is_whole(n)}
+        return owners.pop() if len(owners) == 1 else None
 
 
 def _origin(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k not in ("val", "aval", "broadcast_of", "level")}
+    own = "val", "aval", "broadcast_of", "level", "owner"
+    return {k: v for k, v in node.meta.items() if k not in own}

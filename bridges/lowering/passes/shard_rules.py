@@ -109,7 +109,7 @@ def _reduce(s: "Sharder", old: fx.Node) -> bool:
     shape = layouts.local_shape(value_of(old).shape, left, s.mesh)
     if any(local[i] == 0 for i in over):
         value = {"sum": 0, "max": _least(here.dtype), "min": _most(here.dtype)}[kind]
-        made = _full(s, old, shape, value, s.new[source])
+        made = _constant(s, old, shape, value, s.new[source])
     else:
         made = s.emit(old, function_of(old), s.new[source], *args_of(old)[1:], **old.kwargs)
     return _reduced(s, old, made, kind, axes, left, among)
@@ -138,14 +138,13 @@ def _reduced(
     return True
 
 
-def _full(
+def _constant(
     s: "Sharder", old: fx.Node, shape: Sequence[int], value: Any, instead_of: fx.Node
 ) -> fx.Node:
-    """A constant where other ranks compute; at their level, because all must agree on the order of collectives."""
-    own = value_of(old)
-    made = s.emit(old, torch.full, tuple(shape), value, dtype=own.dtype, device=own.device)
-    made.meta["level"] = instead_of.meta["level"]
-    return made
+    """A constant where other ranks compute; made of the same node, because all must agree which collectives there are
+    and in which order."""
+    new_full: Any = torch.Tensor.new_full
+    return s.emit(old, new_full, instead_of, tuple(shape), value, dtype=value_of(old).dtype)
 
 
 def _first(s: "Sharder", old: fx.Node) -> bool:
@@ -157,7 +156,7 @@ def _first(s: "Sharder", old: fx.Node) -> bool:
     made = (
         s.emit(old, ops.first, s.new[source])
         if has_it
-        else _full(s, old, value_of(old).shape, 0, s.new[source])
+        else _constant(s, old, value_of(old).shape, 0, s.new[source])
     )
     return _reduced(s, old, made, "sum", axes, whole(ndim), dims_of(axes))
 

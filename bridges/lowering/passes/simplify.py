@@ -25,9 +25,10 @@ def simplify(graph: fx.Graph) -> None:
 
 
 def drop_dead(graph: fx.Graph) -> None:
-    """Erase every node that no output needs; placeholders stay."""
+    """Erase every node that no output and no other rank needs; placeholders stay."""
     for node in reversed(graph.nodes):
-        if not node.users and node.op not in ("placeholder", "output"):
+        stays = node.op in ("placeholder", "output") or info(node).collective
+        if not node.users and not stays:
             graph.erase_node(node)
 
 

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of sharded parameters: `python ranks.py SCENARIO RANK RANKS FILE`.
+"""What each rank does in the tests of sharded parameters: `python ranks.py SCENARIOS RANK RANKS FILE`.
 
 Every scenario trains a model on one process, and the same model on several, and raises where they differ.
 """
@@ -6,6 +6,7 @@ Every scenario trains a model on one process, and the same model on several, and
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -33,21 +34,21 @@ TOLERANCE = 5e-5
 CHAINS: dict[str, Callable[[], Any]] = {
     "adamw": lambda: optax.adamw(1e-2),
     "lion": lambda: optax.lion(1e-2),
-    "clip": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
+    "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
     "lamb": lambda: optax.lamb(1e-2),
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=4),
     "noisy_sgd": lambda: optax.noisy_sgd(1e-2, key=0),
     "stam": lambda: chains.stam(1e-2),
     "stam_lite": lambda: chains.stam_lite(1e-2),
     "casmo": lambda: chains.casmo(1e-2),
-    "casmo by parameter": lambda: chains.casmo(1e-2, granularity="parameter"),
+    'casmo(granularity="parameter")': lambda: chains.casmo(1e-2, granularity="parameter"),
     "casmo_snr": lambda: chains.casmo_snr(1e-2),
     "magma": lambda: chains.magma(optax.adamw(1e-2)),
     "muon": lambda: chains.muon(1e-2),
     "nadam": lambda: chains.nadam(1e-2),
     "cosmic": lambda: chains.cosmic(1e-2),
     "orthograd": lambda: chains.orthograd(optax.sgd(0.1)),
-    "quantized": lambda: optax.chain(chains_quantized(), optax.scale_by_learning_rate(1e-2)),
+    "quantized_state": lambda: optax.chain(chains_quantized(), optax.scale_by_learning_rate(1e-2)),
 }
 
 
@@ -241,7 +242,7 @@ def in_jax() -> None:
 
 
 def save() -> None:
-    folder = sys.argv[4] + ".checkpoint"
+    folder = Path(sys.argv[4]).with_name("checkpoint")
     for name in ("adamw", "stam", "muon"):
         net = model()
         fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -256,7 +257,7 @@ def save() -> None:
 
 
 def load() -> None:
-    folder = sys.argv[4].rpartition("-")[0] + "-save.checkpoint"
+    folder = Path(sys.argv[4]).with_name("checkpoint")
     for name in ("adamw", "stam", "muon"):
         net = model()
         if dist.get_world_size() > 1:
@@ -273,15 +274,17 @@ def load() -> None:
             assert error <= TOLERANCE, f"{name}: {key} is off by {error}"
 
 
-def main() -> None:
-    scenario, rank, ranks, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+def run_scenarios(scenarios: dict[str, Any]) -> None:
+    """Joins the other ranks, and calls the scenarios that the command line names, with commas between."""
+    names, rank, ranks, file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     # FSDP and DTensor warn of what they do themselves.
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
-    globals()[scenario]()
+    for name in names.split(","):
+        scenarios[name]()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_scenarios(globals())

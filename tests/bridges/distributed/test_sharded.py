@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-RANKS = Path(__file__).with_name("ranks.py")
+TRAINED, PLACED = (Path(__file__).with_name(name) for name in ("ranks.py", "placed.py"))
 
 
-def run(scenario: str, ranks: int, folder: Path) -> None:
-    """Starts the ranks, and stops all of them where one fails."""
+def run(scenarios: str, ranks: int, folder: Path, script: Path = TRAINED) -> None:
+    """Starts the ranks, which go through the scenarios, and stops all of them where one fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    file = folder / f"ranks-{scenario}"
+    file = folder / f"ranks-{scenarios}"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(RANKS), scenario, str(rank), str(ranks), str(file)],
+            [sys.executable, str(script), scenarios, str(rank), str(ranks), str(file)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -40,24 +40,18 @@ def test_two_ranks_go_on_when_parameters_are_exchanged(tmp_path):
     run("exchanged", 2, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("scenario", "ranks"),
-    [
-        ("eager", 4),
-        ("compiled", 4),
-        ("rounded", 4),
-        ("frozen", 4),
-        ("in_jax", 2),
-        ("refused", 2),
-    ],
-)
-def test_it_is_as_on_one_process(scenario, ranks, tmp_path):
-    run(scenario, ranks, tmp_path)
+# To start a rank costs seconds: many scenarios share a start.
 
 
 @pytest.mark.slow
-def test_what_four_ranks_saved_two_and_one_load(tmp_path):
-    run("save", 4, tmp_path)
-    run("load", 2, tmp_path)
+def test_training_is_as_on_one_process(tmp_path):
+    """And what four ranks saved, two and one load."""
+    run("eager,compiled,rounded,frozen,save", 4, tmp_path)
+    run("in_jax,refused,load", 2, tmp_path)
     run("load", 1, tmp_path)
+
+
+@pytest.mark.slow
+def test_parameters_laid_out_by_hand_are_as_on_one_process(tmp_path):
+    run("optax_chains,owners,meshes,missing,refused", 4, tmp_path, PLACED)
+    run("owners,zero", 2, tmp_path, PLACED)

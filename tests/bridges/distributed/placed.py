@@ -1,0 +1,237 @@
+"""What each rank does in the tests of parameters that are laid out, and get gradients, by hand.
+
+`python placed.py SCENARIOS RANK RANKS FILE`. A scenario compares with one process, which gets the same gradients whole.
+"""
+
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optax
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from ranks import CHAINS, TOLERANCE, run_scenarios, whole
+
+from chainrule import TorchBridge
+from optax_cases import NAMED
+
+SHAPES = {"wide": (5, 6), "tall": (7, 3), "vector": (5,)}
+"""On two by two ranks: parts of 3 and 2, of 4 and 3, and an empty one where both dimensions cut an axis of 5."""
+STEPS = 6
+
+
+def given(number: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors that are the same on every rank."""
+    generator = torch.Generator().manual_seed(number)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def placements(mesh: DeviceMesh) -> Iterator[list[Any]]:
+    """Ways to lie on a mesh, over and over."""
+    if mesh.ndim == 1:
+        while True:
+            yield from ([Shard(0)], [Shard(-1)], [Shard(0)])
+    more = [Replicate()] * (mesh.ndim - 2)
+    while True:
+        yield from (
+            [Shard(0), Shard(1), *more],
+            [Replicate(), *more, Shard(0)],
+            [Shard(0), *more, Shard(0)],
+            [*more, Shard(1), Replicate()],
+        )
+
+
+class Placed:
+    """Parameters with gradients that are made by hand: whole, or on a mesh."""
+
+    def __init__(
+        self,
+        mesh: DeviceMesh | None,
+        shapes: dict[str, tuple[int, ...]] | None = None,
+        way: list[Any] | None = None,
+    ) -> None:
+        self.mesh, self.shapes, self.way = mesh, shapes or SHAPES, way
+        self.params = {name: torch.nn.Parameter(x) for name, x in self.laid(-1).items()}
+
+    def laid(self, number: int) -> dict[str, torch.Tensor]:
+        found = given(number + 100, self.shapes)
+        if self.mesh is None:
+            return found
+        every = itertools.repeat(self.way) if self.way else placements(self.mesh)
+        ways = zip(found.items(), every, strict=False)
+        return {
+            name: distribute_tensor(
+                x, self.mesh, [Shard(w.dim % x.ndim) if isinstance(w, Shard) else w for w in way]
+            )
+            for (name, x), way in ways
+        }
+
+    def step(self, optimizer: Any, number: int, lack: Mapping[str, set[int]] = {}) -> None:
+        """A step in which some ranks lack the gradients of some parameters, which lie in rows."""
+        ranks = dist.get_world_size()
+        for name, grad in self.laid(number).items():
+            without = lack.get(name, set())
+            if self.mesh is None:
+                for rank, rows in enumerate(grad.chunk(ranks)):
+                    rows.mul_(rank not in without)
+            here = range(ranks) if self.mesh is None else [dist.get_rank()]
+            self.params[name].grad = None if without.issuperset(here) else grad
+        # A closure, because some chains read the loss.
+        optimizer.step(lambda: 2.0 * 0.8**number + 0.1)
+
+    def trained(self, make: Callable[[], Any], steps: Sequence[int] = range(STEPS)) -> Any:
+        optimizer = TorchBridge(make(), self.params.items())
+        for number in steps:
+            self.step(optimizer, number)
+        return optimizer
+
+    def values(self) -> list[torch.Tensor]:
+        return [whole(p) for p in self.params.values()]
+
+
+def check_close(what: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+    """Equal up to the order of sums, in float32."""
+    for x, y in zip(got, want, strict=True):
+        assert torch.isfinite(y).all(), f"{what}: {y}"
+        error = (x - y).abs().max().item() / max(1.0, y.abs().max().item())
+        assert error <= TOLERANCE, f"{what} is off by {error}"
+
+
+def collectives(optimizer: TorchBridge) -> int:
+    """How many a step has."""
+    found = re.findall(r"collectives a step: (.*)", optimizer.explain(passes=True))
+    return sum(int(n) for line in found for n in re.findall(r": (\d+)", line))
+
+
+def optax_chains() -> None:
+    """All named optimizers of optax that a bridge takes, on a mesh of two dimensions."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    cases = [case for case in NAMED if not case.loss and not case.batch]
+    ranks, me = dist.get_world_size(), dist.get_rank()
+    expected: dict[int, list[torch.Tensor]] = {}
+    for i in range(me, len(cases), ranks):  # each rank finds some of what all compare with
+        alone = Placed(None)
+        alone.trained(cases[i].make)
+        expected[i] = alone.values()
+    for i, case in enumerate(cases):
+        many = Placed(mesh)
+        many.trained(case.make)
+        wanted = expected.get(i) or [torch.empty(shape) for shape in many.shapes.values()]
+        for x in wanted:
+            dist.broadcast(x, i % ranks)
+        check_close(case.name, many.values(), wanted)
+
+
+def owners() -> None:
+    """Each product is made once, on one rank, and there are not more collectives for more matrices."""
+    ranks = dist.get_world_size()
+    meshes = [init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))]
+    if ranks == 4:
+        meshes.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner")))
+    square = {f"m{i}": (6 + i, 6) for i in range(6)}
+    for mesh in meshes:
+        for shapes in ({"one": (5, 6)}, SHAPES, square):
+            alone, many = Placed(None, shapes), Placed(mesh, shapes)
+            counts = []
+            for placed in (alone, many):
+                optimizer = placed.trained(CHAINS["muon"])
+                with FlopCounterMode(display=False) as counter:
+                    placed.step(optimizer, STEPS)
+                counts.append(counter.get_total_flops())
+                if placed is many:
+                    assert collectives(optimizer) <= 3, optimizer.explain(passes=True)
+            check_close(f"{mesh}, {len(shapes)} matrices", many.values(), alone.values())
+            sums: list[Any] = [None] * ranks
+            dist.all_gather_object(sums, counts[1])
+            assert sum(sums) == counts[0], f"{sums} operations of {counts[0]}"
+            if shapes is square:
+                assert max(sums) < counts[0] * 2 / ranks, f"{sums} operations of {counts[0]}"
+
+
+def meshes() -> None:
+    """Slices of a mesh of three dimensions, and meshes smaller than the world."""
+    three = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))
+    for mesh in (three, three["a", "b"], three["a", "c"], three["c"]):
+        for name in ("clip_by_global_norm", "stam", "muon"):
+            alone, many = Placed(None), Placed(mesh)
+            alone.trained(CHAINS[name])
+            many.trained(CHAINS[name])
+            check_close(f"{name} on {mesh}", many.values(), alone.values())
+
+
+def missing() -> None:
+    """Gradients that some ranks lack are zeros there; those that all lack leave parameter and state as they are."""
+    ranks = dist.get_world_size()
+    everyone = set(range(ranks))
+    shapes = {"wide": (5, 6), "tall": (7, 3), "square": (4, 4)}
+    lacking: list[dict[str, set[int]]] = [
+        {},
+        {"wide": {1}},
+        {name: {0} for name in shapes},
+        dict.fromkeys(shapes, everyone),
+        {"tall": everyone, "square": {0, 1}},
+        {},
+    ]
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    cases = [(name, lacking) for name in ("clip_by_global_norm", "stam", "casmo", "muon", "cosmic")]
+    # Nothing is told where nothing needs to be: who has no entries may have no gradient either.
+    cases.append(
+        ("adamw", [{}, {"wide": {3}}, {"tall": everyone}, dict.fromkeys(shapes, everyone)])
+    )
+    for name, steps in cases:
+        alone, many = Placed(None, shapes), Placed(mesh, shapes, [Shard(0)])
+        for placed in (alone, many):
+            optimizer = placed.trained(CHAINS[name], range(2))
+            for number, lack in enumerate(steps):
+                placed.step(optimizer, number + 2, lack)
+        check_close(name, many.values(), alone.values())
+
+
+def zero() -> None:
+    """The table of docs/scaling.md: which chains `ZeroRedundancyOptimizer` suits, and which it does not."""
+    text = (Path(__file__).parents[3] / "docs/scaling.md").read_text()
+    suited, others = (
+        re.findall(r"`([^`]+)`", line.split("|")[2])
+        for line in text.splitlines()
+        if line.startswith(("| parameter by parameter |", "| over several parameters |"))
+    )
+    assert sorted([*suited, *others]) == sorted(CHAINS), (suited, others)
+    for name, make in CHAINS.items():
+        alone, many = Placed(None), Placed(None)
+        alone.trained(make)
+        params = list(many.params.values())
+        optimizer: Any = ZeroRedundancyOptimizer(params, functools.partial(TorchBridge, make()))
+        for number in range(STEPS):
+            many.step(optimizer, number)
+        pairs = zip(many.values(), alone.values(), strict=True)
+        error = max((x - y).abs().max().item() for x, y in pairs)
+        assert (error <= TOLERANCE) == (name in suited), f"{name} is off by {error}"
+
+
+def refused() -> None:
+    one = init_device_mesh("cpu", (4,), mesh_dim_names=("all",))
+    two = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    x = torch.ones(4, 4)
+    partial = DTensor.from_local(x, one, [Partial()], run_check=False)
+    apart = [distribute_tensor(x, one, [Shard(0)]), distribute_tensor(x, two, [Shard(0), Shard(1)])]
+    for params, says in (([partial], "Partial"), (apart, "slicing one mesh")):
+        try:
+            TorchBridge(optax.adam(1e-2), [torch.nn.Parameter(p) for p in params])
+        except NotImplementedError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"{params} were taken")
+
+
+if __name__ == "__main__":
+    run_scenarios(globals())
