@@ -26,7 +26,7 @@ install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo  ## train a small network with every chain; table and demo.png
+demo: $(VENV)/.demo  ## three mechanisms at work, and every chain beside optax.adamw; table and demo.png
 	$(BIN)/chainrule demo
 
 test: $(VENV)/.test  ## tests and doctests, without the slow ones
@@ -59,7 +59,7 @@ everywhere: $(VENV)/.dev  ## the tests of numbers on other processors' code path
 
 versions:  ## the tests without torch on other versions (PYTHON=python3.13 WITH="jax==0.12.0 optax==0.2.8")
 	rm -rf build/versions && $(PYTHON) -m venv build/versions
-	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,demo,evidence]" $(WITH)
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,evidence]" $(WITH)
 	build/versions/bin/python -m pytest tests -m "not slow and not clients and not keras" -n $(WORKERS)
 
 clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge

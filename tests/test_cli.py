@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import chainrule
@@ -89,7 +90,7 @@ def test_evidence_without_its_extra_says_what_to_install(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_trains_every_chain(tmp_path):
+def test_demo_measures_mechanisms_and_trains_every_chain(tmp_path):
     result = run(
         "demo",
         "--quick",
@@ -103,9 +104,17 @@ def test_demo_trains_every_chain(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    runs = json.loads((tmp_path / "numbers.json").read_text())["runs"]
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    for mechanism in numbers["mechanisms"]:
+        for name in mechanism.keys() - {"title"}:
+            assert np.isfinite(mechanism[name]).all(), name
+    casmo = numbers["mechanisms"][0]
+    right, wrong = (np.mean(casmo[f"AGAR, {kind} labels"], 1) for kind in ("right", "wrong"))
+    assert (right[1:4] > wrong[1:4]).all()  # while the network learns what labels have in common
+    runs = numbers["runs"]
     assert [run["name"].partition("(")[0] for run in runs] == ["optax.adamw", *chains.__all__]
     for entry in runs:
         assert entry["name"] in result.stdout
         assert min(entry["accuracy"]) > 0.5, entry["name"]
         assert entry["state_bytes"] > 0
+        assert (entry["differs"] == "") == (entry["name"] == "optax.adamw")

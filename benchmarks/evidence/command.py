@@ -17,6 +17,7 @@ def main(
     seeds: int | None,
     arms: Sequence[str] | None,
     out: pathlib.Path,
+    bridge: bool = False,
 ) -> int:
     """Runs experiments, or does what else `names` says; returns the exit status."""
     from rich.console import Console
@@ -42,7 +43,7 @@ def main(
         for name in chosen:
             console.print(f"[bold]{name}[/]: {experiments.load(name).title}")
             try:
-                document = run(console, name, setting, seeds, arms, out)
+                document = run(console, name, setting, seeds, arms, out, bridge)
             except KeyboardInterrupt:
                 console.print("interrupted; the same command goes on where this one ended")
                 return 130
@@ -58,6 +59,7 @@ def run(
     seeds: int | None,
     arms: Sequence[str] | None,
     out: pathlib.Path,
+    bridge: bool,
 ) -> Document:
     """One experiment behind a progress bar, which counts evaluations of blocks of runs."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -77,7 +79,9 @@ def run(
             bar.update(task, description=what, advance=done, total=total)
 
         experiment = experiments.load(name)
-        return Run(experiment, setting, out, seeds=seeds, arms=arms, progress=progress)()
+        runs = Run(experiment, setting, out, seeds=seeds, arms=arms, progress=progress)
+        document = runs()
+        return runs.through_torch() if bridge else document
 
 
 def print_conclusions(console, document: Document) -> None:

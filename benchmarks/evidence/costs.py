@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
 def measure(
     arms: Sequence[Arm], points: Sequence[Point], params: Any, rounds: int = 30, steps: int = 10
-) -> dict[str, Cost]:
+) -> dict[str, dict[str, float]]:
     """Times `update` and the addition to the parameters, in one jitted step, round by round over all arms.
 
     Args:
@@ -58,7 +58,7 @@ def measure(
             running[i] = (step, jax.block_until_ready(carry))
             times[i].append((time.perf_counter() - start) / steps)
     return {
-        arm.name: Cost(first[i], 1e6 * float(np.median(times[i])), size(running[i][1][1]))
+        arm.name: Cost(first[i], 1e6 * float(np.median(times[i])), size(running[i][1][1]))._asdict()
         for i, arm in enumerate(arms)
     }
 

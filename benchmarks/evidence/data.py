@@ -59,11 +59,25 @@ def standard_library() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(folder.glob("*.py"))
     order = np.random.default_rng(0).permutation(len(files))
-    text = np.frombuffer(b"".join(files[i].read_bytes() for i in order), np.uint8)
-    kept = text[(text == ord("\n")) | ((text >= 32) & (text < 127))].astype(np.int32)
-    codes = np.where(kept == ord("\n"), 0, kept - 31)
+    codes = encoded(b"".join(files[i].read_bytes() for i in order))
     train, validation, test = np.split(codes, [len(codes) * 18 // 20, len(codes) * 19 // 20])
     return train, validation, test
+
+
+def manual() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Python's manual as `help` shows it, English of 0.7 million characters, divided as `standard_library` is."""
+    from pydoc_data.topics import topics
+
+    codes = encoded("\n".join(topics[name] for name in sorted(topics)).encode())
+    train, validation, test = np.split(codes, [len(codes) * 18 // 20, len(codes) * 19 // 20])
+    return train, validation, test
+
+
+def encoded(text: bytes) -> np.ndarray:
+    """The characters of a text below `VOCABULARY`, int32; others are left out."""
+    codes = np.frombuffer(text, np.uint8)
+    kept = codes[(codes == ord("\n")) | ((codes >= 32) & (codes < 127))].astype(np.int32)
+    return np.where(kept == ord("\n"), 0, kept - 31)
 
 
 def windows(text: np.ndarray, count: int, length: int) -> np.ndarray:

@@ -11,14 +11,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 Point = Mapping[str, Any]
 """Hyperparameters by name: numbers, and in a matched arm also sequences of numbers."""
-Role = Literal["baseline", "claim", "mechanism-off", "control", "hypothesis"]
+Role = Literal["baseline", "claim", "mechanism-off", "control", "hypothesis", "candidate"]
 
 TUNING_SEEDS = 1000
 """Seeds from here on choose hyperparameters, those below are reported: never the same ones."""
+HALVING_SEEDS = 2000
+"""Seeds from here on choose among candidates, a hundred for each round."""
 
 
 def log_grid(low: float, high: float, points: int) -> tuple[float, ...]:
@@ -42,9 +43,9 @@ class Arm:
 
     name: str
     role: Role
-    make: Callable[[dict[str, Any]], optax.GradientTransformation]
+    make: Callable[[dict[str, Any]], Any]
     """From hyperparameters (traced scalars, so that a grid is one program), the run's "seed" (traced) and its number
-    of "steps" (a Python int) to a chain."""
+    of "steps" (a Python int) to a chain, or to what `Experiment.trainer` asks for."""
     grid: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     """Where tuning starts: values in equal ratios, by hyperparameter."""
     measure: Callable[[Any], Mapping[str, jax.Array]] = no_measures
@@ -56,6 +57,11 @@ class Arm:
     reported runs, to this arm's hyperparameters."""
     condition: str = ""
     """The variant of the task that it is trained on, a key of `Experiment.conditions`."""
+
+    @property
+    def base(self) -> str:
+        """The name without the condition, which `across` puts behind it."""
+        return self.name.removesuffix(f" ({self.condition})")
 
     def __post_init__(self) -> None:
         if (self.matches is None) != (self.match is None) or bool(self.grid) == bool(self.matches):
@@ -119,6 +125,8 @@ class Setting:
     """Keep these arms; `None`: all."""
     sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What `Experiment.build` wants to know."""
+    halving: tuple[tuple[int, int], ...] = ()
+    """Rounds of successive halving among the arms of role "candidate": (evaluations, how many are kept) of each."""
 
     def __post_init__(self) -> None:
         if self.steps % self.evaluations:
@@ -129,6 +137,13 @@ class Setting:
             raise ValueError(
                 f"Setting: `seeds` must be in [1, {TUNING_SEEDS}): seeds from there on tune; got {self.seeds}"
             )
+
+
+def quick(steps: int, sizes: Mapping[str, Any], **more: Any) -> Setting:
+    """A setting of seconds, for the checks: no part of a result."""
+    least = {"evaluations": 2, "seeds": 2, "tuning_seeds": 1, "block": 3, "extensions": 0}
+    settings: dict[str, Any] = {**least, "grid_points": 1, **more}
+    return Setting(steps, sizes=sizes, **settings)
 
 
 class Task(NamedTuple):
@@ -159,8 +174,8 @@ class Experiment:
     """Who claims it, and where."""
     data: str
     model: str
-    build: Callable[[Mapping[str, Any]], Task]
-    """From `Setting.sizes` to the task."""
+    build: Callable[[Mapping[str, Any]], Any]
+    """From `Setting.sizes` and the number of "steps" to the task: a `Task`, or what `trainer` trains."""
     arms: Sequence[Arm]
     claims: Sequence[Claim]
     metrics: Sequence[Metric]
@@ -176,6 +191,8 @@ class Experiment:
     """Variants of the task by name: what each has in place of `Setting.sizes`. Arms are compared within one."""
     timed: Callable[[], Any] | None = None
     """Parameters on which the arms of the first condition are timed, with their tuned hyperparameters."""
+    trainer: Callable[[Any, Setting], Any] | None = None
+    """From the task and a setting to what trains in the place of `Trainer`, and also says what arms cost (`costs`)."""
 
     def __post_init__(self) -> None:
         metrics = {m.name for m in self.metrics}
@@ -199,9 +216,10 @@ class Experiment:
             if conditions[arm.matches] != arm.condition:
                 raise ValueError(f"{self.id}: {arm.name} is of another condition than its source")
 
-    def task(self, setting: Setting, condition: str) -> Task:
+    def task(self, setting: Setting, condition: str) -> Any:
         """The task of a condition at a setting."""
-        return self.build({**setting.sizes, **self.conditions[condition]})
+        sizes = {"steps": setting.steps, **setting.sizes, **self.conditions[condition]}
+        return self.build(sizes)
 
     def metric(self, name: str) -> Metric:
         """The metric called `name`."""

@@ -21,7 +21,7 @@ def draw(document: Document, path: pathlib.Path) -> None:
     drawn = [(_draw_curves, condition) for condition in conditions]
     drawn += [(_draw_measure, name) for name in measured]
     drawn += [(_draw_claims, "")]
-    height = 4.2 + 0.25 * max(0, len(document["claims"]) - 9)
+    height = 4.2 + 0.25 * max(0, len(conclude(document)) - 9)
     figure = Figure(figsize=(1.5 + 4.5 * len(drawn), height), layout="constrained")
     axes = figure.subplots(1, len(drawn))
     for axis, (draw_one, what) in zip(axes, drawn, strict=True):

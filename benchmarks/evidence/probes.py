@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import chainrule
+from chainrule import transforms
 from chainrule.evidence.experiment import Curves, Point
 
 
@@ -33,6 +34,20 @@ def probed(link: optax.GradientTransformation) -> optax.GradientTransformationEx
     return optax.GradientTransformationExtraArgs(
         lambda params: ProbedState(link.init(params), jnp.float32(1)), update
     )
+
+
+def snr(**settings: Any) -> Callable[[Point], optax.GradientTransformation]:
+    """`Arm.make`: `chains.casmo_snr` with a probe of its confidence."""
+
+    def make(h: Point) -> optax.GradientTransformation:
+        return chainrule.chain(
+            transforms.scale_by_belief(),
+            probed(transforms.snr_confidence(**settings)),
+            transforms.decoupled_weight_decay(h["weight_decay"]),
+            optax.scale_by_learning_rate(h["learning_rate"]),
+        )
+
+    return make
 
 
 def ratio(state: Any) -> dict[str, jax.Array]:

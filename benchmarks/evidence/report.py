@@ -4,11 +4,19 @@ import json
 import math
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from chainrule.evidence import figures
-from chainrule.evidence.conclusions import Conclusion, Document, conclude, metrics, values
+from chainrule.evidence.conclusions import (
+    Conclusion,
+    Document,
+    conclude,
+    metrics,
+    reported,
+    values,
+)
 from chainrule.evidence.experiment import Metric
 from chainrule.evidence.statistics import (
     EXPLAINED,
@@ -18,8 +26,17 @@ from chainrule.evidence.statistics import (
     UNDECIDED,
     Comparison,
 )
+from chainrule.evidence.store import number
 
 SETTINGS = ("quick", "normal", "full")
+COSTS = {
+    "step_microseconds": ("a warmed step, without gradients", "{:.0f} µs", 1.0),
+    "tokens_per_second": ("tokens a second, all told", "{:.0f}", 1.0),
+    "first_seconds": ("the first step", "{:.2f} s", 1.0),
+    "state_bytes": ("state", "{:.3g} MB", 1e-6),
+    "peak_bytes": ("peak memory of the process", "{:.0f} MB", 1e-6),
+}
+"""What a step costs, by its name in the file: a heading, how it is written, and in which unit."""
 
 HEAD = """# Evidence: does each method do what it claims?
 
@@ -127,10 +144,12 @@ def _section(document: Document) -> str:
             f"Claimed by {document['source']}. Data: {document['data']}. Model: {document['model']}. "
             f"{document['settings']['steps']} steps ({document['setting']} setting), "
             f"{document['seconds']:.0f} s of training on {processor['name']} ({processor['cores']} cores), {used}.\n",
+            *_halving(document),
             *_table(*_arms(document)),
             "",
             *_costs(document),
             *(_sentence(conclusion) for conclusion in found),
+            *_bridged(document),
             f"\n![{name}]({name}.png)",
         ]
     )
@@ -156,21 +175,75 @@ def _arms(document: Document) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return ("arm", "role", "hyperparameters", "tuning", *(m.label for m in known)), rows
 
 
+def _halving(document: Document) -> list[str]:
+    """Who was chosen by successive halving, where there was any."""
+    if not (rounds := document.get("halving")):
+        return []
+    conditions = list(dict.fromkeys(info["condition"] for info in document["arms"].values()))
+    metric, settings = Metric(**document["tune_on"]), document["settings"]
+    length = settings["steps"] // settings["evaluations"]
+    lengths = ", ".join(
+        f"{len(each['scores'])} for {each['evaluations'] * length} steps" for each in rounds
+    )
+    rows = [
+        (name, *(metric.shown(number(score)) for score in scores), _fate(name, rounds))
+        for name, scores in rounds[0]["scores"].items()
+    ]
+    return [
+        f"Successive halving, each round on seeds of its own: {lengths}; {len(rounds[-1]['kept'])} were tuned and are "
+        f"reported. Scores of the first round ({metric.label}):\n",
+        *_table(("candidate", *conditions, "got to"), rows),
+        "",
+    ]
+
+
+def _fate(name: str, rounds: list[dict[str, Any]]) -> str:
+    if name in rounds[-1]["kept"]:
+        return f"**the end, as number {rounds[-1]['kept'].index(name) + 1}**"
+    return f"round {sum(name in each['scores'] for each in rounds)}"
+
+
+def _bridged(document: Document) -> list[str]:
+    """The runs that the torch bridge repeated beside JAX's, where there are any."""
+    if not (runs := document.get("bridged")):
+        return []
+    arms = {name: document["arms"][name] for name in dict.fromkeys(run["arm"] for run in runs)}
+    repeated = {(run["arm"], run["seed"]) for run in runs}
+    same_runs = [run for run in document["runs"] if (run["arm"], run["seed"]) in repeated]
+    jax = {**document, "arms": arms, "runs": same_runs}
+    torch = {**jax, "runs": runs}
+    rows = []
+    for arm in arms:
+        ours, theirs = reported(torch, arm), reported(jax, arm)
+        first = [
+            abs(ours[seed]["curves"]["train_loss"][0] / theirs[seed]["curves"]["train_loss"][0] - 1)
+            for seed in ours
+        ]
+        cells = [
+            f"{metric.shown(float(np.mean(values(torch, arm, metric.name))))} / "
+            f"{metric.shown(float(np.mean(values(jax, arm, metric.name))))}"
+            for metric in metrics(document).values()
+        ]
+        rows.append((arm, str(len(ours)), *cells, f"{max(first):.1e}"))
+    pairs = list(zip(conclude(torch), conclude(jax), strict=True))
+    same = sum(a.verdict == b.verdict for a, b in pairs)
+    labels = (f"{metric.label}, torch / JAX" for metric in metrics(document).values())
+    return [
+        f"\nThe same runs with every step by `TorchBridge`: {same} of {len(pairs)} verdicts are the same.\n",
+        *_table(("arm", "n", *labels, "training loss until the first evaluation, relative"), rows),
+    ]
+
+
 def _costs(document: Document) -> list[str]:
     """A table of what a step costs, where that was measured."""
     if not (costs := document.get("costs")):
         return []
+    known = [name for name in COSTS if name in next(iter(costs.values()))]
     rows = [
-        (
-            arm,
-            f"{cost['step_microseconds']:.0f} µs",
-            f"{cost['first_seconds']:.2f} s",
-            f"{cost['state_bytes'] / 1e6:.2f} MB",
-        )
+        (arm, *(COSTS[name][1].format(COSTS[name][2] * cost[name]) for name in known))
         for arm, cost in costs.items()
     ]
-    headings = ("arm", "a warmed step, without gradients", "the first step", "state")
-    return [*_table(headings, rows), ""]
+    return [*_table(("arm", *(COSTS[name][0] for name in known)), rows), ""]
 
 
 def _short(value: object) -> str:

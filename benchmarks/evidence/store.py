@@ -22,7 +22,16 @@ import numpy as np
 from chainrule.evidence.experiment import TUNING_SEEDS, Experiment, Point
 from chainrule.evidence.training import Outcome
 
-HARNESS = ("data", "models", "probes", "tasks", "training", "tuning")
+HARNESS = (
+    "data",
+    "models",
+    "probes",
+    "processes",
+    "tasks",
+    "torch_models",
+    "training",
+    "tuning",
+)
 """The files of the harness that numbers depend on."""
 PACKAGES = ("chainrule", "jax", "jaxlib", "numpy", "optax", "scipy", "statsmodels")
 
@@ -151,17 +160,26 @@ class Store:
     def add(self, arm: str, outcomes: Sequence[Outcome], seconds: float) -> None:
         """Keeps finished runs and writes the file. Only reported runs keep their curves."""
         for outcome in outcomes:
-            final = {name: values[-1] for name, values in outcome.curves.items()}
-            for name, summary in self._experiment.summaries.items():
-                final[name] = summary(outcome.curves)
-            run = {"arm": arm, "point": dict(outcome.point), "seed": outcome.seed, "final": final}
-            if outcome.seed < TUNING_SEEDS:
-                run |= {"curves": outcome.curves, "measured": outcome.measured}
-            run = plain(run)
+            run = self._recorded(arm, outcome)
             self._known[self._id(arm, outcome.point, outcome.seed)] = run
             self.runs.append(run)
         self.document["seconds"] = round(self.document["seconds"] + seconds, 1)
         self.write()
+
+    def add_bridged(self, arm: str, outcomes: Sequence[Outcome]) -> None:
+        """Keeps runs that the torch bridge repeated."""
+        bridged = self.document.setdefault("bridged", [])
+        bridged += [self._recorded(arm, outcome) for outcome in outcomes]
+        self.write()
+
+    def _recorded(self, arm: str, outcome: Outcome) -> dict[str, Any]:
+        final = {name: values[-1] for name, values in outcome.curves.items()}
+        for name, summary in self._experiment.summaries.items():
+            final[name] = summary(outcome.curves)
+        run = {"arm": arm, "point": dict(outcome.point), "seed": outcome.seed, "final": final}
+        if outcome.seed < TUNING_SEEDS:
+            run |= {"curves": outcome.curves, "measured": outcome.measured}
+        return plain(run)
 
     def finish(self) -> None:
         """Says that the experiment has run to its end."""

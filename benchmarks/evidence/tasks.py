@@ -43,3 +43,43 @@ def language(sizes: Mapping[str, Any]) -> Task:
     texts = [data.windows(text, sizes["windows"], places + 1) for text in held_out]
     shared = dict(zip(("train", "validation", "loss"), [train, *texts], strict=True))
     return Task(jax.tree.map(jnp.asarray, shared), draw, loss, evaluate)
+
+
+def noisy_digits(sizes: Mapping[str, Any]) -> Task:
+    """Digits of which `sizes["wrong"]` are labelled wrong, and hidden layers.
+
+    Metrics are of right labels: "validation" and "loss" in nats, "validation_accuracy" and "accuracy".
+
+    `sizes`: "steps", "batch", "hidden" (widths) and "wrong". Split and wrong labels are the seed's.
+    """
+    images, labels = data.digits()
+
+    def draw(seed):
+        random = np.random.default_rng(seed)
+        train, validation, test = data.split(random, len(labels), 300, 500)
+        params = models.Mlp(random, (64, *sizes["hidden"], 10))
+        drawn = {
+            "labels": data.wrong_labels(random, labels, sizes["wrong"], 10),
+            "batches": data.batches(random, train, sizes["batch"], sizes["steps"]),
+            "validation": validation,
+            "test": test,
+        }
+        return params, drawn
+
+    def loss(params, shared, drawn, step):
+        rows = drawn["batches"][step]
+        logits = params(shared["images"][rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, drawn["labels"][rows]).mean()
+
+    def evaluate(params, shared, drawn):
+        found = {}
+        for name, prefix in (("validation", "validation_"), ("test", "")):
+            labels = shared["labels"][drawn[name]]
+            logits = params(shared["images"][drawn[name]])
+            nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            found[prefix.rstrip("_") or "loss"] = nats
+            found[f"{prefix}accuracy"] = jnp.mean(jnp.argmax(logits, -1) == labels)
+        return found
+
+    shared = {"images": images.reshape(len(images), -1), "labels": labels}
+    return Task(jax.tree.map(jnp.asarray, shared), draw, loss, evaluate)

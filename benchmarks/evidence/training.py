@@ -39,15 +39,21 @@ class Trainer:
         arm: Arm,
         runs: Sequence[tuple[Point, int]],
         advance: Callable[[int], None] = lambda evaluations: None,
+        evaluations: int | None = None,
     ) -> Iterator[list[Outcome]]:
-        """Yields the outcomes of `runs` block by block; calls `advance` after each evaluation of a block."""
+        """Yields the outcomes of `runs` block by block; calls `advance` after each evaluation of a block.
+
+        With `evaluations` it stops after so many: the first part of the run, not a shorter one.
+        """
         size = self._setting.block
         for start in range(0, len(runs), size):
             block = list(runs[start : start + size])
             filled = block + [block[-1]] * (size - len(block))  # one shape, so one program
-            yield self._train_block(arm, filled, advance)[: len(block)]
+            yield self._train_block(arm, filled, advance, evaluations)[: len(block)]
 
-    def _train_block(self, arm: Arm, runs: list[tuple[Point, int]], advance: Any) -> list[Outcome]:
+    def _train_block(
+        self, arm: Arm, runs: list[tuple[Point, int]], advance: Any, evaluations: int | None
+    ) -> list[Outcome]:
         init, chunk = self._compiled(arm)
         data = self._task.data
         hyper: dict[str, Any] = {
@@ -59,7 +65,7 @@ class Trainer:
         )
         state, history = init(hyper, params), []
         length = self._setting.steps // self._setting.evaluations
-        for start in range(0, self._setting.steps, length):
+        for start in range(0, length * (evaluations or self._setting.evaluations), length):
             params, state, *seen = chunk(hyper, params, state, drawn, data, start)
             history.append(jax.device_get(seen))
             advance(1)
@@ -73,6 +79,9 @@ class Trainer:
             )
             for i, (point, seed) in enumerate(runs)
         ]
+
+    def close(self) -> None:
+        """Holds nothing that another process would miss."""
 
     def _draw(self, seed: int) -> Any:
         if seed not in self._drawn:

@@ -5,7 +5,7 @@ recorded with that end, for the report to say.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from chainrule.evidence.experiment import Metric, Point, Setting, is_better
@@ -66,6 +66,11 @@ def tune(
             axis, _, end = edge.rpartition(" ")
             axes[axis] = grown(axes[axis], end)
         extended += growing
+
+
+def best_of(scores: Iterable[float], metric: Metric) -> float:
+    """The best score; NaN if all are."""
+    return max(scores, key=lambda score: _rank(score, metric))
 
 
 def _rank(score: float, metric: Metric) -> Any:

@@ -84,15 +84,16 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="train a small network on digits with 30 %% wrong labels, with optax.adamw and every chain",
+        help="watch three mechanisms at work on digits, then see which chain differs from optax.adamw",
         description="Trains a small network on scikit-learn's digits, of which 30 %% are labelled "
-        "wrong, with optax.adamw and every chain: same seeds, same batches, the learning rate of "
-        "each chosen on a validation split. Prints a table and saves a figure.",
+        "wrong. First measures CASMO's AGAR, STAM's b1 and COSMIC's state while they train; then "
+        "trains with optax.adamw and every chain, each with its rate tuned, on the same seeds and "
+        "batches, and says which of them differ. Prints a table and saves a figure.",
     )
     demo.add_argument(
-        "--quick", action="store_true", help="3 learning rates, 2 seeds, 5 epochs: a smoke test"
+        "--quick", action="store_true", help="1 learning rate, 2 seeds, 2 epochs: a smoke test"
     )
-    demo.add_argument("--seeds", type=_count, help="runs of each chain (default 5)")
+    demo.add_argument("--seeds", type=_count, help="runs of each chain (default 10)")
     demo.add_argument("--epochs", type=_count, help="passes over the training split (default 40)")
     demo.add_argument(
         "--out",
@@ -151,6 +152,11 @@ def _add_evidence(commands: Any) -> None:
         default=pathlib.Path("evidence-results"),
         help="folder of the results (default evidence-results)",
     )
+    evidence.add_argument(
+        "--bridge",
+        action="store_true",
+        help="repeat the reported runs with every step by TorchBridge, and compare",
+    )
     evidence.set_defaults(setting="normal")
 
 
@@ -180,6 +186,8 @@ def main(argv: list[str] | None = None) -> int:
             "evidence", "equinox", "matplotlib", "mlxtend", "rich", "sklearn", "statsmodels"
         ):
             return 1
+        if arguments.bridge and _missing("torch", "torch"):
+            return 1
         from chainrule.evidence import command
 
         return command.main(
@@ -188,15 +196,16 @@ def main(argv: list[str] | None = None) -> int:
             seeds=arguments.seeds,
             arms=arguments.arms,
             out=arguments.out,
+            bridge=arguments.bridge,
         )
-    if _missing("demo", "matplotlib", "rich", "sklearn"):
+    if _missing("demo", "equinox", "matplotlib", "rich", "scipy", "sklearn", "statsmodels"):
         return 1
     from chainrule import demo
 
     demo.main(
         quick=arguments.quick,
-        seeds=arguments.seeds or (2 if arguments.quick else 5),
-        epochs=arguments.epochs or (5 if arguments.quick else 40),
+        seeds=arguments.seeds or (2 if arguments.quick else 10),
+        epochs=arguments.epochs or (2 if arguments.quick else 40),
         out=arguments.out,
         json_path=arguments.json,
     )

@@ -1,86 +1,60 @@
-"""`chainrule demo`: every named chain against optax.adamw, on digits of which 30 % are labelled wrong.
+"""`chainrule demo`: three mechanisms at work on digits, measured as they train; then every chain beside optax.adamw.
 
-A small network is trained with each chain, from the same initial parameters, on the same wrong labels and the same
-batches. The learning rate of each is the one of a log grid with the best mean accuracy on a validation split; what is
-reported is the accuracy on a test split with clean labels. All learning rates and seeds of a chain train together, as
-two `vmap` axes of one program that is compiled once.
+Of the digits 30 % are labelled wrong. Every chain has its rate tuned on seeds and a split of its own; accuracies are of
+rightly labelled digits that nothing else saw, paired by seed, and a chain differs from `optax.adamw` if Holm's interval
+of the difference has no zero in it (`benchmarks/evidence`, whose harness this uses).
 """
 
 import inspect
 import json
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from chainrule import chains
+from chainrule.demo_mechanisms import MECHANISMS, WRONG_LABELS, Panel, sizes
+from chainrule.evidence import tasks
+from chainrule.evidence.conclusions import Document, values
+from chainrule.evidence.experiment import Arm, Experiment, Metric, Setting, log_grid
+from chainrule.evidence.runner import Run
+from chainrule.evidence.statistics import Comparison, compare
 from chainrule.transforms import TieredState, assign, retier, state_bytes
 
-WRONG_LABELS = 0.3
 WEIGHT_DECAY = 0.01
-WIDTHS = (64, 128, 64, 10)
-BATCH = 64
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+STEPS_PER_EPOCH = 15
+"""997 digits in batches of 64."""
 BASELINE = "optax.adamw"
+RATES = log_grid(3e-4, 3e-2, 5)
 
-Params = dict[str, dict[str, jax.Array]]
 MakeChain = Callable[[Any], optax.GradientTransformation]
 
 
-class Split(NamedTuple):
-    """Images, (n, 64) float32 in [0, 1], and labels, (n,) int32."""
-
-    images: jax.Array
-    labels: jax.Array
-
-
-class Data(NamedTuple):
-    """The three splits, all with clean labels: the wrong ones are drawn from the seed of each run."""
-
-    train: Split
-    validation: Split
-    test: Split
-
-
-class Run(NamedTuple):
-    """What one optimizer did."""
+class Row(NamedTuple):
+    """What one chain did."""
 
     name: str
     learning_rate: float
-    at_edge: bool
-    """Whether the best learning rate is the first or last of the grid, so that a better one may lie outside."""
     accuracy: np.ndarray
-    """(seeds,): clean test accuracy after the last epoch, at that learning rate."""
-    curve: np.ndarray
-    """(epochs, seeds): the same after every epoch."""
-    validation: np.ndarray
-    """(learning rates,): mean validation accuracy after the last epoch."""
+    """(seeds,)"""
+    difference: Comparison | None
+    """Over the baseline; `None` of itself."""
     seconds: float
-    """Training all learning rates and seeds, without compilation."""
-    compile_seconds: float
+    """Tuning and training, compilation included."""
     state_bytes: int
     """Of one run."""
 
-
-def load_digits() -> Data:
-    """scikit-learn's 1797 handwritten digits, always split in the same way: 997 to train, 300, 500."""
-    from sklearn.datasets import load_digits as load
-
-    images, labels = load(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(images))
-    images = jnp.asarray(images[order] / 16, jnp.float32)
-    labels = jnp.asarray(labels[order], jnp.int32)
-    return Data(
-        *(
-            Split(images[part], labels[part])
-            for part in (slice(800, None), slice(300), slice(300, 800))
-        )
-    )
+    @property
+    def differs(self) -> str:
+        """Whether it differs from the baseline, and how."""
+        if self.difference is None:
+            return ""
+        _, low, high = self.difference.corrected
+        return "better" if low > 0 else "worse" if high < 0 else "no"
 
 
 def candidates() -> dict[str, MakeChain]:
@@ -104,193 +78,138 @@ def candidates() -> dict[str, MakeChain]:
     return found
 
 
-class Seeds(NamedTuple):
-    """What a seed decides, drawn once for all chains; every leaf has a leading axis of seeds."""
+def in_first_tiers(make: MakeChain, task: Any) -> MakeChain:
+    """A tiered chain that begins in the tiers of its first step and stays there; others as they are.
 
-    params: Params
-    """The initial parameters."""
-    labels: np.ndarray
-    """(seeds, n): the training labels, 30 % of them wrong."""
-    batches: np.ndarray
-    """(seeds, epochs, steps, batch): rows of the training split."""
-
-
-def draw_seeds(data: Data, seeds: int, epochs: int) -> Seeds:
-    """Initial parameters, wrong labels and batches of the seeds 0, 1, ..."""
-
-    def draw(seed: int) -> Seeds:
-        random, n = np.random.default_rng(seed), len(data.train.labels)
-        orders = np.stack([random.permutation(n)[: n // BATCH * BATCH] for _ in range(epochs)])
-        return Seeds(
-            init_params(random),
-            wrong_labels(random, np.asarray(data.train.labels)),
-            orders.reshape(epochs, -1, BATCH),
-        )
-
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *map(draw, range(seeds)))
-
-
-def init_params(random: np.random.Generator) -> Params:
-    """He-normal weights and zero biases of a network with `WIDTHS`."""
-    layers = {}
-    names = [*(f"hidden_{i + 1}" for i in range(len(WIDTHS) - 2)), "output"]
-    for name, fan_in, fan_out in zip(names, WIDTHS[:-1], WIDTHS[1:], strict=True):
-        kernel = random.normal(0, np.sqrt(2 / fan_in), (fan_in, fan_out))
-        layers[name] = {
-            "kernel": kernel.astype(np.float32),
-            "bias": np.zeros(fan_out, np.float32),
-        }
-    return layers
-
-
-def wrong_labels(random: np.random.Generator, labels: np.ndarray) -> np.ndarray:
-    """`labels` with 30 % of them replaced by another class, drawn uniformly."""
-    others = (labels + random.integers(1, 10, labels.shape)) % 10
-    return np.where(random.random(labels.shape) < WRONG_LABELS, others, labels)
-
-
-def logits(params: Params, images: jax.Array) -> jax.Array:
-    """The network's outputs, (n, 10)."""
-    *hidden, output = params.values()
-    for layer in hidden:
-        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
-    return images @ output["kernel"] + output["bias"]
-
-
-def accuracy(params: Params, split: Split) -> jax.Array:
-    """The fraction of `split` that the network gets right."""
-    return jnp.mean(jnp.argmax(logits(params, split.images), -1) == split.labels)
-
-
-def loss(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy."""
-    outputs = logits(params, images)
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-
-
-def first_tiers(tx: optax.GradientTransformation, params: Params, batch: Split) -> Any:
-    """The tier that a tiered chain gives each tensor at its first step, None for other chains.
-
-    Tiers are static, so that runs which train together share them: the demo does not move tensors
-    after the first step.
+    Tiers are static, so that runs which train together share them.
     """
+    params, drawn = task.draw(0)
+    state = make(RATES[0]).init(params)
 
     def tiered(state: Any) -> list[TieredState]:
         nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TieredState))
         return [node for node in nodes if isinstance(node, TieredState)]
 
-    if not tiered(jax.eval_shape(tx.init, params)):
-        return None
-    state = retier(tx.init(params), jax.grad(loss)(params, *batch), params)
-    return tiered(state)[0].assignment.tiers
+    if not tiered(state):
+        return make
+    grads = jax.grad(task.loss)(params, task.data, drawn, np.int32(0))
+    tiers = tiered(retier(state, grads, params))[0].assignment.tiers
 
-
-def train(
-    name: str, make: MakeChain, data: Data, drawn: Seeds, rates: tuple[float, ...]
-) -> Iterator[Run | None]:
-    """Trains all learning rates and seeds at once; yields None after each epoch, then the `Run`."""
-    first_params = jax.tree.map(lambda leaf: leaf[0], drawn.params)
-    first_batch = Split(*(part[:BATCH] for part in data.train))
-    tiers = first_tiers(make(rates[0]), first_params, first_batch)
-
-    def init(rate: Any, params: Any) -> tuple[Any, Any]:
-        state = make(rate).init(params)
-        return params, state if tiers is None else assign(state, tiers, params)
-
-    def run_epoch(rate: Any, carry: Any, labels: jax.Array, batches: jax.Array) -> tuple[Any, Any]:
+    def assigned(rate: Any) -> optax.GradientTransformation:
         tx = optax.with_extra_args_support(make(rate))
+        return optax.GradientTransformationExtraArgs(
+            lambda params: assign(tx.init(params), tiers, params), tx.update
+        )
 
-        def step(carry: Any, rows: jax.Array) -> tuple[Any, None]:
-            params, state = carry
-            grads = jax.grad(loss)(params, data.train.images[rows], labels[rows])
-            updates, state = tx.update(grads, state, params)
-            return (jax.tree.map(jnp.add, params, updates), state), None
+    return assigned
 
-        carry, _ = jax.lax.scan(step, carry, batches)
-        return carry, (accuracy(carry[0], data.validation), accuracy(carry[0], data.test))
 
-    start = time.perf_counter()
-    grid = jnp.asarray(rates)
-    carry = jax.jit(jax.vmap(jax.vmap(init, (None, 0)), (0, None)))(grid, drawn.params)
-    over_runs = jax.vmap(jax.vmap(run_epoch, (None, 0, 0, 0)), (0, 0, None, None))
-    program = jax.jit(over_runs, donate_argnums=1)
-    program = program.lower(grid, carry, drawn.labels, drawn.batches[:, 0]).compile()
-    compile_seconds = time.perf_counter() - start
-
-    start, history = time.perf_counter(), []
-    for epoch in range(drawn.batches.shape[1]):
-        carry, accuracies = program(grid, carry, drawn.labels, drawn.batches[:, epoch])
-        history.append(np.asarray(accuracies))
-        yield None
-    seconds = time.perf_counter() - start
-
-    validation, test = np.stack(history, 1)  # each (epochs, learning rates, seeds)
-    final = validation[-1].mean(-1)
-    best = int(np.argmax(final))
-    one_state = jax.tree.map(lambda leaf: leaf[0, 0], carry[1])
-    yield Run(
-        name=name,
-        learning_rate=rates[best],
-        at_edge=best in (0, len(rates) - 1),
-        accuracy=test[-1, best],
-        curve=test[:, best],
-        validation=final,
-        seconds=seconds,
-        compile_seconds=compile_seconds,
-        state_bytes=state_bytes(one_state),
+def experiment(makers: dict[str, MakeChain], setting: Setting) -> Experiment:
+    """The comparison, for the harness of `chainrule evidence`."""
+    grid = {"learning_rate": RATES}
+    return Experiment(
+        id="demo",
+        title="every chain on digits with wrong labels",
+        source="",
+        data="digits",
+        model="two hidden layers",
+        build=tasks.noisy_digits,
+        arms=[
+            Arm(name, "control", lambda h, make=make: make(h["learning_rate"]), grid)
+            for name, make in makers.items()
+        ],
+        claims=[],
+        metrics=[Metric("accuracy", "accuracy", margin=0.0, percent=True)],
+        tune_on=Metric("validation_accuracy", "validation accuracy", margin=0.0, percent=True),
+        settings={"demo": setting},
     )
 
 
-def draw(runs: list[Run], path: pathlib.Path) -> None:
-    """Saves one panel per chain: accuracy by epoch, mean and spread over seeds, with the baseline's mean in grey."""
+def rows_of(document: Document, makers: dict[str, MakeChain], params: Any) -> list[Row]:
+    """The table, with all differences in one family for Holm's correction."""
+    accuracy = {name: values(document, name, "accuracy") for name in makers}
+    others = [name for name in makers if name != BASELINE]
+    found = compare([(accuracy[name].tolist(), accuracy[BASELINE].tolist()) for name in others])
+    difference = dict(zip(others, found, strict=True))
+    return [
+        Row(
+            name,
+            document["arms"][name]["point"]["learning_rate"],
+            accuracy[name],
+            difference.get(name),
+            document["arms"][name]["seconds"],
+            state_bytes(make(RATES[0]).init(params)),
+        )
+        for name, make in makers.items()
+    ]
+
+
+def draw(panels: Sequence[Panel], rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Saves the figure: the mechanisms over their runs, and the paired difference of each chain to the baseline."""
     from matplotlib.figure import Figure
 
-    columns = min(4, len(runs))
-    rows = -(-len(runs) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.5 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    baseline = 100 * runs[0].curve.mean(1)
-    epochs = np.arange(1, len(baseline) + 1)
-    for axis, run in zip(axes, runs, strict=False):
-        mean, spread = 100 * run.curve.mean(1), 100 * run.curve.std(1)
-        axis.plot(epochs, baseline, color="0.55", linewidth=1.2, linestyle="--", label=BASELINE)
-        axis.fill_between(
-            epochs, mean - spread, mean + spread, color="tab:blue", alpha=0.2, linewidth=0
-        )
-        axis.plot(epochs, mean, color="tab:blue", linewidth=1.6)
-        axis.set_title(f"{run.name}   {mean[-1]:.1f} %   lr {run.learning_rate:g}", fontsize=9)
-        axis.grid(alpha=0.3)
-    for axis in axes[len(runs) :]:
-        axis.remove()
-    for axis in axes[max(0, len(runs) - columns) : len(runs)]:  # also those above a removed one
-        axis.tick_params(labelbottom=True)
-    late = [100 * run.curve[len(epochs) // 4 :].mean(1) for run in runs]
-    lowest, highest = np.min(late), np.max(late)
-    axes[0].set_ylim(5 * (lowest // 5), min(100, 5 * (highest // 5 + 1)))
-    axes[0].legend(fontsize=8, loc="lower right")
-    figure.supxlabel("epoch", fontsize=10)
-    figure.supylabel("accuracy on clean test labels (%)", fontsize=10)
-    figure.suptitle(
-        f"digits, {WRONG_LABELS:.0%} of the training labels wrong: mean and standard deviation over "
-        f"{runs[0].curve.shape[1]} seeds",
-        fontsize=11,
-    )
+    figure = Figure(figsize=(4.6 * (len(panels) + 1), 4.2), layout="constrained")
+    *axes, forest = figure.subplots(1, len(panels) + 1)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw_panel(axis, panel)
+    compared = [row for row in rows if row.difference is not None]
+    for place, row in enumerate(compared):
+        assert row.difference is not None
+        effect, low, high = (100 * value for value in row.difference.corrected)
+        colour = "0.5" if row.differs == "no" else "tab:red"
+        forest.plot([max(low, -99), min(high, 99)], [-place, -place], color=colour)
+        forest.plot(effect, -place, "o", color=colour, markersize=4)
+    forest.axvline(0, color="0.5", linewidth=0.8)
+    forest.set_yticks([-place for place in range(len(compared))], [row.name for row in compared])
+    forest.tick_params(labelsize=8)
+    forest.set_title(f"accuracy over {BASELINE}, {len(rows[0].accuracy)} paired seeds", fontsize=10)
+    forest.set_xlabel("percentage points, with Holm's interval", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
-def report(runs: list[Run], rates: tuple[float, ...]) -> dict[str, Any]:
+def _draw_panel(axis: Any, panel: Panel) -> None:
+    second = axis.twinx()
+    drawn = []
+    for place, lines, style in ((axis, panel.lines, "-"), (second, panel.right, "--")):
+        for name, line in lines.items():
+            colour = f"C{len(drawn)}"
+            mean, half = line.mean(1), line.std(1)
+            (shown,) = place.plot(panel.steps, mean, style, color=colour, linewidth=1.4, label=name)
+            place.fill_between(panel.steps, mean - half, mean + half, color=colour, alpha=0.12)
+            drawn.append(shown)
+    if panel.shift is not None:
+        axis.axvline(panel.shift, color="0.5", linewidth=0.8)
+    for place, label in zip((axis, second), panel.labels, strict=True):
+        place.set_ylabel(label, fontsize=8)
+        place.tick_params(labelsize=8)
+    axis.set_xlabel("step", fontsize=8)
+    axis.set_title(panel.title, fontsize=10)
+    axis.legend(handles=drawn, fontsize=7)
+
+
+def report(panels: Sequence[Panel], rows: Sequence[Row]) -> dict[str, Any]:
     """What `--json` saves."""
     return {
         "wrong_labels": WRONG_LABELS,
-        "learning_rates": rates,
+        "learning_rates": RATES,
         "versions": {"jax": jax.__version__, "optax": optax.__version__},
+        "mechanisms": [
+            {"title": panel.title, "steps": panel.steps.tolist()}
+            | {name: line.tolist() for name, line in {**panel.lines, **panel.right}.items()}
+            for panel in panels
+        ],
         "runs": [
             {
-                key: value.tolist() if isinstance(value, np.ndarray) else value
-                for key, value in run._asdict().items()
+                "name": row.name,
+                "learning_rate": row.learning_rate,
+                "accuracy": row.accuracy.tolist(),
+                "interval": row.difference and list(row.difference.corrected),
+                "differs": row.differs,
+                "seconds": row.seconds,
+                "state_bytes": row.state_bytes,
             }
-            for run in runs
+            for row in rows
         ],
     }
 
@@ -298,54 +217,78 @@ def report(runs: list[Run], rates: tuple[float, ...]) -> dict[str, Any]:
 def main(
     *, quick: bool, seeds: int, epochs: int, out: pathlib.Path, json_path: pathlib.Path | None
 ) -> None:
-    """Trains everything behind a progress bar, prints the table, saves the figure."""
+    """Measures and trains behind a progress bar, prints the table, saves the figure."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console()
-    data = load_digits()
-    drawn = draw_seeds(data, seeds, epochs)
-    rates = LEARNING_RATES[1:-1:2] if quick else LEARNING_RATES
-    makers = candidates()
-    columns = [
-        TextColumn("{task.description:<22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-    ]
-    runs: list[Run] = []
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(makers) * epochs)
-        for name, make in makers.items():
-            progress.update(task, description=name)
-            for run in train(name, make, data, drawn, rates):
-                if run is None:
-                    progress.advance(task)
-                else:
-                    runs.append(run)
-        progress.update(task, description="done")
-
-    table = Table(
-        title=f"digits, {WRONG_LABELS:.0%} wrong labels, {len(rates)} learning rates x {seeds} seeds, {epochs} epochs",
-        caption="± standard deviation over seeds; * at an edge of the grid",
+    console, steps = Console(), epochs * STEPS_PER_EPOCH
+    task = tasks.noisy_digits(sizes(steps, WRONG_LABELS))
+    makers = {name: in_first_tiers(make, task) for name, make in candidates().items()}
+    setting = Setting(
+        steps,
+        evaluations=1,
+        seeds=seeds,
+        tuning_seeds=1 if quick else 2,
+        block=2 if quick else 10,
+        extensions=0 if quick else 2,
+        grid_points=1 if quick else None,
+        sizes=sizes(steps, WRONG_LABELS),
     )
-    table.add_column("chain", no_wrap=True)
-    for heading in ("clean test accuracy", "learning rate", "seconds", "state vs AdamW"):
-        table.add_column(heading, justify="right")
-    for run in runs:
-        table.add_row(
-            run.name,
-            f"{100 * run.accuracy.mean():.1f} ± {100 * run.accuracy.std(ddof=1 if seeds > 1 else 0):.1f} %",
-            f"{run.learning_rate:g}" + ("*" if run.at_edge else " "),
-            f"{run.seconds:.1f}",
-            f"{run.state_bytes / runs[0].state_bytes:.3f}x",
-        )
-    console.print(table)
-    draw(runs, out)
+    panels: list[Panel] = []
+    columns = (TextColumn("{task.description:<52}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
+        bar = progress.add_task("", total=len(MECHANISMS) + len(makers))
+        for mechanism in MECHANISMS:
+            for seen in mechanism(steps, min(seeds, 5), evaluations=10 if quick else 40):
+                if isinstance(seen, Panel):
+                    panels.append(seen)
+                    progress.advance(bar)
+                else:
+                    progress.update(bar, description=seen)
+        done = set()
+
+        def advance(what: str, ended: int, planned: int) -> None:
+            del ended, planned
+            name = what.removeprefix("demo ").rpartition(":")[0]
+            progress.update(bar, description=what, advance=name not in done)
+            done.add(name)
+
+        document = Run(
+            experiment(makers, setting), "demo", pathlib.Path(folder), progress=advance
+        )()
+        progress.update(bar, description="done")
+    rows = rows_of(document, makers, task.draw(0)[0])
+    _print_table(console, rows, steps)
+    draw(panels, rows, out)
     console.print(f"figure: {out}")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(report(runs, rates), indent=1))
+        json_path.write_text(json.dumps(report(panels, rows), indent=1))
         console.print(f"numbers: {json_path}")
+
+
+def _print_table(console: Any, rows: Sequence[Row], steps: int) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"digits, {WRONG_LABELS:.0%} wrong labels, {steps} steps, {len(rows[0].accuracy)} seeds",
+        caption="in percent, ± standard deviation over seeds; differences paired by seed, with Holm's interval",
+    )
+    table.add_column("chain", no_wrap=True)
+    for heading in ("accuracy", "over optax.adamw", "differs?", "rate", "state"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        spread = row.accuracy.std(ddof=1 if len(row.accuracy) > 1 else 0)
+        over = ""
+        if row.difference is not None:
+            effect, low, high = (100 * value for value in row.difference.corrected)
+            over = f"{effect:+.1f} [{low:+.1f}, {high:+.1f}]"
+        table.add_row(
+            row.name,
+            f"{100 * row.accuracy.mean():.1f} ± {100 * spread:.1f}",
+            over,
+            row.differs,
+            f"{row.learning_rate:.2g}",
+            f"{row.state_bytes / rows[0].state_bytes:.3f}x",
+        )
+    console.print(table)

@@ -49,6 +49,6 @@ def test_costs_are_of_each_arm():
     ]
     points = [{"learning_rate": 0.1}] * 2
     found = costs.measure(arms, points, {"w": jnp.ones((8, 8))}, rounds=2, steps=2)
-    assert [cost.state_bytes for cost in found.values()] == [0, 2 * 64 * 4 + 4]
-    assert min(cost.step_microseconds for cost in found.values()) > 0
-    assert min(cost.first_seconds for cost in found.values()) > 0
+    assert [cost["state_bytes"] for cost in found.values()] == [0, 2 * 64 * 4 + 4]
+    assert min(cost["step_microseconds"] for cost in found.values()) > 0
+    assert min(cost["first_seconds"] for cost in found.values()) > 0

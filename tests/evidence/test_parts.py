@@ -10,6 +10,8 @@ import chainrule
 from chainrule.evidence import data, models
 from chainrule.evidence.experiments import e1_casmo_grokking as e1
 from chainrule.evidence.experiments import e2_casmo_long_tail as e2
+from chainrule.evidence.experiments import e9_noisy_instructions as e9
+from chainrule.evidence.experiments import e11_recombination as e11
 from chainrule.evidence.probes import folded, mean_metric, probed, ratio
 
 RANDOM = np.random.default_rng(0)
@@ -115,3 +117,78 @@ def test_confidence_scales_the_decay_by_its_power(power, factor):
     moments = {"mu": jnp.zeros(2), "nu": jnp.ones(2), "count": jnp.int32(1)}
     updates, _ = link.update(zeros, link.init(params), params, **moments)
     np.testing.assert_allclose(updates, 0.3 * factor * np.ones(2), rtol=1e-6)
+
+
+def test_instructions_have_the_answers_that_they_ask_for():
+    """By another program than the one that made them."""
+    lines = e9.instructions(np.random.default_rng(0), 500, 0.0)
+    for line in lines:
+        text = "".join(chr(code + 31) for code in line)
+        prompt, answer = text[: e9.PROMPT].strip(), text[e9.PROMPT :].strip()
+        kind, *words = prompt.rstrip("=").split()
+        if kind in ("add", "sub"):
+            wanted = str(eval("+-"["as".index(kind[0])].join(words)))
+        elif kind == "get":
+            wanted = words[1][words[1].index(words[0]) + 1]
+        else:
+            wanted = {"rev": "{2}{1}{0}", "rot": "{1}{2}{0}"}[kind].format(*words[0])
+        assert answer == wanted, text
+
+
+def test_as_many_instructions_as_said_have_another_answer():
+    right, wrong = (e9.instructions(np.random.default_rng(1), 4000, share) for share in (0.0, 0.3))
+    del right
+    answers = wrong[:, e9.PROMPT :]
+    checked = 0
+    for line, answer in zip(wrong[::5], answers[::5], strict=True):  # of the kind "add"
+        text = "".join(chr(code + 31) for code in line)
+        _, a, b = text[: e9.PROMPT].strip().rstrip("=").split()
+        checked += "".join(chr(code + 31) for code in answer).strip() != str(int(a) + int(b))
+    assert abs(checked / 800 - 0.3) < 5 * (0.3 * 0.7 / 800) ** 0.5
+
+
+def test_recombined_chains_are_new_and_as_many_as_said():
+    found = e11.drawn()
+    assert len(found) == e11.CHAINS >= 24
+    assert {name for name, _ in found.values()} == set(e11.GRIDS)
+    for _, parts in found.values():
+        assert not e11.published(parts)
+    assert e11.published(("", "agar", "", ""))  # CASMO
+    assert e11.published(("", "", "cautious", "orthograd"))  # KerasOptimizers composes these
+    assert not e11.published(("adaptive", "agar", "", ""))
+
+
+@pytest.mark.parametrize("name", e11.GRIDS)
+def test_a_direction_alone_is_the_optimizer_of_its_name(name):
+    """With the fixed moment: Adam, sign descent with momentum, and Muon's matrices, of constant gradients."""
+    params = {"hidden": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    grads = jax.tree.map(lambda p: jnp.asarray(RANDOM.normal(size=p.shape), p.dtype), params)
+    tx = e11.direction(name, "")
+    updates, state = tx.update(grads, tx.init(params), params)
+    updates, _ = tx.update(grads, state, params)
+    if name == "muon":
+        left, _, right = np.linalg.svd(np.asarray(grads["hidden"]))
+        # Five steps of the polynomial leave singular values in about [0.7, 1.2].
+        assert np.abs(np.linalg.svd(updates["hidden"])[1] - 1).max() < 0.35
+        assert (
+            np.abs(
+                left.T @ updates["hidden"] @ right.T
+                - np.diag(np.diag(left.T @ updates["hidden"] @ right.T))
+            ).max()
+            < 1e-4
+        )
+    elif name == "rms":
+        for u, g in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(u, g / np.sqrt(np.mean(np.square(g))), rtol=1e-5)
+    else:
+        jax.tree.map(
+            lambda u, g: np.testing.assert_allclose(u, np.sign(g), rtol=1e-4), updates, grads
+        )
+
+
+def test_beside_a_link_the_updates_pass_and_it_sees_the_raw_gradient():
+    tx = chainrule.chain(optax.scale(5.0), e11.beside(optax.trace(0.5)))
+    g = jnp.array([1.0, -2.0])
+    updates, state = tx.update(g, tx.init(g))
+    assert updates.tolist() == [5.0, -10.0]
+    assert state[1].trace.tolist() == [1.0, -2.0]

@@ -12,6 +12,7 @@ import pytest
 from chainrule.evidence import report, store
 from chainrule.evidence.conclusions import conclude, values
 from chainrule.evidence.experiment import (
+    HALVING_SEEDS,
     Arm,
     Claim,
     Experiment,
@@ -147,7 +148,7 @@ def test_each_condition_has_its_own_task(tmp_path):
         settings={"quick": dataclasses.replace(SETTING, sizes={"batch": 1, "width": 2})},
     )
     document = Run(experiment, "quick", tmp_path)()
-    assert built == [{"batch": 4, "width": 2}, {"batch": 32, "width": 2}]
+    assert built == [{"steps": 8, "batch": batch, "width": 2} for batch in (4, 32)]
     assert document["arms"]["matched (large)"]["matches"] == "adam (large)"
     assert [c.claim.baseline for c in conclude(document)] == ["sgd (small)", "sgd (large)"]
     report.write(tmp_path)
@@ -158,6 +159,50 @@ def test_each_condition_has_its_own_task(tmp_path):
         )
     with pytest.raises(ValueError, match="no condition"):
         dataclasses.replace(experiment, conditions={"small": {}})
+
+
+def test_halving_runs_the_first_part_of_a_run_and_keeps_the_best(whole, tmp_path):
+    """Candidates train on seeds of their own; who is left is tuned and reported as any arm."""
+
+    def at(factor):
+        return lambda h: optax.sgd(factor * h["learning_rate"])
+
+    makes = {"zero": at(0.0), "sgd": at(1.0), "ascent": at(-1.0)}
+    candidates = [Arm(name, "candidate", make, GRID) for name, make in makes.items()]
+    experiment = dataclasses.replace(
+        EXPERIMENT,
+        arms=[Arm("baseline", "baseline", at(1.0), GRID), *candidates],
+        claims=[Claim(f"{name} is better", name, "baseline", "loss") for name in makes],
+        settings={"quick": dataclasses.replace(SETTING, halving=((1, 2), (2, 1)))},
+    )
+    document = Run(experiment, "quick", tmp_path)()
+    first, second = document["halving"]
+    assert first["kept"] == ["sgd", "zero"]
+    assert second["kept"] == ["sgd"]
+    assert set(document["arms"]) == {"baseline", "sgd"}
+    assert [c.claim.arm for c in conclude(document)] == ["sgd"]
+    early = [r for r in document["runs"] if r["seed"] >= HALVING_SEEDS]
+    assert {r["seed"] for r in early if r["arm"] == "ascent"} == {2000, 2001}
+    assert {r["seed"] for r in early if r["arm"] == "zero"} == {2000, 2001, 2100, 2101}
+    # One evaluation of four: two steps, from the same start on the same batches as the whole run.
+    task = build({})
+    params, drawn = task.draw(2000)
+    for step in range(2):
+        grads = jax.grad(task.loss)(params, {}, drawn, step)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    (run,) = [
+        r
+        for r in early
+        if (r["arm"], r["seed"], r["point"]) == ("sgd", 2000, {"learning_rate": 0.1})
+    ]
+    wanted = task.evaluate(params, {"scale": 1.0}, drawn)["loss"]
+    np.testing.assert_allclose(run["final"]["loss"], wanted, rtol=2e-5)
+    text = report.write(tmp_path).read_text()
+    assert "3 for 2 steps, 2 for 4 steps; 1 were tuned" in text
+    assert "the end, as number 1" in text
+    again: list[int] = []
+    Run(experiment, "quick", tmp_path, progress=lambda what, done, planned: again.append(done))()
+    assert sum(again) == 0
 
 
 def test_costs_are_in_the_file_and_the_report(tmp_path):

@@ -25,6 +25,7 @@ from chainrule.evidence.experiment import (
     across,
     area,
     log_grid,
+    quick,
 )
 
 DECAY = 0.01
@@ -145,11 +146,6 @@ ARMS, CLAIMS = across(
 )
 
 
-def setting(steps: int, hidden: int, **more: Any) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    return Setting(steps=steps, sizes={"steps": steps, "hidden": hidden}, **more)
-
-
 EXPERIMENT = Experiment(
     id="E10",
     title="STAM's stress and timing suites",
@@ -170,15 +166,9 @@ EXPERIMENT = Experiment(
     conditions=CONDITIONS,
     timed=mlp_to_time,
     settings={
-        "quick": setting(
+        "quick": quick(
             20,
-            8,
-            evaluations=2,
-            seeds=2,
-            tuning_seeds=1,
-            block=3,
-            extensions=0,
-            grid_points=1,
+            {"hidden": 8},
             arms=(
                 "adamw (MNIST, shift)",
                 "adamw .79 (MNIST, shift)",
@@ -186,7 +176,11 @@ EXPERIMENT = Experiment(
                 "stam_lite (MNIST, shift)",
             ),
         ),
-        "normal": setting(600, 64, evaluations=20, seeds=10, tuning_seeds=2, block=10),
-        "full": setting(6000, 256, evaluations=60, seeds=20, tuning_seeds=4, block=20),
+        "normal": Setting(
+            steps=600, sizes={"hidden": 64}, evaluations=20, seeds=10, tuning_seeds=2, block=10
+        ),
+        "full": Setting(
+            steps=6000, sizes={"hidden": 256}, evaluations=60, seeds=20, tuning_seeds=4, block=20
+        ),
     },
 )

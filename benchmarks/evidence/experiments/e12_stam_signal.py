@@ -23,6 +23,7 @@ from chainrule.evidence.experiment import (
     Task,
     area,
     log_grid,
+    quick,
 )
 from chainrule.evidence.probes import mean_metric
 
@@ -109,11 +110,6 @@ FORGET = {"forget": log_grid(3e-3, 0.3, 5)}
 ERROR = Metric("error", "squared error of the moment", margin=0.01, better=-1)
 
 
-def setting(steps: int, **more: Any) -> Setting:
-    """A setting that knows its steps."""
-    return Setting(steps=steps, sizes={"steps": steps}, **more)
-
-
 EXPERIMENT = Experiment(
     id="E12",
     title="STAM's b1 through jumps of noise and drift",
@@ -150,17 +146,13 @@ EXPERIMENT = Experiment(
     tune_on=ERROR,
     summaries={"error": area("train_loss")},
     settings={
-        "quick": setting(
+        "quick": quick(
             50,
+            {},
             evaluations=5,
-            seeds=2,
-            tuning_seeds=1,
-            block=3,
-            extensions=0,
-            grid_points=1,
             arms=("constant", "noise", "noise off", "best"),
         ),
-        "normal": setting(2000, evaluations=100, seeds=10, tuning_seeds=2, block=10),
-        "full": setting(10000, evaluations=100, seeds=50, tuning_seeds=10, block=50),
+        "normal": Setting(steps=2000, evaluations=100, seeds=10, tuning_seeds=2, block=10),
+        "full": Setting(steps=10000, evaluations=100, seeds=50, tuning_seeds=10, block=50),
     },
 )

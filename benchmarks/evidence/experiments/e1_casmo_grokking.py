@@ -26,9 +26,10 @@ from chainrule.evidence.experiment import (
     Task,
     area,
     log_grid,
+    quick,
 )
 from chainrule.evidence.models import Dense, normal
-from chainrule.evidence.probes import folded, mean_metric, probed, ratio
+from chainrule.evidence.probes import folded, mean_metric, ratio, snr
 
 WRONG = 0.3
 HEADS = 4
@@ -145,20 +146,6 @@ def casmo_decay(power: int):
     return make
 
 
-def snr(**settings):
-    """`chains.casmo_snr` with a probe of its confidence."""
-
-    def make(h):
-        return chainrule.chain(
-            transforms.scale_by_belief(),
-            probed(transforms.snr_confidence(**settings)),
-            transforms.decoupled_weight_decay(h["weight_decay"]),
-            optax.scale_by_learning_rate(h["learning_rate"]),
-        )
-
-    return make
-
-
 def over_time(h):
     """AdamW at a factor of the rate for each part of the run, with the same decay for every step."""
     factors = h["factors"]
@@ -243,16 +230,12 @@ EXPERIMENT = Experiment(
     tune_on=Metric("validation", "accuracy on pairs to tune by", margin=0.0, percent=True),
     summaries={"area": area("accuracy")},
     settings={
-        "quick": Setting(
-            steps=20,
-            evaluations=2,
-            seeds=2,
-            tuning_seeds=1,
+        "quick": quick(
+            20,
             block=9,
-            extensions=0,
             grid_points=3,
             arms=("adamw", "casmo", "casmo off"),
-            sizes={"p": 13, "width": 16, "steps": 20, "batch": 32},
+            sizes={"p": 13, "width": 16, "batch": 32},
         ),
         "normal": Setting(
             steps=2000,
@@ -260,7 +243,7 @@ EXPERIMENT = Experiment(
             seeds=8,
             tuning_seeds=2,
             block=8,
-            sizes={"p": 97, "width": 64, "steps": 2000, "batch": 256},
+            sizes={"p": 97, "width": 64, "batch": 256},
         ),
         "full": Setting(
             steps=10_000,
@@ -268,7 +251,7 @@ EXPERIMENT = Experiment(
             seeds=10,
             tuning_seeds=2,
             block=10,
-            sizes={"p": 97, "width": 128, "steps": 10_000, "batch": 512},
+            sizes={"p": 97, "width": 128, "batch": 512},
         ),
     },
 )

@@ -9,7 +9,16 @@ import optax
 
 from chainrule import chains
 from chainrule.evidence import data, models
-from chainrule.evidence.experiment import Arm, Claim, Experiment, Metric, Setting, Task, log_grid
+from chainrule.evidence.experiment import (
+    Arm,
+    Claim,
+    Experiment,
+    Metric,
+    Setting,
+    Task,
+    log_grid,
+    quick,
+)
 from chainrule.evidence.probes import folded, mean_metric
 
 CLASSES = 10
@@ -101,12 +110,7 @@ def casmo(granularity: str):
     return make
 
 
-def setting(steps: int, most: int, channels: tuple[int, ...], hidden: int, **more) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    sizes = {"steps": steps, "most": most, "channels": channels, "hidden": hidden, "batch": 64}
-    return Setting(steps=steps, sizes=sizes, **more)
-
-
+DATA = {"most": 400, "batch": 64}
 GRID = {"learning_rate": log_grid(1e-3, 1e-2, 3), "weight_decay": log_grid(0.01, 1, 3)}
 BALANCED, TAILED = "balanced accuracy", f"accuracy on the {TAIL} smallest classes"
 BETTER = "CASMO is better on a long tail than AdamW"
@@ -151,21 +155,26 @@ EXPERIMENT = Experiment(
     ],
     tune_on=Metric("validation", "balanced validation accuracy", margin=0.0, percent=True),
     settings={
-        "quick": setting(
+        "quick": quick(
             10,
-            400,
-            (4, 8),
-            16,
-            evaluations=2,
-            seeds=2,
-            tuning_seeds=1,
-            block=9,
-            extensions=0,
+            {"channels": (4, 8), "hidden": 16, **DATA},
             arms=("adamw", "casmo", "casmo off"),
         ),
-        "normal": setting(450, 400, (8, 16), 32, evaluations=15, seeds=10, tuning_seeds=2, block=9),
-        "full": setting(
-            3000, 400, (64, 128), 256, evaluations=30, seeds=20, tuning_seeds=3, block=20
+        "normal": Setting(
+            steps=450,
+            sizes={"channels": (8, 16), "hidden": 32, **DATA},
+            evaluations=15,
+            seeds=10,
+            tuning_seeds=2,
+            block=9,
+        ),
+        "full": Setting(
+            steps=3000,
+            sizes={"channels": (64, 128), "hidden": 256, **DATA},
+            evaluations=30,
+            seeds=20,
+            tuning_seeds=3,
+            block=20,
         ),
     },
 )

@@ -14,7 +14,16 @@ import optax
 
 from chainrule import chains
 from chainrule.evidence import data, models
-from chainrule.evidence.experiment import Arm, Claim, Experiment, Metric, Setting, Task, log_grid
+from chainrule.evidence.experiment import (
+    Arm,
+    Claim,
+    Experiment,
+    Metric,
+    Setting,
+    Task,
+    log_grid,
+    quick,
+)
 from chainrule.evidence.probes import folded, mean_metric
 
 CLIP = 1.0
@@ -85,11 +94,6 @@ def at_mean_confidence(point, measured):
     return folded("confidence")({**point, "weight_decay": DECAY}, measured)
 
 
-def setting(steps: int, batch: int, hidden: int, **more: Any) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    return Setting(steps=steps, sizes={"steps": steps, "batch": batch, "hidden": hidden}, **more)
-
-
 GRID = {"learning_rate": log_grid(1e-3, 3e-2, 5)}
 EXPERIMENT = Experiment(
     id="E3",
@@ -122,10 +126,22 @@ EXPERIMENT = Experiment(
     metrics=[Metric("accuracy", "test accuracy", margin=0.005, percent=True)],
     tune_on=Metric("validation", "accuracy on the validation split", margin=0.0, percent=True),
     settings={
-        "quick": setting(
-            20, 16, 8, evaluations=2, seeds=2, tuning_seeds=1, block=3, extensions=0, grid_points=1
+        "quick": quick(20, {"batch": 16, "hidden": 8}),
+        "normal": Setting(
+            steps=300,
+            sizes={"batch": 64, "hidden": 32},
+            evaluations=20,
+            seeds=10,
+            tuning_seeds=3,
+            block=10,
         ),
-        "normal": setting(300, 64, 32, evaluations=20, seeds=10, tuning_seeds=3, block=10),
-        "full": setting(2000, 256, 128, evaluations=50, seeds=20, tuning_seeds=4, block=20),
+        "full": Setting(
+            steps=2000,
+            sizes={"batch": 256, "hidden": 128},
+            evaluations=50,
+            seeds=20,
+            tuning_seeds=4,
+            block=20,
+        ),
     },
 )

@@ -25,6 +25,7 @@ from chainrule.evidence.experiment import (
     across,
     area,
     log_grid,
+    quick,
 )
 from chainrule.evidence.probes import mean_metric
 
@@ -141,16 +142,6 @@ ARMS, CLAIMS = across(
 )
 
 
-def setting(steps: int, hidden: int, **more: Any) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    return Setting(
-        steps=steps,
-        evaluations=SHIFTS * EVALUATIONS,
-        sizes={"steps": steps, "hidden": hidden},
-        **more,
-    )
-
-
 EXPERIMENT = Experiment(
     id="E4",
     title="STAM through shifts of the data",
@@ -169,17 +160,27 @@ EXPERIMENT = Experiment(
     summaries={"after_shifts": after_shifts, "prequential": area("train_loss")},
     conditions=CONDITIONS,
     settings={
-        "quick": setting(
+        "quick": quick(
             50,
-            8,
-            seeds=2,
-            tuning_seeds=1,
-            block=3,
-            extensions=0,
-            grid_points=1,
+            {"hidden": 8},
+            evaluations=SHIFTS * EVALUATIONS,
             arms=("adamw (batch 4)", "stam (batch 4)", "stam off (batch 4)", "noise (batch 4)"),
         ),
-        "normal": setting(1500, 64, seeds=10, tuning_seeds=2, block=10),
-        "full": setting(4000, 128, seeds=20, tuning_seeds=4, block=20),
+        "normal": Setting(
+            steps=1500,
+            sizes={"hidden": 64},
+            evaluations=SHIFTS * EVALUATIONS,
+            seeds=10,
+            tuning_seeds=2,
+            block=10,
+        ),
+        "full": Setting(
+            steps=4000,
+            sizes={"hidden": 128},
+            evaluations=SHIFTS * EVALUATIONS,
+            seeds=20,
+            tuning_seeds=4,
+            block=20,
+        ),
     },
 )

@@ -25,6 +25,7 @@ from chainrule.evidence.experiment import (
     Task,
     across,
     log_grid,
+    quick,
 )
 from chainrule.evidence.probes import mean_metric
 
@@ -171,11 +172,6 @@ ARMS, CLAIMS = across(
 )
 
 
-def setting(steps: int, sizes: Mapping[str, Any], **more: Any) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    return Setting(steps=steps, sizes={"steps": steps, **sizes}, **more)
-
-
 EXPERIMENT = Experiment(
     id="E5",
     title="Magma on unlike quadratics and a small language model",
@@ -189,15 +185,9 @@ EXPERIMENT = Experiment(
     tune_on=Metric("validation", "loss to tune by", margin=0.0, better=-1),
     conditions=CONDITIONS,
     settings={
-        "quick": setting(
+        "quick": quick(
             20,
             {"blocks": 3, "batch": 2, "places": 8, "width": 16, "depth": 1, "windows": 8},
-            evaluations=2,
-            seeds=2,
-            tuning_seeds=1,
-            block=3,
-            extensions=0,
-            grid_points=1,
             arms=(
                 "adam (quadratic)",
                 "adam magma (quadratic)",
@@ -207,17 +197,24 @@ EXPERIMENT = Experiment(
                 "muon cautious (language)",
             ),
         ),
-        "normal": setting(
-            300,
-            {"blocks": 8, "batch": 8, "places": 32, "width": 32, "depth": 1, "windows": 64},
+        "normal": Setting(
+            steps=300,
+            sizes={"blocks": 8, "batch": 8, "places": 32, "width": 32, "depth": 1, "windows": 64},
             evaluations=10,
             seeds=8,
             tuning_seeds=1,
             block=8,
         ),
-        "full": setting(
-            5000,
-            {"blocks": 32, "batch": 64, "places": 128, "width": 256, "depth": 6, "windows": 512},
+        "full": Setting(
+            steps=5000,
+            sizes={
+                "blocks": 32,
+                "batch": 64,
+                "places": 128,
+                "width": 256,
+                "depth": 6,
+                "windows": 512,
+            },
             evaluations=50,
             seeds=10,
             tuning_seeds=2,

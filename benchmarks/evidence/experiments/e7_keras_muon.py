@@ -21,6 +21,7 @@ from chainrule.evidence.experiment import (
     Setting,
     Task,
     log_grid,
+    quick,
     share_until,
 )
 
@@ -71,13 +72,6 @@ def muon(**settings):
 def orthograd(h):
     """OrthoGrad in front of Muon."""
     return chains.orthograd(muon()(h))
-
-
-def setting(steps: int, channels: tuple[int, ...], hidden: int, **more) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    return Setting(
-        steps=steps, sizes={"steps": steps, "channels": channels, "hidden": hidden}, **more
-    )
 
 
 ADAM_GRID = {"learning_rate": log_grid(3e-4, 3e-2, 5)}
@@ -140,19 +134,28 @@ EXPERIMENT = Experiment(
     tune_on=VALIDATION,
     summaries={"until_target": share_until("accuracy", TARGET)},
     settings={
-        "quick": setting(
+        "quick": quick(
             30,
-            (4, 8),
-            16,
+            {"channels": (4, 8), "hidden": 16},
             evaluations=3,
-            seeds=2,
-            tuning_seeds=1,
-            block=3,
-            extensions=0,
             grid_points=3,
             arms=("nadam", "muon", "muon off"),
         ),
-        "normal": setting(300, (16, 32), 64, evaluations=20, seeds=10, tuning_seeds=2, block=10),
-        "full": setting(1500, (64, 128), 256, evaluations=50, seeds=20, tuning_seeds=4, block=20),
+        "normal": Setting(
+            steps=300,
+            sizes={"channels": (16, 32), "hidden": 64},
+            evaluations=20,
+            seeds=10,
+            tuning_seeds=2,
+            block=10,
+        ),
+        "full": Setting(
+            steps=1500,
+            sizes={"channels": (64, 128), "hidden": 256},
+            evaluations=50,
+            seeds=20,
+            tuning_seeds=4,
+            block=20,
+        ),
     },
 )

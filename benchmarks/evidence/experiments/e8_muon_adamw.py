@@ -5,7 +5,6 @@ output, at a rate of its own, and both rates are tuned. The mechanism off is Muo
 orthogonalise (as in E7).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from chainrule.evidence.experiment import (
     Metric,
     Setting,
     log_grid,
+    quick,
 )
 
 TARGET = 2.6
@@ -74,11 +74,6 @@ def model_to_time() -> Any:
     return models.CharTransformer(random, 96, SIZES["places"], SIZES["width"], SIZES["depth"])
 
 
-def setting(steps: int, sizes: Mapping[str, Any], **more: Any) -> Setting:
-    """A setting whose batches are drawn for all its steps."""
-    return Setting(steps=steps, sizes={"steps": steps, **sizes}, **more)
-
-
 REST = {"rest_rate": log_grid(1e-3, 3e-2, 3)}
 MUON_GRID = {"learning_rate": log_grid(1e-2, 1e-1, 3), **REST}
 EXPERIMENT = Experiment(
@@ -126,21 +121,15 @@ EXPERIMENT = Experiment(
     summaries={"until_target": until_target},
     timed=model_to_time,
     settings={
-        "quick": setting(
+        "quick": quick(
             20,
             {"batch": 2, "places": 8, "width": 16, "depth": 1, "windows": 8},
-            evaluations=2,
-            seeds=2,
-            tuning_seeds=1,
-            block=3,
-            extensions=0,
-            grid_points=1,
             arms=("adamw", "muon", "muon off"),
         ),
-        "normal": setting(300, SIZES, evaluations=20, seeds=6, tuning_seeds=1, block=6),
-        "full": setting(
-            5000,
-            {"batch": 64, "places": 128, "width": 256, "depth": 6, "windows": 512},
+        "normal": Setting(steps=300, sizes=SIZES, evaluations=20, seeds=6, tuning_seeds=1, block=6),
+        "full": Setting(
+            steps=5000,
+            sizes={"batch": 64, "places": 128, "width": 256, "depth": 6, "windows": 512},
             evaluations=100,
             seeds=10,
             tuning_seeds=2,
