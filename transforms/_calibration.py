@@ -8,11 +8,13 @@ shape `()`, or `(n,)` for n of them side by side; each takes samples from the la
 is given, in order.
 """
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from chainrule.transforms._checks import check_bounds, check_choice
 from chainrule.transforms._numerics import root
 
 _LEAST_STD = 0.01
@@ -21,6 +23,24 @@ _PERCENTILES = (10, 50, 90)
 
 def _keep(_: jax.Array, *old: jax.Array) -> tuple[jax.Array, ...]:
     return old
+
+
+def check_calibration(
+    owner: str, steps: Any, center: str, tau_clip_range: tuple[float, float] | None
+) -> None:
+    """Raises `ValueError` for arguments of `agar_confidence` that no calibration can have."""
+    check_bounds(owner, tau_init_steps=steps)
+    check_choice(owner, "center", center, ("mean", "median"))
+    if steps is not None and not isinstance(steps, numbers.Integral):
+        raise ValueError(
+            f"{owner}: `tau_init_steps` is the length of a buffer, an integer, got {steps!r}"
+        )
+    if tau_clip_range is not None:
+        low, high = tau_clip_range
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"{owner}: `tau_clip_range` must be (low, high) with 0 <= low <= high <= 1, got {tau_clip_range}"
+            )
 
 
 class CalibrationState(NamedTuple):

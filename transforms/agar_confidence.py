@@ -17,16 +17,15 @@ tensors of granularity "parameter" share one calibration, which ends in the midd
 (`shared_calibration`).
 """
 
-import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from chainrule.transforms._calibration import Calibration, CalibrationState
+from chainrule.transforms._agar import clamped, signal_share
+from chainrule.transforms._calibration import Calibration, CalibrationState, check_calibration
 from chainrule.transforms._checks import (
     check_bounds,
     check_choice,
@@ -34,10 +33,9 @@ from chainrule.transforms._checks import (
     require,
     zeros_like,
 )
-from chainrule.transforms._numerics import bias_correction, ema, increment, own_scalar, share, up
-from chainrule.transforms._per_parameter import PerParameter, stacked
+from chainrule.transforms._numerics import bias_correction, ema, increment, up
+from chainrule.transforms._per_parameter import PerParameter
 from chainrule.transforms._protocols import Tree, typed
-from chainrule.transforms._sums import sums
 from chainrule.transforms._trees import leaves_beside, map_unmasked
 from chainrule.transforms._words import checked_words
 
@@ -152,19 +150,7 @@ def agar_confidence(
     )
     check_choice(owner, "source", source, ("upstream", "direction", "own"))
     check_choice(owner, "granularity", granularity, ("group", "parameter"))
-    check_choice(owner, "center", center, ("mean", "median"))
-    if tau_init_steps is not None and not isinstance(tau_init_steps, numbers.Integral):
-        raise ValueError(
-            f"{owner}: `tau_init_steps` is the length of a buffer, an integer, got "
-            f"{tau_init_steps!r}"
-        )
-    if tau_clip_range is not None:
-        low, high = tau_clip_range
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"{owner}: `tau_clip_range` must be (low, high) with 0 <= low <= high <= 1, got "
-                f"{tau_clip_range}"
-            )
+    check_calibration(owner, tau_init_steps, center, tau_clip_range)
     if clamp_factor is not None and source == "direction":
         raise ValueError(
             f'{owner}: `clamp_factor` clamps the moments, which source="direction" has not; use '
@@ -230,32 +216,9 @@ def agar_confidence(
             count = require(owner, "count", count, _REMEDY)
             scale = bias_correction(b1, count) ** 2 / bias_correction(b2, count)
             scale = 1 / scale if source == "direction" else scale
-
-        sizes = np.array([m.size for m in ms], np.int32)
-        total = max(int(sizes.sum()), 1)
-
-        def bounds(magnitudes: list[jax.Array]) -> list[Any]:
-            means = [jnp.sum(x) / max(x.size, 1) for x in magnitudes]
-            if by_group:
-                pooled = sum(m * x.size for m, x in zip(means, magnitudes, strict=True)) / total
-                means = [pooled] * len(means)
-            least = 0 if eps is None else eps
-            assert clamp_factor is not None
-            return [clamp_factor * (mean + least) for mean in means]
-
         if clamp_factor is not None:
-            first = bounds([jnp.abs(up(m)) for m in ms])
-            second = bounds([up(v) for v in vs])
-            ms = [jnp.clip(up(m), -a, a) for m, a in zip(ms, first, strict=True)]
-            vs = [jnp.minimum(up(v), b) for v, b in zip(vs, second, strict=True)]
-        if eps is None:
-            (shares,) = sums("square_share", ms, vs, scale)
-        else:
-            shares = stacked([_share_sum(m, v, scale, eps) for m, v in zip(ms, vs, strict=True)])
-        if by_group:
-            agar, counts = jnp.sum(shares, keepdims=True) / total, sizes.any(keepdims=True)
-        else:
-            agar, counts = shares / np.maximum(sizes, 1), sizes > 0
+            ms, vs = clamped(ms, vs, clamp_factor, eps, by_group)
+        agar, counts = signal_share(ms, vs, scale, eps, by_group)
 
         fit = calibration(state.calibration.samples.shape[-1])
         side_by_side = state.calibration.filled.ndim == 1
@@ -291,9 +254,3 @@ def _default_steps(b1: Any) -> int:
             "is traced; give `tau_init_steps` an integer"
         )
     return max(500, round(50 / (1 - float(b1))))
-
-
-def _share_sum(m: jax.Array, v: jax.Array, scale: Any, eps: Any) -> jax.Array:
-    """The sum of s / (s + n + eps), where s = m^2 and the noise n = max(scale v - s, eps)."""
-    s, scale, eps = up(m) * up(m), own_scalar(scale, m), own_scalar(eps, m)
-    return jnp.sum(share(s, jnp.maximum(scale * up(v), s + eps) + eps))
