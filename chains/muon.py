@@ -21,6 +21,7 @@ from chainrule.transforms import (
         "coefficients",
         "ns_steps",
         "ns_dtype",
+        "ns_sharding",
         "dims",
         "scale_axes",
         "routing",
@@ -42,6 +43,7 @@ def muon(
     eps_scope: str = "added",
     ns_dtype: Any = None,
     gram: bool | str = "auto",
+    ns_sharding: Any = None,
     dims: Any = "batched",
     scale: str | None = "spectral",
     scale_factor: float = 1.0,
@@ -94,6 +96,8 @@ def muon(
       ns_dtype: dtype of the iteration, default float32 at least; `"bfloat16"` is what
         torch.optim.Muon and KerasOptimizers use.
       gram: whether the iteration may run on the small Gram matrix (`newton_schulz`).
+      ns_sharding: spreads the iteration over devices, `NamedSharding(mesh, PartitionSpec("data"))`: matrices of one
+        shape are stacked, and each device iterates on its own of them (`newton_schulz`).
       dims: how leaves of more than two axes are read as matrices: `"batched"`, `"hwio"`, `"oihw"`,
         axes, or a function of path and shape (`newton_schulz`).
       scale: `"spectral"`, sqrt(max(1, out / in)); `"rms"`, sqrt(max(out, in)); `None`.
@@ -151,6 +155,7 @@ def muon(
                         dual_norm=dual_norm,
                         dtype=ns_dtype,
                         gram=gram,
+                        sharding=ns_sharding,
                     ),
                     cautious(caution),
                 ),

@@ -15,6 +15,7 @@ of threads, so what passes here passes on another processor. To compare, take th
 | `factorised(a)`         | (absolute)                 | 30 n eps norm(a): what LAPACK's own tests admit              |
 | `stepped(steps)`        | the largest entry so far   | 12 roundings a step from the gradient to the update          |
 | `halved(dtype, steps)`  | the largest entry so far   | a state and an update kept in `dtype`, rounded at every step |
+| `compensated(...)`      | (absolute)                 | Kahan's sum: what a step takes of the rest that it keeps     |
 | `live(decay)`           | 1 - decay                  | a decay that is itself a float32 number                      |
 | `corrected(decay)`      | 1 - decay**t               | ... whose power is subtracted from 1 in float32, as in optax |
 | `shrunk(eps, size)`     | the entry                  | an eps in a denominator, which the formula leaves out        |
@@ -104,6 +105,16 @@ def halved(dtype: Any, steps: int = 1) -> float:
     Four roundings a step, of which the state's add up.
     """
     return gamma(4 * steps, dtype)
+
+
+def compensated(steps: int, size: float, dtype: Any, kept: Any) -> float:
+    """How far parameter and `lost` together may be from the exact sum, for parameters below 2.
+
+    A step rounds y and y - (p' - p), which are at most `size` and half a unit in the last place of a parameter larger,
+    to float32, and the latter to the dtype in which it is kept.
+    """
+    lost = 2 * unit(dtype)
+    return steps * ((size + lost) * 2 * unit() + lost * unit(kept))
 
 
 def live(decay: float) -> float:

@@ -242,6 +242,16 @@ ATOMS: tuple[Case, ...] = (
         stateless=True,
     ),
     Case(
+        name="compensated",
+        public=transforms.compensated,
+        factory=lambda **settings: optax.chain(
+            optax.scale(-1.0), transforms.compensated(**settings)
+        ),
+        settings=({}, {"dtype": "float32"}),
+        reference=lambda **_: descent(lambda grads, _: grads, 1.0),
+        needs_params=True,
+    ),
+    Case(
         name="decay_and_rate",
         public=transforms.decay_and_rate,
         settings=(

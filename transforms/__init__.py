@@ -1,6 +1,7 @@
 """The atoms: small pure gradient transformations, one a file, and the algebra that composes them."""
 
 from chainrule.transforms import _flax
+from chainrule.transforms._apply import apply_updates
 from chainrule.transforms._chain import chain, named_chain, posted
 from chainrule.transforms._live import LiveState, hyperparams, live, set_hyperparams
 from chainrule.transforms._metrics import metrics, state_bytes
@@ -11,6 +12,7 @@ from chainrule.transforms._tier_moves import adopt, assign, retier
 from chainrule.transforms.adaptive_beta1 import AdaptiveBeta1State, adaptive_beta1
 from chainrule.transforms.agar_confidence import AgarConfidenceState, agar_confidence
 from chainrule.transforms.cautious import CautiousState, cautious
+from chainrule.transforms.compensated import CompensatedState, compensated
 from chainrule.transforms.decay_and_rate import decay_and_rate
 from chainrule.transforms.decoupled_weight_decay import decoupled_weight_decay
 from chainrule.transforms.ema_momentum import EmaMomentumState, ema_momentum
@@ -49,6 +51,7 @@ __all__ = [
     "AdaptiveBeta1State",
     "AgarConfidenceState",
     "CautiousState",
+    "CompensatedState",
     "EmaMomentumState",
     "GradientGateState",
     "GrokfastEmaState",
@@ -72,9 +75,11 @@ __all__ = [
     "adaptive_beta1",
     "adopt",
     "agar_confidence",
+    "apply_updates",
     "assign",
     "cautious",
     "chain",
+    "compensated",
     "decay_and_rate",
     "decoupled_weight_decay",
     "dequantize",

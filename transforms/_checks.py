@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from chainrule.transforms._sharding import alike
+
 _T = TypeVar("_T")
 
 
@@ -205,9 +207,10 @@ def check_params(
 
 
 def zeros_like(owner: str, params: optax.Params, dtype: Any = None) -> Any:
-    """Zeros in the shapes of `params`, in their dtypes or in `dtype`; integer leaves raise `TypeError`."""
+    """Zeros in the shapes of `params` and on their devices, in their dtypes or in `dtype`; integer leaves raise
+    `TypeError`."""
     check_params(owner, params)
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+    return jax.tree.map(lambda p: alike(p, jnp.zeros_like(p, dtype=dtype)), params)
 
 
 def require(owner: str, name: str, value: _T | None, remedy: str) -> _T:

@@ -15,6 +15,7 @@ import optax
 from chainrule.transforms._checks import check_bounds, check_params
 from chainrule.transforms._numerics import finite, increment, up
 from chainrule.transforms._protocols import Tree, typed
+from chainrule.transforms._sharding import alike
 from chainrule.transforms._trees import map_to_other_shapes
 from chainrule.transforms._words import checked_words
 
@@ -71,7 +72,10 @@ def grokfast_ma(
     def init(params: Tree) -> GrokfastMaState:
         check_params("grokfast_ma", params)
         window = map_to_other_shapes(
-            lambda p: jnp.zeros((window_size, *jnp.shape(p)), state_dtype or jnp.result_type(p)),
+            # Of zeros that lie as the parameter does, for a window of parts.
+            lambda p: jnp.broadcast_to(
+                alike(p, jnp.zeros_like(p, dtype=state_dtype)), (window_size, *jnp.shape(p))
+            ),
             params,
         )
         return GrokfastMaState(jnp.zeros((), jnp.int32), window)

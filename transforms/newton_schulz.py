@@ -9,6 +9,7 @@ repository. Departure: float32 instead of bfloat16 by default, reached by the Gr
 cheaper (`_gram_iteration`), and a zero matrix never meets eps.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -17,11 +18,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params
 from chainrule.transforms._gram_iteration import Triple, iterate
 from chainrule.transforms._numerics import abs_sq, root, up
 from chainrule.transforms._protocols import Tree, typed
+from chainrule.transforms._sharding import check_sharding, laid_out, lie_as, parts_of, whole
 from chainrule.transforms._trees import path_name
 from chainrule.transforms._words import checked_words
 
@@ -58,6 +61,7 @@ def newton_schulz(
     dual_norm: bool = False,
     dtype: Any = None,
     gram: bool | str = "auto",
+    sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformation:
     r"""Replaces each matrix by a nearby one with orthonormal rows or columns, times a factor of its shape.
 
@@ -93,13 +97,16 @@ def newton_schulz(
         complex64 at least.
       gram: `False`, form X in every step; `True`, keep the Gram matrix over all steps, which loses
         small singular values; `"auto"`, the cheapest sequence of steps that loses none.
+      sharding: spreads the iteration over devices: matrices of one shape and dtype are stacked, and the stack's
+        first axis lies as this says, such as `NamedSharding(mesh, PartitionSpec("data"))`, so that each device
+        iterates on matrices of its own. `None`: each leaf by itself, as XLA partitions its products.
 
     Returns:
       A `optax.GradientTransformation`.
 
     Raises:
       ValueError: an argument outside its range; a leaf of fewer than two axes; axes that a leaf does not have.
-      TypeError: a leaf that is not floating point or complex; `steps` that are no integer.
+      TypeError: a leaf that is not floating point or complex; `steps` that are no integer; `sharding` that has no mesh.
 
     >>> tx = newton_schulz(steps=10, coefficients="classical")
     >>> g = jnp.array([[3.0, 0.0], [0.0, -0.5]])
@@ -121,6 +128,8 @@ def newton_schulz(
         check_choice("newton_schulz", "dims", dims, ("batched", "hwio", "oihw"))
     if not hasattr(steps, "__index__"):
         raise TypeError(f"newton_schulz: `steps` must be an integer, got {steps!r}")
+    if sharding is not None:
+        check_sharding("newton_schulz", sharding)
     triples = _triples(coefficients, operator.index(steps))
 
     def shape_factor(shape: tuple[int, ...], rows: int, cols: int) -> float:
@@ -132,12 +141,7 @@ def newton_schulz(
             out, in_ = (shape[axis] for axis in scale_axes)
         return math.sqrt(max(1.0, out / max(in_, 1)) if scale == "spectral" else max(out, in_))
 
-    def orthogonalized(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
-        axes = _matrix_axes(path_name(path), g.shape, dims)
-        rows, cols = (math.prod(g.shape[axis] for axis in group) for group in axes)
-        batch = [axis for axis in range(g.ndim) if axis not in axes[0] + axes[1]]
-        order = batch + axes[0] + axes[1]
-        matrices = up(g).transpose(order).reshape(*(g.shape[axis] for axis in batch), rows, cols)
+    def orthogonalized(matrices: jax.Array) -> jax.Array:
         x = matrices
         if dtype is not None:
             x = x.astype(jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype)
@@ -145,11 +149,21 @@ def newton_schulz(
         divisor = norm + eps if eps_scope == "added" else jnp.maximum(norm, eps)
         x = x / jnp.where(norm == 0, 1, divisor).astype(x.dtype)
         x = up(iterate(x, triples, gram))
-        if dual_norm:
-            x = x * jnp.sum(matrices.conj() * x, axis=(-2, -1), keepdims=True)
-        x = x * (shape_factor(g.shape, rows, cols) * scale_factor)
-        back = [order.index(axis) for axis in range(g.ndim)]
-        return x.reshape([g.shape[axis] for axis in order]).transpose(back).astype(g.dtype)
+        return x * jnp.sum(matrices.conj() * x, axis=(-2, -1), keepdims=True) if dual_norm else x
+
+    def new_leaves(paths: Sequence[Any], leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        axes = [
+            _matrix_axes(path_name(p), g.shape, dims) for p, g in zip(paths, leaves, strict=True)
+        ]
+        matrices = [_matrices(whole(g), *a) for g, a in zip(leaves, axes, strict=True)]
+        if sharding is None:
+            found = list(map(orthogonalized, matrices))
+        else:
+            found = _in_stacks(orthogonalized, matrices, sharding)
+        return [
+            lie_as(g, _leaf(x * (shape_factor(g.shape, *x.shape[-2:]) * scale_factor), g, *a))
+            for g, a, x in zip(leaves, axes, found, strict=True)
+        ]
 
     def init(params: Tree) -> optax.EmptyState:
         check_params("newton_schulz", params)
@@ -163,7 +177,9 @@ def newton_schulz(
     ) -> tuple[Tree, optax.EmptyState]:
         del params
         check_params("newton_schulz", updates)
-        return jax.tree_util.tree_map_with_path(orthogonalized, updates), state
+        found, structure = jax.tree_util.tree_flatten_with_path(updates)
+        paths, leaves = [path for path, _ in found], [leaf for _, leaf in found]
+        return jax.tree.unflatten(structure, new_leaves(paths, leaves)), state
 
     return optax.GradientTransformation(*typed(init, update))
 
@@ -210,3 +226,42 @@ def _matrix_axes(name: str, shape: tuple[int, ...], dims: Any) -> tuple[list[int
             f"and columns, got {dims!r}"
         )
     return both[: len(rows)], both[len(rows) :]
+
+
+def _order(g: jax.Array, rows: Sequence[int], cols: Sequence[int]) -> list[int]:
+    return [axis for axis in range(g.ndim) if axis not in (*rows, *cols)] + [*rows, *cols]
+
+
+def _matrices(g: jax.Array, rows: Sequence[int], cols: Sequence[int]) -> jax.Array:
+    """The matrices of a leaf, (..., rows, columns)."""
+    order = _order(g, rows, cols)
+    sizes = [math.prod(g.shape[axis] for axis in group) for group in (rows, cols)]
+    batch = [g.shape[axis] for axis in order[: -len(rows) - len(cols)]]
+    return up(g).transpose(order).reshape(*batch, *sizes)
+
+
+def _leaf(x: jax.Array, g: jax.Array, rows: Sequence[int], cols: Sequence[int]) -> jax.Array:
+    """Its matrices as the leaf `g` has them."""
+    order = _order(g, rows, cols)
+    back = [order.index(axis) for axis in range(g.ndim)]
+    return x.reshape([g.shape[axis] for axis in order]).transpose(back).astype(g.dtype)
+
+
+def _in_stacks(
+    f: Callable[[jax.Array], jax.Array], xs: Sequence[jax.Array], sharding: NamedSharding
+) -> list[jax.Array]:
+    """`f` of every array of matrices, those of one shape and dtype in a stack that lies as `sharding` says."""
+    found: dict[int, jax.Array] = {}
+    kinds = [(x.shape[-2:], x.dtype) for x in xs]
+    for kind in dict.fromkeys(kinds):
+        own = [i for i, other in enumerate(kinds) if other == kind]
+        parts = [xs[i].reshape(-1, *kind[0]) for i in own]
+        stack = jnp.concatenate(parts)
+        # As many as the devices share evenly: a matrix of zeros stays one.
+        missing = -len(stack) % parts_of(sharding)
+        stack = jnp.pad(stack, ((0, missing), (0, 0), (0, 0)))
+        # One gather of the results: left to itself XLA takes them apart one by one.
+        made = laid_out(f(laid_out(stack, sharding)), NamedSharding(sharding.mesh, PartitionSpec()))
+        made = jnp.split(made, list(itertools.accumulate(map(len, parts))))
+        found |= {i: made[k].reshape(xs[i].shape) for k, i in enumerate(own)}
+    return [found[i] for i in range(len(xs))]

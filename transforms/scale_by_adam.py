@@ -18,6 +18,7 @@ from chainrule.transforms._checks import check_bounds, check_choice, check_param
 from chainrule.transforms._momentum_leaf import MomentumLeaf
 from chainrule.transforms._numerics import abs_sq, bias_correction, ema, increment, root, up
 from chainrule.transforms._protocols import Tree, typed
+from chainrule.transforms._sharding import alike
 from chainrule.transforms._words import checked_words
 
 
@@ -97,7 +98,7 @@ def scale_by_adam(
         return ScaleByAdamState(
             count=jnp.zeros((), jnp.int32),
             mu=None if b1 is None else zeros_like("scale_by_adam", params, mu_dtype),
-            nu=jax.tree.map(lambda p, d: jnp.zeros_like(p, nu_dtype or d), params, real),
+            nu=jax.tree.map(lambda p, d: alike(p, jnp.zeros_like(p, nu_dtype or d)), params, real),
         )
 
     def update(

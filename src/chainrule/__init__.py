@@ -12,6 +12,7 @@ from chainrule import chains, transforms
 from chainrule.logs import JsonFormatter
 from chainrule.transforms import (
     TierPolicy,
+    apply_updates,
     chain,
     hyperparams,
     metrics,
@@ -33,6 +34,7 @@ __all__ = [
     "KerasBridge",
     "TierPolicy",
     "TorchBridge",
+    "apply_updates",
     "chain",
     "chains",
     "hyperparams",

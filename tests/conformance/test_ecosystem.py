@@ -34,7 +34,7 @@ def shapes_of(case):
 
 # optax's `map_params`, its documented way to shard a state.
 
-MOMENTS = ("mu", "nu", "mu_long", "ema", "own", "trace", "previous")
+MOMENTS = ("mu", "nu", "mu_long", "ema", "own", "trace", "previous", "lost")
 """Fields of states that are like the parameters."""
 
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bounds
 from chainrule.transforms import _gram_iteration, newton_schulz
@@ -301,6 +302,53 @@ def test_two_steps_in_half_precision_lose_no_more_than_one_at_a_time(decay):
         return np.linalg.norm(got - exact) / np.linalg.norm(exact)
 
     assert error("auto") <= 1.1 * error(False)
+
+
+# In stacks; on several devices in tests/conformance/eight_devices.py
+
+
+TOLERANCE = bounds.iterated(np.linspace(0.1, 1, 4), reference.COEFFICIENTS["keller_jordan"])
+
+
+def over(*spec):
+    return NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec(*spec))
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("settings", [{}, {"dual_norm": True}, {"dims": "hwio", "scale": "rms"}])
+def test_a_stack_gives_what_its_matrices_give(settings, axes):
+    """Leaves of one shape, of others, with batches, in other dtypes, and one that is read as a matrix."""
+    shapes = {"a": (6, 4), "b": (6, 4), "c": (4, 6), "d": (2, 6, 4), "e": (2, 3, 4), "f": (6, 4)}
+    rng = np.random.default_rng(0)
+    tree = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    tree["f"] = tree["f"].astype(jnp.bfloat16)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(axes,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    tree = jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    got = jax.jit(
+        lambda g: newton_schulz(sharding=sharding, **settings).update(g, optax.EmptyState())[0]
+    )(tree)
+    want = newton_schulz(**settings).update(tree, optax.EmptyState())[0]
+    for name, g in tree.items():
+        own, alone = (np.asarray(tree[name], np.float32) for tree in (got, want))
+        error = TOLERANCE + 4 * bounds.unit(str(g.dtype))
+        np.testing.assert_allclose(own, alone, rtol=0, atol=error * np.abs(alone).max())
+        assert got[name].dtype == g.dtype
+
+
+@pytest.mark.parametrize(
+    ("sharding", "error", "message"),
+    [
+        ("data", TypeError, r"`sharding` must be a `jax\.sharding\.NamedSharding`.*got 'data'"),
+        (PartitionSpec("data"), TypeError, r"`sharding` must be a `jax\.sharding\.NamedSharding`"),
+        (over(), ValueError, r"`sharding` must name axes of its mesh.*PartitionSpec\('data'\)"),
+        (over(None, "data"), ValueError, r"`sharding` must name axes of its mesh"),
+    ],
+    ids=["name", "no mesh", "no axis", "another axis"],
+)
+def test_a_sharding_that_says_nothing_of_the_stack_is_refused(sharding, error, message):
+    with pytest.raises(error, match=message):
+        newton_schulz(sharding=sharding)
 
 
 # What it refuses
