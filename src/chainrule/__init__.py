@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from chainrule import chains, transforms
 from chainrule.logs import JsonFormatter
+from chainrule.plan import Plan, plan
 from chainrule.transforms import (
     TierPolicy,
     apply_updates,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "JsonFormatter",
     "KerasBridge",
+    "Plan",
     "TierPolicy",
     "TorchBridge",
     "apply_updates",
@@ -41,6 +43,7 @@ __all__ = [
     "keras_optimizers",
     "metrics",
     "named_chain",
+    "plan",
     "retier",
     "set_hyperparams",
     "torch_routing",

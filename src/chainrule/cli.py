@@ -1,4 +1,5 @@
-"""The `chainrule` command: `demo` trains with every chain, `show` prints their links, `evidence` tests claims."""
+"""The `chainrule` command: `demo` trains with every chain, `show` prints their links, `plan` what one costs on a model,
+`evidence` tests claims."""
 
 import argparse
 import importlib.util
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 
 import chainrule
 from chainrule import chains
+from chainrule.expression import chain_of
+from chainrule.models import MODELS
 
 
 def _doc(name: str) -> tuple[str, list[list[str]]]:
@@ -112,8 +115,61 @@ def _parser() -> argparse.ArgumentParser:
     show_parser.add_argument(
         "--markdown", action="store_true", help="every chain's table of links, for the README"
     )
+    _add_plan(commands)
     _add_evidence(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    planned = commands.add_parser(
+        "plan",
+        help="what a chain costs on a model: state by link, memory traffic, collectives",
+        description="Prints what a chain will cost on a model before anything is allocated: the state by link and "
+        "field, what a step moves and computes, and on a mesh its collectives.",
+    )
+    planned.add_argument(
+        "chain", help='such as "chains.stam(learning_rate=3e-4)" or "optax.adamw(1e-3)"'
+    )
+    planned.add_argument(
+        "model", help=f"{', '.join(MODELS)}, or the path of a state dict (.safetensors, .pt)"
+    )
+    planned.add_argument("--mesh", help="such as fsdp=8 or dp=2,tp=4")
+    planned.add_argument("--dtype", help="of parameters and gradients, such as bfloat16")
+    planned.add_argument(
+        "--bandwidth", type=_gigabytes, metavar="GB/s", help="of memory, for the time of a step"
+    )
+    planned.add_argument(
+        "--network", type=_gigabytes, metavar="GB/s", help="that a device sends, likewise"
+    )
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {value}")
+    return 1e9 * value
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    try:
+        found = chainrule.plan(
+            chain_of(arguments.chain),
+            arguments.model,
+            mesh=arguments.mesh,
+            dtype=arguments.dtype,
+            bandwidth=arguments.bandwidth,
+            network=arguments.network,
+        )
+    except (TypeError, ValueError) as error:
+        sys.stderr.write(f"chainrule plan: {error}\n")
+        return 2
+    if importlib.util.find_spec("rich") is None:
+        sys.stdout.write(f"{found}\n")
+    else:
+        from rich.console import Console
+
+        Console(file=sys.stdout).print(found)
+    return 0
 
 
 def _add_evidence(commands: Any) -> None:
@@ -181,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
             shown = show_markdown() if arguments.markdown else show_all()
         sys.stdout.write(shown + "\n")
         return 0
+    if arguments.command == "plan":
+        return _plan(arguments)
     if arguments.command == "evidence":
         if _missing(
             "evidence", "equinox", "matplotlib", "mlxtend", "rich", "sklearn", "statsmodels"
