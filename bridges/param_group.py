@@ -27,7 +27,7 @@ from chainrule.bridges.sharded import Layouts, is_distributed
 # Keys that torch and its schedulers keep in a group; other numbers must be hyperparameters of the chain.
 _TORCH_KEYS = {
     "params", "param_names", "betas", "differentiable", "initial_lr", "max_lr", "min_lr", "swa_lr",
-    "base_momentum", "max_momentum", "initial_momentum",
+    "base_momentum", "max_momentum", "initial_momentum", "lr_scale",
 }  # fmt: skip
 
 
@@ -263,10 +263,8 @@ def adopted(
     if new.tree and new.tree.hyperparameters.has_betas:
         if "betas" in group and not given & {"b1", "b2"}:
             group["b1"], group["b2"] = pair(group["betas"], owner)
-        values["betas"] = group["betas"] = (
-            group.get("b1", values["b1"]),
-            group.get("b2", values["b2"]),
-        )
+        values["betas"] = tuple(defaults.get(key, values[key]) for key in ("b1", "b2"))
+        group["betas"] = tuple(group.get(key, values[key]) for key in ("b1", "b2"))
     for key, value in group.items():
         if (
             key not in values

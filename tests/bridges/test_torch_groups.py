@@ -317,3 +317,14 @@ def test_a_state_that_spans_its_parameters_lets_none_go_or_move(name: str) -> No
             bridge.step()
     bridge.param_groups[0]["params"] = given
     run(bridge, params, range(2, 3))
+
+
+@pytest.mark.parametrize("defaults", [{}, {"b1": 0.7}, {"betas": (0.7, 0.999)}])
+def test_the_betas_of_one_group_are_not_another_groups_default(defaults: dict[str, Any]) -> None:
+    """As in torch: a group that sets none has those of the optimizer."""
+    first, second = list(parameters().values())[:2]
+    groups = [{"params": [first], "betas": (0.8, 0.95)}, {"params": [second]}]
+    bridge = TorchBridge(chains.adam(), groups, **defaults)
+    expected = [(0.8, 0.95), (0.7 if defaults else 0.9, 0.999)]
+    assert [group["betas"] for group in bridge.param_groups] == expected
+    assert [(group["b1"], group["b2"]) for group in bridge.param_groups] == expected
