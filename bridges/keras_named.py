@@ -115,9 +115,12 @@ class Arguments:
             )
             raise TypeError(f"{cls.__name__}: unexpected argument {word!r}; {hint}")
         bound = signature.bind(*args, **kwargs)
+        chosen = {**bound.arguments, **dict.fromkeys(cls.defaults)}
         bound.apply_defaults()
         given = dict(bound.arguments)
         own = {name: given.pop(name) for name in cls._own()}
+        if own.get("preset") is not None:  # it is for what is not given
+            own = {name: value for name, value in own.items() if name in chosen}
         first = given.pop(cls.first)
         given["weight_decay"] = given["weight_decay"] or None
         return first, own, given

@@ -4,9 +4,22 @@ from typing import Any
 
 import optax
 
-from chainrule.transforms import cautious, chain, decoupled_weight_decay, live, scale_by_adam
+from chainrule.transforms import (
+    cautious,
+    chain,
+    decoupled_weight_decay,
+    live,
+    presets,
+    scale_by_adam,
+)
 
 
+@presets(
+    {
+        "cautious": {"eps": 1e-6, "caution": "clamped_mean"},
+        "keras": {"b2": 0.995, "weight_decay": 0.004},
+    }
+)
 @live(static=("debias", "mu_dtype", "nu_dtype", "mask"))
 def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -22,6 +35,7 @@ def adam(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with decoupled weight decay (AdamW), optionally cautious.
 
@@ -47,6 +61,8 @@ def adam(
       mu_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the second moment, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
+      preset: arguments for those that are not given: `"cautious"`, the cautious optimizers' authors; `"keras"`,
+        KerasOptimizers; `None`: none.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.
@@ -82,6 +98,7 @@ def adam(
     )
 
 
+@presets({"keras": {"b2": 0.995, "weight_decay": 0.004, "nesterov": "keras"}})
 @live(static=("nesterov", "debias", "mu_dtype", "nu_dtype", "mask"))
 def nadam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -98,6 +115,7 @@ def nadam(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""NAdam, Adam with Nesterov momentum, with decoupled weight decay and optional caution.
 
@@ -124,6 +142,7 @@ def nadam(
       mu_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the second moment, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
+      preset: arguments for those that are not given: `"keras"`, KerasOptimizers; `None`: none.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

@@ -9,12 +9,26 @@ from chainrule.transforms import (
     chain,
     decoupled_weight_decay,
     live,
+    presets,
     scale_by_adam,
     scale_by_belief,
     snr_confidence,
 )
 
 
+@presets(
+    {
+        "original": {
+            "tau_clip_range": (0.01, 0.5),
+            "agar_clamp_factor": 10.0,
+            "center": "median",
+            "debias": False,
+            "adapt_c_min": True,
+            "shared_calibration": True,
+        }
+    },
+    same={"original": {"agar_eps": "eps"}},
+)
 @live(
     static=(
         "tau_init_steps",
@@ -49,6 +63,7 @@ def casmo(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CASMO: Adam scaled by one confidence, calibrated on the share of the gradient that is
     signal.
@@ -86,6 +101,8 @@ def casmo(
       mu_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the second moment, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
+      preset: `"original"`, what the repository does where this differs from it, for arguments that are not given
+        (`chainrule show casmo` lists them); `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.
@@ -126,6 +143,7 @@ def casmo(
     )
 
 
+@presets({"original": {"deviation": "raw"}})
 @live(static=("deviation", "mu_dtype", "nu_dtype", "mask"))
 def casmo_snr(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -141,6 +159,7 @@ def casmo_snr(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CASMO 0.4: belief moments, scaled by trust in each tensor and focus on its entries.
 
@@ -167,6 +186,8 @@ def casmo_snr(
       mu_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the variance, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
+      preset: `"original"`, what the repository does where this differs from it, for arguments that are not given
+        (`chainrule show casmo_snr` lists them); `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

@@ -19,6 +19,18 @@ from chainrule.transforms import (
 )
 
 PRESETS = {
+    "original": {
+        "decay": "gated",
+        "debias": "second",
+        "clock": "chain",
+        "keep_long": True,
+        "policy": TierPolicy(
+            first_reassignment=None,
+            rounding="half_even",
+            margin_baseline="last_reassignment",
+            budget_counts="parameters",
+        ),
+    },
     "safe": {
         "gate_tier_max": 1,
         "gate_min_scale": 0.1,
@@ -143,7 +155,8 @@ def cosmic(
       kernel: `"xla"`; `"native"`, the compiled kernel (CPU only, no gradient through it); `"auto"`,
         what `benchmarks/speed/native.py` finds faster on the CPU: the kernel in a bridge and with
         `bits`; else XLA.
-      preset: `"safe"`, `"fast"` or `"memory"`: arguments for those that are not given.
+      preset: arguments for those that are not given: `"original"`, what the repository does where this differs from
+        it; `"safe"`, `"fast"` or `"memory"`, the repository's own.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

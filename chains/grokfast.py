@@ -4,9 +4,10 @@ from typing import Any
 
 import optax
 
-from chainrule.transforms import chain, grokfast_ema, live
+from chainrule.transforms import chain, grokfast_ema, live, presets
 
 
+@presets({"original": {}, "keras": {"alpha": 0.99, "lamb": 5.0, "start": "zero"}})
 @live(static=("inner", "state_dtype"))
 def grokfast(
     inner: optax.GradientTransformation,
@@ -15,6 +16,7 @@ def grokfast(
     lamb: float = 2.0,
     start: str = "first",
     state_dtype: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Grokfast-EMA in front of an optimizer.
 
@@ -32,6 +34,8 @@ def grokfast(
       lamb: how much of the average is added, at least 0.
       start: `"first"`, the average starts at the first gradient; `"zero"` (KerasOptimizers).
       state_dtype: dtype of the average, default the parameter's.
+      preset: `"original"`, the authors' repository, which these defaults are; `"keras"`, KerasOptimizers, for arguments
+        that are not given; `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

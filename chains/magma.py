@@ -4,9 +4,10 @@ from typing import Any
 
 import optax
 
-from chainrule.transforms import chain, decay_and_rate, live, momentum_alignment_mask
+from chainrule.transforms import chain, decay_and_rate, live, momentum_alignment_mask, presets
 
 
+@presets({"original": {}, "pypi": {"moment": "own"}})
 @live(static=("inner", "exclude", "seed", "state_dtype", "decay_mask"))
 def magma(
     inner: optax.GradientTransformation,
@@ -23,6 +24,7 @@ def magma(
     seed: Any = 0,
     state_dtype: Any = None,
     decay_mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Magma around an optimizer, or around a direction.
 
@@ -53,6 +55,8 @@ def magma(
       seed: an integer or a threefry key.
       state_dtype: dtype of Magma's own moment, default the parameter's.
       decay_mask: which parameters decay, as `mask` of `optax.adamw`.
+      preset: `"original"`, the repository, which these defaults are; `"pypi"`, its package 0.1.1, for arguments that
+        are not given; `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

@@ -12,10 +12,25 @@ from chainrule.transforms import (
     ema_momentum,
     live,
     newton_schulz,
+    presets,
     scale_by_adam,
 )
 
 
+@presets(
+    {
+        "original": {"ns_dtype": "bfloat16", "dims": "oihw", "scale_axes": "out_in"},
+        "torch": {
+            "learning_rate": 1e-3,
+            "weight_decay": 0.1,
+            "ns_dtype": "bfloat16",
+            "eps_scope": "clamped",
+            "scale_axes": "out_in",
+        },
+        "optax": {"debias": True, "ns_eps": 1e-8, "adam_lr_ratio": 1.0, "adam_b2": 0.999},
+    },
+    same={"optax": {"adam_eps": "ns_eps"}},
+)
 @live(
     static=(
         "coefficients",
@@ -60,6 +75,7 @@ def muon(
     mu_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Muon on hidden matrices, Adam on everything else.
 
@@ -117,6 +133,8 @@ def muon(
       mu_dtype: dtype of the first moments, default the parameter's.
       nu_dtype: dtype of Adam's second moment, default the parameter's.
       mask: which parameters `weight_decay` is for, as in `optax.adamw`.
+      preset: arguments for those that are not given: `"original"`, Jordan's for torch's kernels; `"torch"`,
+        `torch.optim.Muon`; `"optax"`, `optax.contrib.muon`; `None`: none.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

@@ -2,13 +2,18 @@
 
 import optax
 
-from chainrule.transforms import chain, live
+from chainrule.transforms import chain, live, presets
 from chainrule.transforms import orthograd as orthogonal_gradient
 
 
+@presets({"original": {}})
 @live(static=("inner",))
 def orthograd(
-    inner: optax.GradientTransformation, *, eps: float = 1e-30, rtol: float = 1e-6
+    inner: optax.GradientTransformation,
+    *,
+    eps: float = 1e-30,
+    rtol: float = 1e-6,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""OrthoGrad in front of an optimizer.
 
@@ -23,6 +28,8 @@ def orthograd(
       inner: any gradient transformation.
       eps: added to the two denominators, at least 0.
       rtol: the gradient of a tensor counts as parallel to its parameters, and becomes zero, where |o| <= rtol |g|.
+      preset: `"original"`, the authors' repository, which these defaults are but for gradients that are parallel to
+        the parameters; `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

@@ -10,11 +10,16 @@ from chainrule.transforms import (
     chain,
     decoupled_weight_decay,
     live,
+    presets,
     scale_by_adam,
     scale_by_tensor_rms,
 )
 
 
+@presets(
+    {"original": {"debias": False, "nonfinite": "zero", "max_abs": None}},
+    same={"original": {"debias_eps": "eps"}},
+)
 @live(static=("debias", "state_dtype", "nu_dtype", "mask"))
 def stam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -33,6 +38,7 @@ def stam(
     state_dtype: Any = None,
     nu_dtype: Any = None,
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""STAM: Adam whose first-moment decay falls where the residual of the gradient is varied.
 
@@ -65,6 +71,8 @@ def stam(
       state_dtype: dtype of the first moment, default the parameter's.
       nu_dtype: dtype of the second moment, default the parameter's.
       mask: which parameters decay, as in `optax.adamw`.
+      preset: `"original"`, what the repository does where this differs from it, for arguments that are not given
+        (`chainrule show stam` lists them); `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.
@@ -99,6 +107,10 @@ def stam(
     )
 
 
+@presets(
+    {"original": {"nonfinite": "zero", "max_abs": None}},
+    same={"original": {"debias_eps": "eps", "stat_dtype": "state_dtype"}},
+)
 @live(static=("state_dtype", "stat_dtype", "mask"))
 def stam_lite(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -115,6 +127,7 @@ def stam_lite(
     state_dtype: Any = None,
     stat_dtype: Any = "float32",
     mask: Any = None,
+    preset: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""STAMLite: STAM with one second moment a tensor, half of AdamW's state.
 
@@ -145,6 +158,8 @@ def stam_lite(
       stat_dtype: dtype of the scalars; the repository stores them in `state_dtype`, where bfloat16
         stalls them.
       mask: which parameters decay, as in `optax.adamw`.
+      preset: `"original"`, what the repository does where this differs from it, for arguments that are not given
+        (`chainrule show stam_lite` lists them); `None`: nothing.
 
     Returns:
       A `optax.GradientTransformationExtraArgs`.

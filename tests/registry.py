@@ -840,7 +840,7 @@ CHAINS: tuple[Case, ...] = (
             (
                 {"preset": "slow"},
                 ValueError,
-                r"`preset` must be one of None, 'safe', 'fast', 'memory'",
+                r"`preset` must be one of None, 'original', 'safe', 'fast', 'memory'",
             ),
             ({"bits": 3}, ValueError, r"`bits` must be one of None, 4, 8"),
         ),

@@ -49,9 +49,12 @@ def test_show_prints_links_and_hyperparameters(name, capsys):
 
 def test_show_names_defaults(capsys):
     assert main(["show", "stam"]) == 0
-    live, fixed = capsys.readouterr().out.split("\n\n")[2:]
+    live, fixed, presets = capsys.readouterr().out.split("\n\n")[2:]
     assert ["b1_base", "0.9"] in [line.split() for line in live.splitlines()]
     assert ["debias", "True"] in [line.split() for line in fixed.splitlines()]
+    shown = [line.split() for line in presets.splitlines()]
+    assert ["original", "debias", "False", "in", "place", "of", "True"] in shown
+    assert ["debias_eps", "`eps`", "in", "place", "of", "0.0"] in shown
 
 
 def test_readme_holds_the_tables_of_links(capsys):

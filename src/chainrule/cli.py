@@ -52,8 +52,25 @@ def show_markdown() -> str:
     return "\n\n".join(sections)
 
 
+def _presets(factory: Any, defaults: dict[str, str]) -> list[list[str]]:
+    """What each preset of a chain changes."""
+    rows: list[list[str]] = []
+    for preset, arguments in getattr(factory, "presets", {}).items():
+        changed = [
+            [
+                a,
+                v if isinstance(v, str) and v.startswith("`") else repr(v),
+                f"in place of {defaults[a]}",
+            ]
+            for a, v in arguments.items()
+        ]
+        for i, row in enumerate(changed or [["nothing", "", ""]]):
+            rows.append([preset if i == 0 else "", *row])
+    return rows
+
+
 def show(name: str) -> str:
-    """One chain: its links, its live hyperparameters and its other arguments, with defaults."""
+    """One chain: its links, its live hyperparameters and other arguments with defaults, and what its presets change."""
     summary, rows = _doc(name)
     factory = getattr(chains, name)
     parameters = inspect.signature(factory).parameters.values()
@@ -62,12 +79,14 @@ def show(name: str) -> str:
     tx = factory(*(chains.adam() for _ in wrapped))
     state = tx.init({"w": jnp.zeros((2, 2))})
     live = chainrule.hyperparams(state._replace(inner_state=()))
-    defaults = [[p.name, repr(p.default)] for p in parameters if p.name not in wrapped]
+    known = {p.name: repr(p.default) for p in parameters if p.name not in (*wrapped, "preset")}
+    defaults = [[argument, default] for argument, default in known.items()]
     sections = [
         ("links", rows[1:]),
         ("wraps", [[argument] for argument in wrapped]),
         ("live hyperparameters", [row for row in defaults if row[0] in live]),
         ("other arguments", [row for row in defaults if row[0] not in live]),
+        ("presets", _presets(factory, known)),
     ]
     shown = [f"{title}\n{_columns(rows)}" for title, rows in sections if rows]
     return "\n\n".join([f"{name}: {summary}", *shown])

@@ -33,29 +33,25 @@ def c_adamw(eps_scope):
             hp.get("lr", 1e-3),
             b1,
             b2,
-            eps=hp.get("eps", 1e-6),
             weight_decay=hp.get("weight_decay", 0.0),
             debias=hp.get("correct_bias", True),
             eps_scope=eps_scope,
-            caution="clamped_mean",
+            preset="cautious",
+            **({"eps": hp["eps"]} if "eps" in hp else {}),
         )
 
     return build
 
 
-def keras(make, **form):
+def keras(make):
     """KerasOptimizers: decay before the update comes to the same as decoupled decay within it."""
 
     def build(hp):
-        return make(
-            hp.get("learning_rate", 1e-3),
-            hp.get("beta_1", 0.9),
-            hp.get("beta_2", 0.995),
-            eps=hp.get("epsilon", 1e-8),
-            weight_decay=hp.get("weight_decay", 0.004),
-            caution="mean" if hp.get("caution") else None,
-            **form,
-        )
+        names = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2"}
+        names |= {"epsilon": "eps", "weight_decay": "weight_decay"}
+        given = {name: hp[theirs] for theirs, name in names.items() if theirs in hp}
+        caution = "mean" if hp.get("caution") else None
+        return make(caution=caution, preset="keras", **given)
 
     return build
 
@@ -69,9 +65,9 @@ BUILDERS = {
     "C-Optim C-AdamW foreach=True (default, dynamo disabled)": c_adamw("corrected"),
     "C-Optim C-Lion": c_lion,
     "KerasOptimizers Adam": keras(chains.adam),
-    "KerasOptimizers Nadam": keras(chains.nadam, nesterov="keras"),
+    "KerasOptimizers Nadam": keras(chains.nadam),
     "adam_head": keras(chains.adam),
-    "nadam_caution": keras(chains.nadam, nesterov="keras"),
+    "nadam_caution": keras(chains.nadam),
 }
 FILES = ("canon_adam", "keras_adam", "keras_real")
 CASES = [

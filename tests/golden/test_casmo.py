@@ -24,23 +24,18 @@ FILES = (
 def seed(spec):
     """The repository's first version: clipped median, raw and clamped moments, eps, adapted c_min."""
     b1, b2 = spec.get("betas", (0.9, 0.999))
-    eps = spec.get("eps", 1e-8)
+    own = {name: spec[name] for name in ("tau_clip_range", "agar_clamp_factor") if name in spec}
     return chains.casmo(
         spec["lr"],
         b1,
         b2,
-        eps=eps,
+        eps=spec.get("eps", 1e-8),
         weight_decay=spec.get("weight_decay", 0.0),
         tau_init_steps=spec["tau_init_steps"],
-        tau_clip_range=tuple(spec.get("tau_clip_range", (0.01, 0.5))),
         c_min=spec.get("c_min", 0.1),
         granularity=spec.get("granularity", "group"),
-        agar_clamp_factor=spec.get("agar_clamp_factor", 10.0),
-        center="median",
-        debias=False,
-        agar_eps=eps,
-        adapt_c_min=True,
-        shared_calibration=True,
+        preset="original",
+        **own,
     )
 
 
@@ -56,7 +51,7 @@ def head(spec):
         c_min=spec.get("c_min", 0.1),
         robustness=spec.get("robustness", 0.5),
         rel_floor=spec.get("rel_floor", 0.1),
-        deviation="raw",
+        preset="original",
     )
 
 

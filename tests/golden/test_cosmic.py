@@ -27,7 +27,6 @@ REFERENCE_POLICY = {
     "margin_baseline": "last_reassignment",
     "budget_counts": "parameters",
 }
-REFERENCE = {"decay": "gated", "debias": "second", "clock": "chain", "keep_long": True}
 CHAIN_NAMES = {
     "lr": "learning_rate",
     "weight_decay": "weight_decay",
@@ -85,7 +84,7 @@ def chain_of(spec, group=None, **options):
         arguments["block"] = spec.get("quant4_block_size", 256)
         if not spec.get("use_fused", True):
             arguments["block"] = None  # unfused has one scale a tensor
-    return cosmic(**arguments, policy=policy_of(spec), **REFERENCE, **options)
+    return cosmic(**arguments, policy=policy_of(spec), preset="original", **options)
 
 
 def run(tx, params, gradients, losses):

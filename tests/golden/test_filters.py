@@ -80,15 +80,16 @@ def keras_base(spec, rec):
 def keras_grokfast(spec, rec):
     hp = spec["hp"]
     inner = keras_base(spec, rec)
-    return chains.grokfast(
-        inner, alpha=hp.get("alpha", 0.99), lamb=hp.get("lamb", 5.0), start="zero"
-    )
+    own = {name: hp[name] for name in ("alpha", "lamb") if name in hp}
+    return chains.grokfast(inner, preset="keras", **own)
 
 
 BUILDERS = {
-    "official Grokfast EMA": lambda spec, rec: chains.grokfast(torch_base(spec), **spec["hp"]),
+    "official Grokfast EMA": lambda spec, rec: chains.grokfast(
+        torch_base(spec), preset="original", **spec["hp"]
+    ),
     "official Grokfast MA": lambda spec, rec: official_ma(spec, torch_base(spec)),
-    "official OrthoGrad": lambda spec, rec: chains.orthograd(torch_base(spec)),
+    "official OrthoGrad": lambda spec, rec: chains.orthograd(torch_base(spec), preset="original"),
     "Grokfast_EMA": keras_grokfast,
     "grok_sgd": keras_grokfast,
     "Orthograd": lambda spec, rec: chains.orthograd(keras_base(spec, rec)),

@@ -36,15 +36,15 @@ def base(spec):
 
 def magma(spec, names):
     inner, moment = base(spec)
-    if spec["algo"] == "Magma pypi":
-        moment = "own"
-    elif spec.get("moment_key", "auto") != "auto":
+    preset = "pypi" if spec["algo"] == "Magma pypi" else "original"
+    if spec.get("moment_key", "auto") != "auto":
         moment = MOMENTS[spec["moment_key"]]
     given = ("mask_prob", "tau", "alignment_ema", "momentum_beta")
     return chains.magma(
         inner,
         **{name: spec[name] for name in given if name in spec},
-        moment=moment,
+        **({} if preset == "pypi" else {"moment": moment}),
+        preset=preset,
         exclude={name: name in spec["exclude"] for name in names},
     )
 

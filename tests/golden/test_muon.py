@@ -24,18 +24,15 @@ def only_matrices(tree):
 def torch_muon(spec):
     hp = dict(spec["hp"])
     rms = hp.pop("adjust_lr_fn", None) == "match_rms_adamw"
+    given = {"lr": "learning_rate", "momentum": "beta", "eps": "ns_eps"}
+    given = {given.get(name, name): hp.pop(name) for name in list(hp) if name != "nesterov"}
     tx = chains.muon(
-        hp.pop("lr", 1e-3),
-        beta=hp.pop("momentum", 0.95),
-        weight_decay=hp.pop("weight_decay", 0.1),
         nesterov="lerp" if hp.pop("nesterov", True) else None,
-        ns_steps=hp.pop("ns_steps", 5),
-        ns_eps=hp.pop("eps", 1e-7),
-        eps_scope="clamped",
         ns_dtype=spec["ns_dtype"],
         scale="rms" if rms else "spectral",
         scale_factor=0.2 if rms else 1.0,
-        scale_axes="out_in",
+        preset="torch",
+        **given,
     )
     assert not hp, hp
     return tx
@@ -44,26 +41,23 @@ def torch_muon(spec):
 def optax_muon(spec):
     hp = dict(spec["hp"])
     rms = hp.pop("consistent_rms", None)
-    nesterov, eps = hp.pop("nesterov", True), hp.pop("eps", 1e-8)
+    nesterov = hp.pop("nesterov", True)
+    named = {"eps": "ns_eps", "adam_b1": "adam_b1", "adam_b2": "adam_b2", "ns_steps": "ns_steps"}
+    given = {name: hp.pop(theirs) for theirs, name in named.items() if theirs in hp}
     tx = chains.muon(
         hp.pop("learning_rate"),
         beta=hp.pop("beta", 0.95),
         weight_decay=hp.pop("weight_decay", 0.0),
         nesterov="lerp" if nesterov else None,
-        debias=True,
-        ns_steps=hp.pop("ns_steps", 5),
-        ns_eps=eps,
         scale="spectral" if rms is None else "rms",
         scale_factor=1.0 if rms is None else rms,
         dual_norm=hp.pop("adaptive", False),
         routing=only_matrices,
         mask=lambda tree: jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2, tree),
-        adam_lr_ratio=1.0,
-        adam_b1=hp.pop("adam_b1", 0.9),
-        adam_b2=hp.pop("adam_b2", 0.999),
-        adam_eps=eps,
         adam_weight_decay=hp.pop("adam_weight_decay", 0.0),
         use_nadam=nesterov,
+        preset="optax",
+        **given,
     )
     assert not hp, hp
     return tx

@@ -19,10 +19,7 @@ def stam(spec):
         adapt_strength=spec["adapt_strength"],
         tau_decay=spec["tau_decay"],
         fallback_threshold=spec["fallback_threshold"],
-        debias=False,
-        debias_eps=spec["eps"],
-        nonfinite="zero",
-        max_abs=None,
+        preset="original",
     )
 
 
@@ -36,11 +33,8 @@ def stam_lite(spec):
         adapt_strength=spec["adapt_strength"],
         moment_decay=spec["moment_decay"],
         b1_update_interval=spec["beta1_update_interval"],
-        debias_eps=spec["eps"],
-        nonfinite="zero",
-        max_abs=None,
         state_dtype=spec.get("state_dtype"),
-        stat_dtype=spec.get("state_dtype", "float32"),
+        preset="original",
     )
 
 
