@@ -36,6 +36,8 @@ class Options(NamedTuple):
     rounding: str | None
     meant: Meant | None = None
     """None only in what earlier versions pickled."""
+    given: tuple[str, ...] = ()
+    """Extra arguments that the chain is given at every step: trees like the parameters, and `count`, a scalar."""
 
 
 def _struct(tensor: Tensor) -> Struct:
@@ -72,7 +74,7 @@ class GroupTree:
         has_loss: bool = True,
     ):
         """Traces the chain: see `describe`; `has_loss`: whether the next step has a loss."""
-        self.named = named
+        self.named, self._has_loss = named, has_loss
         self._engine: Engine = engine_named(options.engine, options.compile)
         keys = labels if named else list(map(str, range(len(params))))
         assert options.meant is not None
@@ -87,12 +89,9 @@ class GroupTree:
         self.dtypes = [p.dtype for p in self.params]
         self.shapes = [p.shape for p in self.params]
         structs = jax.tree.unflatten(structure, map(_struct, self.params))
-        rounding = options.rounding is not None
         with collector_paused():
-            self.described = describe(
-                chain, structs, rounding=rounding, tiers=tiers, state=state, value=has_loss
-            )
-        self._has_loss = has_loss
+            how: Any = {"rounding": options.rounding is not None, "tiers": tiers, "state": state}
+            self.described = describe(chain, structs, options.given, value=has_loss, **how)
         self.live = {key_of(name): leaf for name, leaf in self.described.live.items()}
         self.state_avals, self._state_structure = jax.tree.flatten(self.described.state)
         self._lay_out()
@@ -150,7 +149,8 @@ class GroupTree:
         value = self.described.takes_value(has_loss)
         if value not in self._programs:
             trace = self.described.trace(value)
-            sharding = self.layouts and self.layouts.of_step(self._alike, trace.jaxpr.in_avals)
+            alike = [*self._alike, None, None, *self.described.given_like()]
+            sharding = self.layouts and self.layouts.of_step(alike, trace.jaxpr.in_avals)
             targets = self.described.targets
             self._programs[value] = self._engine.program(trace, targets, self.device, sharding)
         return self._programs[value]
@@ -288,7 +288,7 @@ class GroupTree:
         return self.layouts is not None and self._program(has_loss).agrees()
 
     def ready(self, loss: Any) -> tuple[InPlace, list[Tensor]]:
-        """The program for a step with this loss, and the last two of its inputs.
+        """The program for a step with this loss, and the two scalars among its inputs.
 
         Raises:
           TypeError: the loss is no number and no tensor.

@@ -1,4 +1,4 @@
-"""States from elsewhere (a state dict, a run in JAX, torch's Adam) as copies into the state of a group.
+"""States from elsewhere (a state dict, a run in JAX) as copies into the state of a group.
 
 Each function checks everything and returns pairs of a tensor of the state and its new value; nothing has been
 written when it raises.
@@ -22,7 +22,6 @@ from chainrule.bridges.param_group import Change, Group
 from chainrule.bridges.sharded import laid_out, local
 from chainrule.bridges.step.tiers import TIERS
 from chainrule.bridges.step.vectors import unstack
-from chainrule.transforms._protocols import is_state
 
 Copies: TypeAlias = list[tuple[Tensor, Tensor]]
 
@@ -221,77 +220,3 @@ def from_jax(
         else:
             copies.append((leaves[i], tensor))
     return copies, values
-
-
-def _adam_states(node: Any) -> list[Any]:
-    """The states inside `node` that hold the two moments of Adam."""
-    if is_state(node):
-        fields = node._asdict()
-        if {"count", "mu", "nu"} <= fields.keys():
-            return [node]
-        return [found for child in fields.values() for found in _adam_states(child)]
-    if isinstance(node, dict):
-        return [found for child in node.values() for found in _adam_states(child)]
-    if isinstance(node, (tuple, list)):
-        return [found for child in node for found in _adam_states(child)]
-    return []
-
-
-def from_torch_adam(tree: GroupTree, leaves: list[Tensor], entries: list[Any]) -> Copies:
-    """Pairs of a tensor of the chain's state and the value that Adam has for it.
-
-    Every state with fields `mu`, `nu` and `count` takes over the moments; every `count` of the group the number of
-    steps.
-
-    Args:
-      tree: the group.
-      leaves: the leaves of its state.
-      entries: for each parameter its state in the torch optimizer, or None before its first gradient.
-
-    Raises:
-      ValueError: see `TorchBridge.load_torch_adam`.
-    """
-    numbers = tree.state(range(len(leaves)))
-    fields = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-    wanted = [
-        (leaf, theirs)
-        for state in _adam_states(numbers)
-        for ours, theirs in fields.items()
-        for leaf in jax.tree.leaves(getattr(state, ours))
-        if tree.described.slots[leaf].owner is not None
-    ]
-    if not wanted:
-        raise ValueError("load_torch_adam: this chain has no state with `count`, `mu` and `nu`")
-    for entry, label in zip(entries, tree.labels, strict=True):
-        if entry and "step" not in entry:
-            raise ValueError(f"load_torch_adam: the state of parameter {label} has no `step`")
-    steps = {float(entry["step"]) for entry in entries if entry}
-    if len(steps) > 1:
-        raise ValueError(
-            f"load_torch_adam: the parameters of a group have made different numbers of steps, {sorted(steps)}; a "
-            "chain has one count a group, so give each its own group"
-        )
-    copies = []
-    for leaf, theirs in wanted:
-        owner = tree.described.slots[leaf].owner
-        assert owner is not None
-        entry = entries[owner]
-        if not entry:
-            continue
-        value = entry.get(theirs)
-        if value is None or value.shape != leaves[leaf].shape:
-            got = "absent" if value is None else f"of shape {tuple(value.shape)}"
-            raise ValueError(
-                f"load_torch_adam: `{theirs}` of parameter {tree.labels[owner]} is {got}, expected shape "
-                f"{tuple(leaves[leaf].shape)}"
-            )
-        copies.append((leaves[leaf], value))
-    for leaf, slot in enumerate(tree.described.slots):
-        counts = (
-            slot.owner is None
-            and slot.name.rpartition(".")[2] == "count"
-            and leaves[leaf].ndim == 0
-        )
-        if counts and steps:
-            copies.append((leaves[leaf], torch.tensor(steps.copy().pop(), device="cpu")))
-    return copies

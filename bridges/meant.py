@@ -12,6 +12,7 @@ from typing import Any
 import optax
 from torch import Tensor
 
+from chainrule.bridges.step.function import Assigning
 from chainrule.transforms._selection import Selections, naming
 
 
@@ -31,8 +32,8 @@ class Meant:
         self._heirs |= {id(q): p for p, q in origin.items() if p is not q}
 
     def told(
-        self, chain: optax.GradientTransformation, names: Mapping[Tensor, str]
-    ) -> optax.GradientTransformation:
+        self, chain: optax.GradientTransformation | Assigning, names: Mapping[Tensor, str]
+    ) -> Any:
         """`chain` that knows which leaves of its tree are meant.
 
         Args:
@@ -51,7 +52,8 @@ class Meant:
 
             return told
 
-        return optax.GradientTransformation(within(chain.init), within(chain.update))
+        kind = Assigning if isinstance(chain, Assigning) else optax.GradientTransformation
+        return kind(within(chain.init), within(chain.update))
 
     def check(self, params: Iterable[Tensor]) -> None:
         """Raises `ValueError` if an argument of the chain selects nothing in any group.

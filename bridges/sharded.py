@@ -97,15 +97,14 @@ class Layouts(NamedTuple):
         return cls(_mesh(common), tuple(found))
 
     def of_step(self, alike: Sequence[int | None], inputs: Sequence[Any]) -> Sharding:
-        """Of the flat inputs of a step: parameters, gradients, state, and scalars.
+        """Of the flat inputs of a step: parameters, gradients, state, scalars, and what else is given.
 
         Args:
-          alike: for every leaf of the state the position of the parameter that it lies like, None: it is whole.
+          alike: for every input from the state on the position of the parameter that it lies like, None: it is whole.
           inputs: of the step, in JAX.
         """
         leaves = inputs[2 * len(self.axes) :]
-        lies = [*alike, *[None] * (len(leaves) - len(alike))]
-        axes = (*self.axes, *self.axes, *self._of(lies, leaves))
+        axes = (*self.axes, *self.axes, *self._of(alike, leaves))
         return Sharding(self.mesh, axes, params=len(self.axes))
 
     def of_init(self, alike: Sequence[int | None], results: Sequence[Any]) -> Sharding:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,10 +16,15 @@ from chainrule.bridges.in_jax import jax_state
 from chainrule.bridges.matching import loaded, marked
 from chainrule.bridges.meant import Meant
 from chainrule.bridges.param_group import Change
+from chainrule.bridges.ready_step import Ready
 from chainrule.bridges.step.tiers import gates_logged
 from chainrule.bridges.tier_moves import in_tiers_of
+from chainrule.bridges.torch_adam import from_torch_adam
 from chainrule.transforms import metrics
 from chainrule.transforms._checks import check_choice
+
+Steps: TypeAlias = list[tuple[int, Ready]]
+"""Groups that take part in a step, and the step of each."""
 
 
 class TorchBridge(GroupedOptimizer):
@@ -134,15 +139,22 @@ class TorchBridge(GroupedOptimizer):
             self._run(loss)
         return loss
 
-    @outside_inference_mode
     def _run(self, loss: Any) -> None:
+        self._finish(self._ready(loss))
+
+    @outside_inference_mode
+    def _ready(self, loss: Any) -> Steps:
+        """A step of which all is checked, joined, moved between tiers and compiled; no parameter has been written."""
         for index, group in enumerate(self._groups):
             tree = group.tree
             if tree and (group.is_initial or tree.device.type == "meta") and tree.is_stale():
                 self._leaves(index)
                 self._write({index: self._groups[index].cast(self.state)})
         found = self._taking_part(loss is not None)
-        ready = [(index, self._prepared(index, loss)) for index in found]
+        return [(index, self._prepared(index, loss)) for index in found]
+
+    @outside_inference_mode
+    def _finish(self, ready: Steps) -> None:
         with gates_logged(lambda: [tree.state(leaves) for _, leaves, tree in self._synced()]):
             self._torn = True
             for index, run in ready:
@@ -258,21 +270,7 @@ class TorchBridge(GroupedOptimizer):
           ValueError: it is incomplete, the chain has no state with `mu` and `nu`, the shapes differ, or the parameters
             of a group differ in their number of steps; the optimizer is unchanged.
         """
-        self._follow()
-        loading.check_layout(state_dict, "load_torch_adam: the state dict")
-        saved_groups = state_dict["param_groups"]
-        theirs, own = ([len(g["params"]) for g in gs] for gs in (saved_groups, self.param_groups))
-        if theirs != own:
-            raise ValueError(
-                "load_torch_adam: the state dict has other parameter groups than this optimizer"
-            )
-        copies: loading.Copies = []
-        for index, leaves, tree in self._synced():
-            saved = dict(
-                zip(self.param_groups[index]["params"], saved_groups[index]["params"], strict=True)
-            )
-            entries = [state_dict["state"].get(saved[p]) for p in tree.params]
-            copies += loading.from_torch_adam(tree, leaves, entries)
+        copies = from_torch_adam(state_dict, self.param_groups, self._synced())
         with self._writing():
             loading.carry_out(copies)
         self._is_loaded()

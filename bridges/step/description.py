@@ -6,14 +6,14 @@ The flat inputs of a step are the leaves of (parameters, gradients, state, extra
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.bridges.step.function import BridgeState, Extras, StepFunction
+from chainrule.bridges.step.function import Assigning, BridgeState, Extras, StepFunction
 from chainrule.bridges.step.settled import settled
 from chainrule.bridges.step.slots import Slot, live_leaves, slots
 from chainrule.bridges.step.tiers import TIERS, tiered_states, tiers_of
@@ -38,6 +38,7 @@ class Description:
       live: name -> the position in the state of every hyperparameter that may be set between steps.
       tiers: the tier of every parameter, or None if the chain has no tiers.
       tiered: the chain's state with tiers, with the positions of its leaves in their place; or None.
+      given: extra arguments of the chain by name, trees of structs.
     """
 
     params: Any
@@ -48,6 +49,7 @@ class Description:
     live: dict[str, int]
     tiers: tuple[int, ...] | None
     tiered: TieredState | None
+    given: dict[str, Any]
     _traces: dict[bool, Trace]
 
     @property
@@ -56,10 +58,15 @@ class Description:
         count = len(jax.tree.leaves(self.params))
         return [*range(count), *range(2 * count, 2 * count + len(self.slots))]
 
+    def given_like(self) -> list[int | None]:
+        """For every input of `given`, the last of a step, the position of the parameter that it is like, or None."""
+        places = range(len(jax.tree.leaves(self.params)))
+        return [i for name in self.given for i in ([None] if name == "count" else places)]
+
     @functools.cached_property
     def reads_value(self) -> bool:
         """Whether the chain reads the loss if it is given one."""
-        return self.trace(True).used()[-1]
+        return self.trace(True).used()[-1 - len(jax.tree.leaves(self.given))]
 
     def takes_value(self, has_loss: bool) -> bool:
         """Whether a step with or without a loss is the one that is traced with it; one does for both if it can."""
@@ -73,7 +80,8 @@ class Description:
         """
         if value not in self._traces:
             scalar = Struct((), jnp.float32)
-            inputs = self.params, self.params, self.state, Extras(scalar, scalar)
+            extras = Extras(scalar, scalar, self.given)
+            inputs = self.params, self.params, self.state, extras
             self._traces[value] = _stepped(self.function._replace(value=value), *inputs)
         return self._traces[value]
 
@@ -94,6 +102,7 @@ def _stepped(function: StepFunction, *inputs: Any) -> Trace:
 def describe(
     chain: optax.GradientTransformation,
     params: Any,
+    given: Sequence[str] = (),
     *,
     rounding: bool = False,
     tiers: tuple[int, ...] | None = None,
@@ -105,6 +114,7 @@ def describe(
     Args:
       chain: the gradient transformation.
       params: a tree of structs: a dict by name or a list.
+      given: extra arguments that the chain is given at every step: trees like the parameters, and `count`, a scalar.
       rounding: whether bfloat16 parameters are rounded stochastically.
       tiers: of every parameter, for a chain with tiers; None: those that `init` gives.
       state: the chain's state, `unstack`ed, in structs, if it is known; else `init` is traced.
@@ -129,14 +139,17 @@ def describe(
     live = live_leaves(jax.tree.structure(first))
     start = 2 * len(jax.tree.leaves(params))
     check_one_rate(live)
-    function = StepFunction(chain, live.keys().isdisjoint(RATES), rounding, value)
-    step, state = _traced(function, params, BridgeState(first, seed))
+    assigns = isinstance(chain, Assigning)  # what becomes of the parameters is not multiplied
+    function = StepFunction(chain, not assigns and live.keys().isdisjoint(RATES), rounding, value)
+    count = Struct((), jnp.int32)
+    extra = {name: count if name == "count" else params for name in sorted(given)}
+    step, state = _traced(function, params, BridgeState(first, seed), extra)
     # A hyperparameter that the step does not read is a schedule's last value: not for the user to set.
     used = step.used()
     live = {name: leaf for name, leaf in live.items() if used[start + leaf]}
-    if not function.multiplier and live.keys().isdisjoint(RATES):
+    if not assigns and not function.multiplier and live.keys().isdisjoint(RATES):
         function = function._replace(multiplier=True)
-        step, state = _traced(function, params, state)
+        step, state = _traced(function, params, state, extra)
     leaves, structure = jax.tree.flatten(state)
     own = ["rounding"] if rounding else []
     places = slots(state.chain, params, chain.init, reserved=(*own, TIERS))
@@ -145,7 +158,7 @@ def describe(
     tiered = next(iter(tiered_states(numbered)), None)
     return Description(
         *(params, init, function._replace(value=True), state, places, live),
-        *(tiers_of(first), tiered, {value: step}),
+        *(tiers_of(first), tiered, extra, {value: step}),
     )
 
 
@@ -158,12 +171,14 @@ def check_one_rate(live: Iterable[str]) -> None:
         )
 
 
-def _traced(function: StepFunction, params: Any, state: BridgeState) -> tuple[Trace, BridgeState]:
+def _traced(
+    function: StepFunction, params: Any, state: BridgeState, given: dict[str, Any]
+) -> tuple[Trace, BridgeState]:
     """The trace of a step, and the structs of a state that keeps its dtypes in it."""
     scalar = Struct((), jnp.float32)
 
     def traced(state: BridgeState) -> tuple[Trace, Any]:
-        found = _stepped(function, params, params, state, Extras(scalar, scalar))
+        found = _stepped(function, params, params, state, Extras(scalar, scalar, given))
         return found, found.outputs
 
     return settled(traced, params, state)

@@ -12,13 +12,22 @@ from chainrule.bridges.step.rounding import apply_updates
 from chainrule.bridges.step.vectors import stack, unstack
 
 
+class Assigning(NamedTuple):
+    """A transformation whose `update` returns what becomes of the parameters, in place of updates to be added."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+
+
 class Extras(NamedTuple):
-    """What a step takes beside parameters, gradients and state: two scalars."""
+    """What a step takes beside parameters, gradients and state: two scalars, and trees that its caller gives."""
 
     multiplier: Any
     """float32: factor on the updates of a chain that exposes no learning rate."""
     value: Any
     """float32: the loss at the parameters, for chains that ask for it."""
+    given: dict[str, Any] = {}  # noqa: RUF012 -- never written
+    """Extra arguments of the chain by name."""
 
 
 class BridgeState(NamedTuple):
@@ -40,7 +49,7 @@ class StepFunction(NamedTuple):
       value: whether the chain is given the loss.
     """
 
-    chain: optax.GradientTransformation
+    chain: optax.GradientTransformation | Assigning
     multiplier: bool
     rounding: bool
     value: bool
@@ -53,10 +62,12 @@ class StepFunction(NamedTuple):
             grads = jax.tree.map(
                 lambda g: g.astype(jnp.float32) if g.dtype == jnp.bfloat16 else g, grads
             )
-        offered = {"grad": grads, **({"value": extras.value} if self.value else {})}
+        offered = {"grad": grads, **({"value": extras.value} if self.value else {}), **extras.given}
         updates, new = self.chain.update(
             grads, stack(state.chain), params, **_taken(self.chain.update, offered)
         )
+        if isinstance(self.chain, Assigning):
+            return updates, BridgeState(unstack(new), state.rounding)
         if self.multiplier:
             updates = jax.tree.map(lambda u: u * extras.multiplier.astype(u.dtype), updates)
         rounding = state.rounding
@@ -75,7 +86,7 @@ def _taken(update: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any
     return {name: value for name, value in offered.items() if name in names}
 
 
-def as_transformation(chain: Any) -> optax.GradientTransformation:
+def as_transformation(chain: Any) -> Any:
     """The transformation that `chain` is, or that it makes when called.
 
     Args:
