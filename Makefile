@@ -62,7 +62,7 @@ versions:  ## the tests without torch on other versions (PYTHON=python3.13 WITH=
 	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= build/versions/bin/python -m pip install --quiet ".[checks,evidence]" $(WITH)
 	build/versions/bin/python -m pytest tests -m "not slow and not clients and not keras" -n $(WORKERS)
 
-clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge
+clients: $(VENV)/.dev  ## transformers, lightning and accelerate on the torch bridge and its classes
 	$(PYTEST) -m clients
 
 keras: $(VENV)/.dev  ## the Keras bridge, one process a backend (BACKENDS="jax torch")

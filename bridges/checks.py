@@ -14,7 +14,7 @@ from chainrule.bridges.sharded import local
 
 _Result = TypeVar("_Result")
 
-_FLAGS = {
+FLAGS = {
     "foreach": "a bridge batches over parameters by itself",
     "fused": "use TorchBridge(..., compile=True)",
     "capturable": "a bridge reads no values on the host where its chain needs none",
@@ -27,14 +27,14 @@ _FLAGS = {
 
 def check_flags(group: Mapping[str, Any], owner: str) -> None:
     """Raises `ValueError` for a flag of torch's optimizers that asks for what no bridge does."""
-    for flag, remedy in _FLAGS.items():
+    for flag, remedy in FLAGS.items():
         if group.get(flag):
             raise ValueError(f"{owner}: `{flag}` cannot be {group[flag]!r} in a bridge; {remedy}")
 
 
 def is_flag(key: str, value: Any) -> bool:
     """Whether a group's entry is a flag of torch's optimizers that asks for nothing."""
-    return key in _FLAGS and not value
+    return key in FLAGS and not value
 
 
 def check_order(chain: Any, params: Any) -> None:

@@ -43,7 +43,10 @@ is a tuple of names; the first whose names the function has is suggested."""
 _HINTS = {"routing": " (a `Routing(exclude=...)`)"}
 
 
-def suggestion(word: str, names: list[str]) -> tuple[str, ...]:
+Words = Mapping[str, tuple[tuple[str, ...], ...]]
+
+
+def suggestion(word: str, names: list[str], words: Words = OTHER_WORDS) -> tuple[str, ...]:
     """The arguments among `names` that `word` probably means, or none.
 
     >>> suggestion("betas", ["learning_rate", "b1", "b2"]), suggestion("learning_rat", ["learning_rate"])
@@ -51,7 +54,7 @@ def suggestion(word: str, names: list[str]) -> tuple[str, ...]:
     >>> suggestion("fused", ["learning_rate", "b1", "b2"])
     ()
     """
-    for choice in OTHER_WORDS.get(word.lower(), ()):
+    for choice in words.get(word.lower(), ()):
         if set(choice) <= set(names):
             return choice
     return tuple(difflib.get_close_matches(word.lower(), names, 1, 0.7))
@@ -62,7 +65,11 @@ def _quoted(names: Any) -> str:
 
 
 def bind(
-    owner: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    owner: str,
+    signature: inspect.Signature,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    words: Words = OTHER_WORDS,
 ) -> inspect.BoundArguments:
     """`signature.bind`, whose errors say what to write instead.
 
@@ -71,6 +78,7 @@ def bind(
       signature: what it takes.
       args: what it was given by position.
       kwargs: what it was given by name.
+      words: what others call an argument.
 
     Raises:
       TypeError: a name that it does not have, too much by position, an argument given twice or not at all.
@@ -83,17 +91,19 @@ def bind(
     try:
         return signature.bind(*args, **kwargs)
     except TypeError as error:
-        mistake = _mistake(signature, args, kwargs) or str(error)
+        mistake = _mistake(signature, args, kwargs, words) or str(error)
     raise TypeError(f"{owner}: {mistake}") from None
 
 
-def _mistake(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+def _mistake(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], words: Words
+) -> str:
     parameters = signature.parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     places = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     for word in kwargs:
         if word not in names:
-            meant = suggestion(word, names)
+            meant = suggestion(word, names, words)
             if not meant:
                 return f"no argument `{word}`; it takes {_quoted(names)}"
             named = " and ".join(f"`{name}`{_HINTS.get(name, '')}" for name in meant)

@@ -6,6 +6,7 @@ tx = optax.chain(chainrule.transforms.adaptive_beta1(), chainrule.transforms.sca
 optimizer = chainrule.TorchBridge(tx, model.parameters())
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from chainrule import chains, transforms
@@ -23,10 +24,11 @@ from chainrule.transforms import (
 )
 
 if TYPE_CHECKING:
-    from chainrule import keras_optimizers
+    from chainrule import keras_optimizers, torch_optimizers
     from chainrule.bridges.keras_optimizer import KerasBridge
     from chainrule.bridges.torch_optim import TorchBridge
     from chainrule.bridges.torch_routing import torch_routing
+    from chainrule.bridges.torch_wrap import TorchWrap
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ __all__ = [
     "Plan",
     "TierPolicy",
     "TorchBridge",
+    "TorchWrap",
     "apply_updates",
     "chain",
     "chains",
@@ -46,27 +49,24 @@ __all__ = [
     "plan",
     "retier",
     "set_hyperparams",
+    "torch_optimizers",
     "torch_routing",
     "transforms",
 ]
 
 
+_HOMES = {
+    "KerasBridge": "chainrule.bridges.keras_optimizer",
+    "TorchBridge": "chainrule.bridges.torch_optim",
+    "TorchWrap": "chainrule.bridges.torch_wrap",
+    "torch_routing": "chainrule.bridges.torch_routing",
+}
+"""What needs torch or keras, which are extras: imported when it is asked for, not before."""
+
+
 def __getattr__(name: str) -> Any:
-    # torch and keras are extras: they are imported when what needs them is asked for, not before.
-    if name == "TorchBridge":
-        from chainrule.bridges.torch_optim import TorchBridge
-
-        return TorchBridge
-    if name == "torch_routing":
-        from chainrule.bridges.torch_routing import torch_routing
-
-        return torch_routing
-    if name == "KerasBridge":
-        from chainrule.bridges.keras_optimizer import KerasBridge
-
-        return KerasBridge
-    if name == "keras_optimizers":
-        import chainrule.keras_optimizers as keras_optimizers
-
-        return keras_optimizers
+    if name in ("keras_optimizers", "torch_optimizers"):
+        return importlib.import_module(f"chainrule.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'chainrule' has no attribute {name!r}")

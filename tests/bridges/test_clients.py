@@ -1,6 +1,12 @@
-"""The training loops of others drive `TorchBridge`: transformers, Lightning, Accelerate. All three run and resume."""
+"""The training loops of others drive `TorchBridge`, its classes and `TorchWrap`: they run and resume.
 
+transformers, Lightning and its command line, Accelerate; timm where it is installed.
+"""
+
+import functools
+import importlib
 import importlib.util
+import json
 import os
 import socket
 import warnings
@@ -15,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from chainrule import TorchBridge, chains
+from chainrule import TorchBridge, TorchWrap, chains, torch_optimizers, transforms
 
 
 def _needs(package: str) -> Any:
@@ -57,7 +63,14 @@ def _gpt2() -> Any:
     return GPT2LMHeadModel(config)
 
 
-def _trainer(folder: Path, net: Any, steps: int, stop: int | None = None, **arguments_: Any) -> Any:
+def _trainer(
+    folder: Path,
+    net: Any,
+    steps: int,
+    stop: int | None = None,
+    named: tuple[Any, dict[str, Any]] | None = None,
+    **arguments_: Any,
+) -> Any:
     from transformers import (
         Trainer,
         TrainerCallback,
@@ -87,13 +100,15 @@ def _trainer(folder: Path, net: Any, steps: int, stop: int | None = None, **argu
         max_grad_norm=1.0,
         disable_tqdm=True,
     )
-    optimizer = TorchBridge(chains.stam(3e-3), net.named_parameters())
-    scheduler = get_cosine_schedule_with_warmup(optimizer, 2, steps)
+    how: dict[str, Any] = {"optimizer_cls_and_kwargs": named}
+    if named is None:
+        optimizer = TorchBridge(chains.stam(3e-3), net.named_parameters())
+        how = {"optimizers": (optimizer, get_cosine_schedule_with_warmup(optimizer, 2, steps))}
     return Trainer(
         model=net,
         args=arguments,
         train_dataset=data,  # pyright: ignore[reportArgumentType]
-        optimizers=(optimizer, scheduler),
+        **how,
         callbacks=[StopAt()],
     )
 
@@ -188,7 +203,13 @@ def test_lightning_runs_and_resumes(tmp_path: Path) -> None:
 # ---- Accelerate ----------------------------------------------------------------------------
 
 
-def _accelerated(folder: Path, steps: range, load: bool, save: bool) -> torch.Tensor:
+def _adam(net: nn.Module) -> Any:
+    return TorchBridge(chains.adam(0.01), net.named_parameters())
+
+
+def _accelerated(
+    folder: Path, steps: range, load: bool, save: bool, make: Callable[[nn.Module], Any] = _adam
+) -> torch.Tensor:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
@@ -199,7 +220,7 @@ def _accelerated(folder: Path, steps: range, load: bool, save: bool) -> torch.Te
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    optimizer = TorchBridge(chains.adam(0.01), net.named_parameters())
+    optimizer = make(net)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     net, optimizer, scheduler = accelerator.prepare(net, optimizer, scheduler)
     if load:
@@ -324,3 +345,161 @@ def _accelerate_rank(folder: Path) -> torch.Tensor:
 def test_parameters_that_accelerate_exchanges_go_on(tmp_path: Path) -> None:
     two = on_two_ranks(_accelerate_rank, tmp_path)
     torch.testing.assert_close(two, _trained(shard=False), rtol=0, atol=5e-5)
+
+
+# ---- classes by name -----------------------------------------------------------------------
+
+NAMED = {
+    "Stam": {"betas": (0.95, 0.99)},
+    "Muon": {"exclude": []},
+    "Grokfast": {"base": "Casmo", "lamb": 1.0},
+}
+"""A chain, a chain that routes, and one around another: what a JSON file would hold of each."""
+
+
+def _by_name(folder: Path, net: Any, name: str, steps: int, stop: int | None = None) -> Any:
+    arguments: dict[str, Any] = {"lr": 3e-3, **NAMED[name]}
+    if name == "Muon":
+        arguments["model"] = net  # transformers hands it on in place of the parameters
+        del arguments["exclude"]
+    cls = getattr(torch_optimizers, name)
+    return _trainer(folder, net, steps, stop, (cls, arguments))
+
+
+@_needs("transformers")
+@_needs("accelerate")
+@pytest.mark.parametrize("name", NAMED)
+def test_transformers_trainer_takes_a_class_and_resumes(tmp_path: Path, name: str) -> None:
+    whole = _gpt2()
+    trainer = _by_name(tmp_path / "whole", whole, name, steps=6)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is getattr(torch_optimizers, name)
+    if name == "Muon":
+        labels = {route.path: route.label for route in optimizer.plan().routes}
+        assert (
+            labels["transformer.wte.weight"] == "adam"
+            and labels["transformer.h.0.mlp.c_fc.weight"] == "muon"
+        )
+        assert labels.keys() == dict(whole.named_parameters()).keys()
+    _by_name(tmp_path / "parts", _gpt2(), name, steps=6, stop=3).train()
+    net = _gpt2()
+    _by_name(tmp_path / "parts", net, name, steps=6).train(resume_from_checkpoint=True)
+    torch.testing.assert_close(weights(net), weights(whole), rtol=0, atol=0)
+
+
+def _configured(optimizer: Any) -> Any:
+    import lightning
+
+    class Configured(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            x, y = batch
+            return nn.functional.cross_entropy(self.net(x), y)
+
+        def configure_optimizers(self) -> Any:
+            return optimizer(self.parameters())
+
+    return Configured
+
+
+@_needs("lightning")
+@pytest.mark.parametrize("name", NAMED)
+def test_lightning_configures_a_class_and_resumes(tmp_path: Path, name: str) -> None:
+    def optimizer(params: Any) -> Any:
+        return getattr(torch_optimizers, name)(params, lr=0.01, **NAMED[name])
+
+    module = _configured(optimizer)
+    whole, net = module(), module()
+    _lightning_trainer(tmp_path, 4).fit(whole, _lightning_data(8))
+    part = _lightning_trainer(tmp_path, 2)
+    part.fit(module(), _lightning_data(8))
+    part.save_checkpoint(tmp_path / "half.ckpt")
+    _lightning_trainer(tmp_path, 4).fit(
+        net, _lightning_data(8), ckpt_path=str(tmp_path / "half.ckpt")
+    )
+    torch.testing.assert_close(weights(net), weights(whole), rtol=0, atol=0)
+
+
+@_needs("lightning")
+@_needs("jsonargparse")
+@pytest.mark.parametrize("name", NAMED)
+def test_the_lightning_command_line_reads_a_class_from_yaml(tmp_path: Path, name: str) -> None:
+    import yaml
+    from lightning.pytorch.cli import LightningCLI, OptimizerCallable
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    class FromFile(BoringModel):
+        def __init__(self, optimizer: OptimizerCallable):
+            super().__init__()
+            self.optimizer = optimizer
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer(self.parameters())
+
+    path = f"chainrule.torch_optimizers.{name}"
+    own = {"class_path": path, "init_args": {"lr": 0.02, **NAMED[name]}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"model": {"optimizer": json.loads(json.dumps(own))}}))
+    trainer = {"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False}
+    trainer |= {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(tmp_path),
+    }
+    cli = LightningCLI(
+        FromFile,
+        args=["fit", f"--config={file}"],
+        trainer_defaults=trainer,
+        save_config_callback=None,
+    )
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is getattr(torch_optimizers, name)
+    assert optimizer.param_groups[0]["lr"] == 0.02 and cli.trainer.global_step == 2
+
+
+@_needs("accelerate")
+@pytest.mark.parametrize("name", NAMED)
+def test_accelerate_prepares_a_class_and_resumes(tmp_path: Path, name: str) -> None:
+    make = functools.partial(_named_optimizer, name)
+    whole = _accelerated(tmp_path, range(8), load=False, save=False, make=make)
+    _accelerated(tmp_path, range(4), load=False, save=True, make=make)
+    resumed = _accelerated(tmp_path, range(4, 8), load=True, save=False, make=make)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+def _named_optimizer(name: str, net: nn.Module) -> Any:
+    return getattr(torch_optimizers, name)(net.named_parameters(), lr=0.01, **NAMED[name])
+
+
+@_needs("accelerate")
+def test_accelerate_prepares_links_around_an_optimizer(tmp_path: Path) -> None:
+    def make(net: nn.Module) -> Any:
+        base = torch.optim.AdamW(net.parameters(), lr=0.01)
+        return TorchWrap(
+            base, before=transforms.grokfast_ema(), after=transforms.momentum_alignment_mask()
+        )
+
+    whole = _accelerated(tmp_path, range(8), load=False, save=False, make=make)
+    _accelerated(tmp_path, range(4), load=False, save=True, make=make)
+    resumed = _accelerated(tmp_path, range(4, 8), load=True, save=False, make=make)
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
+
+
+@_needs("timm")
+@_needs("torchvision")
+@pytest.mark.parametrize("name", NAMED)
+def test_timm_creates_a_class_by_name(name: str) -> None:
+    torch_optimizers.register_timm()
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = importlib.import_module("timm.optim").create_optimizer_v2(
+        net, f"chainrule-{name.lower()}", lr=0.01, weight_decay=0.1, **NAMED[name]
+    )
+    assert type(optimizer) is getattr(torch_optimizers, name)
+    assert sorted(g["weight_decay"] for g in optimizer.param_groups) == [0.0, 0.1]
+    nn.functional.cross_entropy(net(torch.ones(2, 6)), torch.tensor([0, 1])).backward()
+    optimizer.step()
