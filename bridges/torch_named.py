@@ -288,7 +288,7 @@ def register_timm() -> list[str]:
     Raises:
       ImportError: timm is not installed.
     """
-    factory = importlib.import_module("timm.optim._optim_factory")
+    factory = importlib.import_module("timm.optim")._optim_factory
     infos = [_timm_info(factory.OptimInfo, cls) for cls in _CLASSES.values()]
     known = factory.default_registry.list_optimizers()
     for info in infos:
