@@ -35,9 +35,9 @@ class Blended(torch.optim.AdamW):
         params = self.param_groups[0]["params"]
         if not hasattr(self, "old"):
             self.old = [torch.empty_like(p) for p in params]
-        torch._foreach_copy_(self.old, params)
+        torch._foreach_copy_(self.old, params)  # pyright: ignore[reportPrivateImportUsage]
         super().step()
-        torch._foreach_lerp_(params, self.old, 0.5)
+        torch._foreach_lerp_(params, self.old, 0.5)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def base(params: Params) -> torch.optim.Optimizer:
