@@ -8,7 +8,7 @@ from torch import Tensor
 
 from chainrule.bridges.group_tree import GroupTree
 from chainrule.bridges.lowering.executor import InPlace
-from chainrule.bridges.sharded import gradient, local
+from chainrule.bridges.sharded import local_step
 
 
 class Copied(NamedTuple):
@@ -58,8 +58,7 @@ def ready_step(tree: GroupTree, leaves: Sequence[Tensor], loss: Any) -> Ready:
         present = torch.tensor(there, dtype=torch.float32, device=tree.device)
         extras = [*extras, present]
     if tree.layouts is not None:
-        grads = [g if g is None else gradient(p, g) for p, g in zip(params, grads, strict=True)]
-        params, leaves = list(map(local, params)), list(map(local, leaves))
+        params, grads, leaves = local_step(params, grads, leaves)
     if not missing:
         return Ready(run, [*params, *grads, *leaves, *extras], present, [])  # pyright: ignore[reportArgumentType]
     # It runs on copies of what shall stay, which are forgotten unless another rank has a gradient.

@@ -27,6 +27,33 @@ def local(tensor: Any) -> Tensor:
     return own.wait() if hasattr(own, "wait") else own  # an asynchronous collective's result
 
 
+def local_step(
+    params: Sequence[Any], grads: Sequence[Any], leaves: Sequence[Any]
+) -> tuple[list[Tensor], list[Any], list[Tensor]]:
+    """What this rank has of parameters, gradients (None stays) and state: as `local`, and `gradient`, for each.
+
+    A step calls it with hundreds of tensors, so it takes the short way: all have what they need at hand.
+    """
+    kind = sys.modules["torch.distributed.tensor"].DTensor
+    own = [
+        g._local_tensor
+        if type(g) is kind and _laid_alike(g._spec, p) and type(g._local_tensor) is Tensor
+        else g
+        if g is None
+        else gradient(p, g)
+        for p, g in zip(params, grads, strict=True)
+    ]
+    params, leaves = (
+        [x._local_tensor if type(x) is kind else x for x in tensors] for tensors in (params, leaves)
+    )
+    return params, own, leaves
+
+
+def _laid_alike(spec: Any, param: Any) -> bool:
+    """Whether a gradient's layout is its parameter's: the same object under `fully_shard`."""
+    return spec is param._spec or spec.placements == param._spec.placements
+
+
 def gathered(tensor: Any) -> Tensor:
     """All of a tensor; for a DTensor every rank must call it."""
     if not is_distributed(tensor):

@@ -47,7 +47,7 @@ def weights(net: nn.Module) -> torch.Tensor:
 # ---- Hugging Face Trainer ------------------------------------------------------------------
 
 
-def _gpt2() -> Any:
+def _gpt2(dropout: float = 0.1) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -59,6 +59,7 @@ def _gpt2() -> Any:
         n_head=2,
         bos_token_id=0,
         eos_token_id=0,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
     )
     return GPT2LMHeadModel(config)
 
@@ -295,7 +296,7 @@ def test_lightning_on_two_ranks_is_as_on_one_of_twice_the_batch(tmp_path: Path) 
 
 
 def _transformers_rank(folder: Path) -> torch.Tensor:
-    net = _gpt2()
+    net = _gpt2(dropout=0.0)
     _trainer(folder, net, steps=4, ddp_backend="gloo").train()
     return weights(net)
 
@@ -304,7 +305,7 @@ def _transformers_rank(folder: Path) -> torch.Tensor:
 @_needs("accelerate")
 def test_transformers_on_two_ranks_is_as_on_one_of_twice_the_batch(tmp_path: Path) -> None:
     two = on_two_ranks(_transformers_rank, tmp_path)
-    net = _gpt2()
+    net = _gpt2(dropout=0.0)
     _trainer(tmp_path, net, steps=4, per_device_train_batch_size=16).train()
     torch.testing.assert_close(two, weights(net), rtol=0, atol=5e-5)
 
