@@ -179,9 +179,12 @@ def _lightning_trainer(folder: Path, epochs: int, **arguments: Any) -> Any:
     )
 
 
-def _lightning_data(batch: int) -> Any:
+def _lightning_data(batch: int, rank: int | None = None) -> Any:
+    """Batches of the samples in order; of every second one for each of two ranks."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(32, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+    if rank is not None:
+        x, y = x[rank::2], y[rank::2]
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=batch)
 
 
@@ -283,7 +286,11 @@ def _stam() -> Any:
 
 def _lightning_rank(folder: Path) -> torch.Tensor:
     net = _lightning_module(_stam)
-    _lightning_trainer(folder, 2, devices=2, strategy="ddp").fit(net, _lightning_data(8))
+    # Its own sampler would shuffle.
+    trainer = _lightning_trainer(
+        folder, 2, devices=2, strategy="ddp", use_distributed_sampler=False
+    )
+    trainer.fit(net, _lightning_data(8, int(os.environ["RANK"])))
     return weights(net)
 
 

@@ -90,7 +90,7 @@ def _between_heavy(program: StepProgram, nodes: list[fx.Node]) -> dict[fx.Node, 
     behind, ahead, heavy = set[fx.Node](), set[fx.Node](), set[fx.Node]()
     for node in nodes:
         sources = set(_arrays(node))
-        if sources & cut:
+        if sources & cut and not info(node).host:  # sums that the kernel takes are whole
             cut |= {node} if is_array(value_of(node)) else set()
             heavy |= {node} if info(node).heavy else set()
         if node in heavy or (sources & behind and is_array(value_of(node))):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from ranks import CHAINS, TOLERANCE, run_scenarios, whole
+from ranks import CHAINS, TOLERANCE, collectives, run_scenarios, whole
 
 from chainrule import TorchBridge
 from optax_cases import NAMED
@@ -105,12 +105,6 @@ def check_close(what: str, got: Sequence[torch.Tensor], want: Sequence[torch.Ten
         assert torch.isfinite(y).all(), f"{what}: {y}"
         error = (x - y).abs().max().item() / max(1.0, y.abs().max().item())
         assert error <= TOLERANCE, f"{what} is off by {error}"
-
-
-def collectives(optimizer: TorchBridge) -> int:
-    """How many a step has."""
-    found = re.findall(r"collectives a step: (.*)", optimizer.explain(passes=True))
-    return sum(int(n) for line in found for n in re.findall(r": (\d+)", line))
 
 
 def optax_chains() -> None:

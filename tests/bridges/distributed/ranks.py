@@ -3,6 +3,7 @@
 Every scenario trains a model on one process, and the same model on several, and raises where they differ.
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,11 +49,21 @@ CHAINS: dict[str, Callable[[], Any]] = {
     "nadam": lambda: chains.nadam(1e-2),
     "cosmic": lambda: chains.cosmic(1e-2),
     "orthograd": lambda: chains.orthograd(optax.sgd(0.1)),
-    "quantized_state": lambda: optax.chain(chains_quantized(), optax.scale_by_learning_rate(1e-2)),
+    "quantized_state": lambda: optax.chain(_quantized_adam(), optax.scale_by_learning_rate(1e-2)),
 }
 
 
-def chains_quantized() -> Any:
+COLLECTIVES = {
+    **dict.fromkeys(("adamw", "lion", "noisy_sgd", "nadam"), 0),
+    **dict.fromkeys(("lamb", "orthograd", "quantized_state"), 2),
+    "cosmic": 3,
+    "muon": 3,
+    "adafactor": 4,
+}
+"""How many a step of a chain has on a mesh of one dimension; of the others one."""
+
+
+def _quantized_adam() -> Any:
     from chainrule.transforms import quantized_state, scale_by_adam
 
     return quantized_state(scale_by_adam(), 8, 32)
@@ -127,6 +138,12 @@ def trained(make: Callable[[], Any], net: torch.nn.Module, steps: int = 6, **opt
     return optimizer
 
 
+def collectives(optimizer: TorchBridge) -> int:
+    """How many a step has."""
+    found = re.findall(r"collectives a step: (.*)", optimizer.explain(passes=True))
+    return sum(int(n) for line in found for n in re.findall(r": (\d+)", line))
+
+
 def _train(names: list[str], only: str = "", **options: Any) -> None:
     for name in names:
         reference = model()
@@ -136,6 +153,9 @@ def _train(names: list[str], only: str = "", **options: Any) -> None:
                 continue
             optimizer = trained(CHAINS[name], net, **options)
             check_same(f"{name}, {kind}", net, reference)
+            allowed = COLLECTIVES.get(name, 1)
+            allowed += 4 if allowed and kind in ("HSDP", "TP+FSDP2") else 0
+            assert collectives(optimizer) <= allowed, optimizer.explain(passes=True)
             for p in net.parameters():
                 for entry, value in optimizer.state[p].items():
                     alike = isinstance(p, DTensor) and value.shape == p.shape
@@ -147,7 +167,7 @@ def eager() -> None:
 
 
 def compiled() -> None:
-    _train(["stam"], only="TP+FSDP2", compile=True)
+    _train(["stam", "muon"], only="TP+FSDP2", compile=True)
 
 
 def rounded() -> None:
