@@ -24,7 +24,14 @@ def test_runs_as_a_module():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["demo", "--help"], ["show", "--help"], ["evidence", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["demo", "--help"],
+        ["show", "--help"],
+        ["evidence", "--help"],
+        ["convert", "--help"],
+    ],
 )
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit, match="0"):

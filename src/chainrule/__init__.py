@@ -25,6 +25,7 @@ from chainrule.transforms import (
 
 if TYPE_CHECKING:
     from chainrule import keras_optimizers, torch_optimizers
+    from chainrule.bridges.hub import convert_state
     from chainrule.bridges.keras_optimizer import KerasBridge
     from chainrule.bridges.torch_optim import TorchBridge
     from chainrule.bridges.torch_routing import torch_routing
@@ -42,6 +43,7 @@ __all__ = [
     "apply_updates",
     "chain",
     "chains",
+    "convert_state",
     "hyperparams",
     "keras_optimizers",
     "metrics",
@@ -59,6 +61,7 @@ _HOMES = {
     "KerasBridge": "chainrule.bridges.keras_optimizer",
     "TorchBridge": "chainrule.bridges.torch_optim",
     "TorchWrap": "chainrule.bridges.torch_wrap",
+    "convert_state": "chainrule.bridges.hub",
     "torch_routing": "chainrule.bridges.torch_routing",
 }
 """What needs torch or keras, which are extras: imported when it is asked for, not before."""

@@ -1,5 +1,5 @@
 """The `chainrule` command: `demo` trains with every chain, `show` prints their links, `plan` what one costs on a model,
-`evidence` tests claims."""
+`convert` moves states between libraries, `evidence` tests claims."""
 
 import argparse
 import importlib.util
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "--markdown", action="store_true", help="every chain's table of links, for the README"
     )
     _add_plan(commands)
+    _add_convert(commands)
     _add_evidence(commands)
     return parser
 
@@ -189,6 +190,33 @@ def _plan(arguments: argparse.Namespace) -> int:
 
         Console(file=sys.stdout).print(found)
     return 0
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="convert the state of an optimizer between torch, optax and Keras",
+        description="Writes the state of an optimizer in a file as that of another library's optimizer. Forms: "
+        "`torch.adamw`, `optax.adamw`, `keras.sgd`, ...; see `chainrule.convert_state`.",
+    )
+    convert.add_argument("checkpoint", type=pathlib.Path, help="file of torch.save or numpy.savez")
+    convert.add_argument("--from", dest="from_", required=True, metavar="form", help="of the state")
+    convert.add_argument("--to", required=True, metavar="form", help="the form that is wanted")
+    convert.add_argument(
+        "--params", type=pathlib.Path, required=True, help="state dict of the model, in its order"
+    )
+    convert.add_argument(
+        "-o", "--out", type=pathlib.Path, required=True, help=".pt for torch, else .npz"
+    )
+    convert.add_argument("--key", help="where in the checkpoint the state is, such as optimizer")
+    convert.add_argument(
+        "--like", type=pathlib.Path, help="state of the target, for what the state does not say"
+    )
+    convert.add_argument(
+        "--learning-rate", type=float, help="where a state holds it or something times it"
+    )
+    convert.add_argument("--momentum", type=float, help="of keras.muon")
+    convert.add_argument("--count", type=int, help="steps made, where the state does not say it")
 
 
 def _add_evidence(commands: Any) -> None:
@@ -275,6 +303,12 @@ def main(argv: list[str] | None = None) -> int:
             out=arguments.out,
             bridge=arguments.bridge,
         )
+    if arguments.command == "convert":
+        from chainrule import convert_command
+
+        given = vars(arguments)
+        del given["command"]
+        return convert_command.main(**given)
     if _missing("demo", "equinox", "matplotlib", "rich", "scipy", "sklearn", "statsmodels"):
         return 1
     from chainrule import demo
