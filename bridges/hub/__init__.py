@@ -9,7 +9,11 @@ from chainrule.bridges.hub.quantities import FORMS, Form, Quantities, factors
 
 __all__ = ["convert_state"]
 
-_FILES = {"torch": "in_torch", "bitsandbytes": "in_torch", "optax": "in_optax", "keras": "in_keras"}
+_FILES = {
+    **dict.fromkeys(("torch", "bitsandbytes", "heavyball"), "in_torch"),
+    "optax": "in_optax",
+    "keras": "in_keras",
+}
 
 
 def convert_state(
@@ -26,7 +30,7 @@ def convert_state(
     momentum: float | None = None,
     count: int | None = None,
 ) -> Any:
-    """Converts the state of an optimizer between torch.optim, optax, Keras and (from it) bitsandbytes.
+    """Converts the state of an optimizer between torch.optim, optax and Keras, and from bitsandbytes and HeavyBall.
 
     | family | forms |
     |---|---|
@@ -36,7 +40,7 @@ def convert_state(
     | Lion | `optax.lion`, `keras.lion` |
     | Adafactor | `torch.adafactor`, `optax.adafactor`, `keras.adafactor` |
     | Muon | `torch.muon`, `optax.muon`, `keras.muon` |
-    | from bitsandbytes | `bitsandbytes.adam`, `.adamw`, `.lion`, each also `...8bit` |
+    | only from | `bitsandbytes.adam`, `adamw`, `lion`, each also `...8bit`; `heavyball.adamw` |
 
     What is converted: which average is which, the step count, sums and averages that one of the libraries keeps times
     the learning rate, the axes of kernels, Adafactor's factored axes. What is not part of a state is not: set the

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from chainrule.bridges.hub.layouts import Shapes, plain
-from chainrule.bridges.hub.quantities import Form, Quantities, Values
+from chainrule.bridges.hub.quantities import FORMS, Form, Quantities, Values
 from chainrule.bridges.loading import check_layout
 from chainrule.bridges.torch_moments import value_of
 
@@ -53,6 +53,7 @@ def read(state: Mapping[str, Any], form: Form, name: str, source: Shapes | None)
     for key, label in names.items():
         entry = dict(state["state"].get(key) or {})
         entry |= entry.pop(_CODES, {})
+        entry = _of_heavyball(entry, state, names) if name.startswith("heavyball.") else entry
         known = {*form.keys.values(), form.counts, "step"}
         for other in entry:
             if other not in known and not other.startswith(_CODED) and entry[other] is not None:
@@ -80,6 +81,26 @@ def read(state: Mapping[str, Any], form: Form, name: str, source: Shapes | None)
     rate = None if numbers.get("lr") is None else float(numbers["lr"])
     values = {quantity: of for quantity, of in values.items() if of}
     return Quantities(values, next(iter(counts.values()), None), rate, numbers)
+
+
+def _of_heavyball(
+    entry: dict[Any, Any], state: Mapping[str, Any], names: Mapping[Any, str]
+) -> dict[str, Any]:
+    """An entry of HeavyBall: one for each part of a parameter, averages over the weight that they have given to
+    gradients, and the step count with the first parameter alone."""
+    if not entry:
+        return entry
+    if set(entry) != {0}:
+        raise ValueError(
+            "convert_state: HeavyBall cut a parameter into parts, which has no equal elsewhere"
+        )
+    steps = [
+        e[0]["step"] for e in (state["state"].get(key) for key in names) if e and "step" in e[0]
+    ]
+    group, count = state["param_groups"][0], int(steps[0])
+    averages = zip(FORMS["heavyball.adamw"].keys.values(), group["betas"], strict=True)
+    found = {field: entry[0][field] * (1 - b**count) for field, b in averages if field in entry[0]}
+    return {"step": count, **found}
 
 
 def _array(quantity: str, value: torch.Tensor) -> np.ndarray[Any, Any]:

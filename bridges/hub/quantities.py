@@ -78,6 +78,9 @@ FORMS: dict[str, Form] = {
         (f"optax.{name}" for name in ("adam", "adamw", "nadam", "nadamw", "radam")),
         Form("adam", {"mu": "mu", "nu": "nu"}, "count"),
     ),
+    "heavyball.adamw": Form(
+        "adam", {"mu": "update_by_adam_exp_avg_0", "nu": "update_by_adam_exp_avg_sq_0"}, "step"
+    ),
     "optax.lion": Form("lion", {"mu": "mu"}, "count"),
     "optax.sgd": Form("sgd", {"trace": "trace"}),
     "optax.rmsprop": Form(

@@ -299,6 +299,26 @@ def test_the_codes_of_bitsandbytes_are_read() -> None:
     assert (new["state"][0]["step"], new["param_groups"][0]["betas"]) == (4.0, (0.9, 0.99))
 
 
+def test_the_averages_of_heavyball_are_read() -> None:
+    """HeavyBall 3 keeps them corrected for their bias, and the number of steps with the first parameter alone."""
+    mean, square = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 4.0])
+    entry = {
+        "update_by_adam_exp_avg_0": mean,
+        "update_by_adam_exp_avg_sq_0": square,
+        "is_initialized": {0},
+    }
+    state = {
+        "state": {0: {0: {"step": torch.tensor(2), **entry}}, 1: {0: entry}},
+        "param_groups": [{"params": [0, 1], "lr": 0.1, "betas": (0.5, 0.75)}],
+    }
+    params = {"w": np.zeros(2), "b": np.zeros(2)}
+    new = convert_state(state, "heavyball.adamw", "optax.adamw", params)
+    for name in params:
+        np.testing.assert_array_equal(new[0].mu[name], 0.75 * mean)
+        np.testing.assert_array_equal(new[0].nu[name], (1 - 0.75**2) * square)
+    assert new[0].count == 2
+
+
 # ---- the command ---------------------------------------------------------------------------
 
 
