@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from chainrule import TorchBridge, chains
 
@@ -88,6 +89,7 @@ def layouts(ranks: int) -> Iterator[tuple[str, torch.nn.Module]]:
     fully_shard(made, mesh=init_device_mesh("cpu", (ranks,)))
     yield "FSDP2", made
     if ranks == 4:
+        yield "DDP", DistributedDataParallel(model())
         made = model()
         fully_shard(made, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
         yield "HSDP", made
@@ -259,6 +261,22 @@ def in_jax() -> None:
         step(reference, expected, number)
         step(net, optimizer, number)
     check_same("stam", net, reference)
+
+
+def emptied() -> None:
+    """Of an empty state torch makes one by a step with zero gradients, which changes no parameter."""
+    for name in ("adamw", "stam", "muon"):
+        net = model()
+        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = trained(CHAINS[name], net, 2)
+        before = [whole(p).clone() for p in net.parameters()]
+        rate = optimizer.param_groups[0]["lr"]
+        optimizer.state.clear()
+        found: Any = get_optimizer_state_dict(net, optimizer)["state"]
+        assert set(found) == dict(net.named_parameters()).keys(), name
+        after = [whole(p) for p in net.parameters()]
+        assert all(map(torch.equal, before, after)), name
+        assert optimizer.param_groups[0]["lr"] == rate, name
 
 
 def save() -> None:
