@@ -26,6 +26,7 @@ from chainrule.transforms import (
 if TYPE_CHECKING:
     from chainrule import keras_optimizers, torch_optimizers
     from chainrule.bridges.hub import convert_state
+    from chainrule.bridges.export import export
     from chainrule.bridges.keras_optimizer import KerasBridge
     from chainrule.bridges.torch_optim import TorchBridge
     from chainrule.bridges.torch_routing import torch_routing
@@ -44,6 +45,7 @@ __all__ = [
     "chain",
     "chains",
     "convert_state",
+    "export",
     "hyperparams",
     "keras_optimizers",
     "metrics",
@@ -62,6 +64,7 @@ _HOMES = {
     "TorchBridge": "chainrule.bridges.torch_optim",
     "TorchWrap": "chainrule.bridges.torch_wrap",
     "convert_state": "chainrule.bridges.hub",
+    "export": "chainrule.bridges.export",
     "torch_routing": "chainrule.bridges.torch_routing",
 }
 """What needs torch or keras, which are extras: imported when it is asked for, not before."""

@@ -1,5 +1,5 @@
 """The `chainrule` command: `demo` trains with every chain, `show` prints their links, `plan` what one costs on a model,
-`convert` moves states between libraries, `evidence` tests claims."""
+`convert` moves states between libraries, `export` writes a chain as a file of torch code, `evidence` tests claims."""
 
 import argparse
 import importlib.util
@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_plan(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_evidence(commands)
     return parser
 
@@ -219,6 +220,40 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--count", type=int, help="steps made, where the state does not say it")
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a chain as a Python file with a torch optimizer that needs torch alone",
+        description="Writes a chain as a self-contained Python file with one torch.optim.Optimizer, for parameters of "
+        "any shapes; a chain that no such file can hold is refused.",
+    )
+    export.add_argument("chain", help='such as "chains.stam(learning_rate=3e-4)"')
+    export.add_argument("-o", "--out", type=pathlib.Path, required=True, help="the file")
+    export.add_argument("--name", help="of the class (default: the chain's, as in Stam)")
+    export.add_argument(
+        "--dtype",
+        action="append",
+        help="of the parameters; may be given several times (default float32)",
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if _missing("torch", "torch"):
+        return 1
+    from chainrule.bridges.export import export
+
+    called = arguments.chain.partition("(")[0].rpartition(".")[2]
+    name = arguments.name or "".join(word.capitalize() for word in called.split("_"))
+    try:
+        chain = chain_of(arguments.chain)
+        path = export(chain, arguments.dtype or ["float32"], arguments.out, name)
+    except (TypeError, ValueError, OSError) as error:
+        sys.stderr.write(f"chainrule export: {error}\n")
+        return 2
+    sys.stdout.write(f"wrote the class {name} to {path}\n")
+    return 0
+
+
 def _add_evidence(commands: Any) -> None:
     evidence = commands.add_parser(
         "evidence",
@@ -286,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "plan":
         return _plan(arguments)
+    if arguments.command == "export":
+        return _export(arguments)
     if arguments.command == "evidence":
         if _missing(
             "evidence", "equinox", "matplotlib", "mlxtend", "rich", "sklearn", "statsmodels"

@@ -70,8 +70,8 @@ def round_products(graph: fx.Graph) -> None:
 _FEW = 8
 
 
-def unbind_vectors(graph: fx.Graph) -> None:
-    """Scalars taken one by one out of a vector become one operation."""
+def unbind_vectors(graph: fx.Graph, few: int = _FEW) -> None:
+    """Scalars taken one by one out of a vector become one operation, unless they are fewer than `few`."""
     for node in list(graph.nodes):
         if getattr(node.meta.get("aval"), "ndim", None) != 1:
             continue
@@ -82,7 +82,7 @@ def unbind_vectors(graph: fx.Graph) -> None:
             for scalar in entry.users
             if scalar.target is torch.reshape and not scalar.args[1]
         ]
-        if len(taken) < _FEW:
+        if len(taken) < few:
             continue
         with graph.inserting_after(node):
             parts = graph.call_function(ops.unbind, (node,))

@@ -1,0 +1,15 @@
+"""A chain as a file of torch code: `export`.
+
+examples      the chain's programs for lists of example parameters, as graphs
+generalise    what these have in common, as one program for any list (`generic`, `expressions`)
+kinds         which parameters have one program
+functions     the program as functions, a kind and a stage each
+text, render  as Python
+runtime       the optimizer class, whose source the file gets
+file          all of it
+"""
+
+from chainrule.bridges.export.errors import CannotExport
+from chainrule.bridges.export.file import export
+
+__all__ = ["CannotExport", "export"]

@@ -1,0 +1,283 @@
+"""The optimizer class of an exported file, but for what `file` writes above it for each chain.
+
+A file holds the source between the lines of dashes, its own functions, and what is below the second line, here and in
+`runtime_checks`; it imports torch and nothing else of others.
+"""
+
+# pyright: reportPrivateUsage=false, reportUnusedFunction=false
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chainrule.bridges.export.runtime_checks import (
+    _FLAGS,
+    _GROUP_STATE,
+    _LEAF_STATE,
+    _LIVE,
+    _READS_LOSS,
+    _TORCH_KEYS,
+    _check,
+    _check_grad,
+    _check_param,
+    _fitting,
+    _kind,
+    _ordered,
+    _pair,
+    _saved_ids,
+    _start,
+    _step,
+)
+
+# ------------------------------------------------------------------------------------------------
+
+
+class _Leaf:
+    """A parameter in a step: its gradient, its state, and what is computed of them on the way."""
+
+    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], kind: int):
+        self.param, self.grad, self.state, self.kind = param, grad, state, kind
+        self.values: dict[str, Any] = {}
+        self.places: dict[int, int] = {}
+        self.offsets: dict[int, int] = {}
+
+
+def _placed(leaves: Sequence[_Leaf], kinds: Sequence[int], number: int) -> list[_Leaf]:
+    """The parameters of some kinds, which learn their place among them."""
+    found = [leaf for leaf in leaves if leaf.kind in kinds]
+    offset = 0
+    for place, leaf in enumerate(found):
+        leaf.places[number], leaf.offsets[number] = place, offset
+        offset += leaf.param.numel()
+    return found
+
+
+_PART = 1 << 18
+
+
+def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
+    """Tensors of one size in parts that a cache holds, numbers whole; small ones, and views with gaps, as they are."""
+    arrays = [x for x in tensors if x.ndim]
+    alike = len({x.stride() for x in arrays}) == 1 or all(x.is_contiguous() for x in arrays)
+    small = not arrays or arrays[0].device.type != "cpu" or arrays[0].numel() <= _PART
+    flat = [x if not x.ndim else _flat(x) for x in tensors]
+    if small or not alike or any(x is None for x in flat):
+        return iter([tensors])
+    cut = (x.split(_PART) if x.ndim else itertools.repeat(x) for x in flat if x is not None)
+    return zip(*cut, strict=False)
+
+
+def _flat(x: Tensor) -> Tensor | None:
+    """A tensor as a vector in the order of its memory; None if it has gaps."""
+    ordered = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
+    return ordered.view(-1) if ordered.is_contiguous() else None
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+class Exported(torch.optim.Optimizer):
+    """DOCSTRING"""
+
+    _filled: "dict[tuple[int, str], tuple[Any, Tensor]] | None" = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, with a state of its own; refused, it leaves the optimizer as it was."""
+        given = set(param_group)
+        super().add_param_group(param_group)
+        group, added = self.param_groups[-1], False
+        try:
+            self._begin(group, given)
+            added = True
+        finally:
+            if not added:
+                self.param_groups.pop()
+
+    def _begin(self, group: dict[str, Any], given: set[str]) -> None:
+        owner = f"{type(self).__name__}: param group {len(self.param_groups) - 1}"
+        if "b1" in _LIVE and "b2" in _LIVE:
+            if "betas" in given and not given & {"b1", "b2"}:
+                group["b1"], group["b2"] = _pair(group["betas"], owner)
+            group["betas"] = (group["b1"], group["b2"])
+        for key in _LIVE:
+            _check(owner, key, group[key])
+        for key, value in group.items():
+            if key in _FLAGS and value:
+                raise ValueError(f"{owner}: `{key}` cannot be {value!r}; {_FLAGS[key]}")
+            known = key in _LIVE or key in _TORCH_KEYS or key in _FLAGS
+            if not known and isinstance(value, (int, float, Tensor)):
+                raise ValueError(f"{owner}: `{key}` is no hyperparameter; they are {sorted(_LIVE)}")
+        members = [p for p in group["params"] if p.requires_grad] or list(group["params"])
+        for p in group["params"]:
+            _check_param(owner, p)
+        if members:
+            made: dict[str, Tensor] = {}
+            leaves = [_Leaf(p, p, {}, _kind(owner, p)) for p in _ordered(group, members)]
+            with torch.no_grad():
+                _start(leaves, made)
+            for leaf in leaves:
+                self.state[leaf.param] = leaf.state
+            self.state[members[0]].update(made)
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient; all is checked before anything is written.
+
+        Args:
+          closure: evaluates the model, calls backward and returns the loss.
+
+        Returns:
+          What the closure returned, or None.
+
+        Raises:
+          RuntimeError: a gradient that is sparse or of another dtype.
+          ValueError: a hyperparameter out of bounds; no closure where the chain reads the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if _READS_LOSS and loss is None:
+            raise ValueError(
+                f"{type(self).__name__}: reads the loss; call `step(closure)` with a closure that returns it"
+            )
+        ready = [
+            (index, group, self._taking_part(index, group))
+            for index, group in enumerate(self.param_groups)
+            if any(p.grad is not None for p in group["params"])
+        ]
+        rates = [self._rates(index, group) for index, group, _ in ready]
+        for (index, group, leaves), own in zip(ready, rates, strict=True):
+            shared = self._shared(index, group)
+            value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32)
+            value = value.detach().reshape(()).to(leaves[0].param.device)
+            with torch.autocast(leaves[0].param.device.type, enabled=False):
+                _step(leaves, shared, own, value)
+        return loss
+
+    def _taking_part(self, index: int, group: dict[str, Any]) -> list[_Leaf]:
+        """The parameters of a group in a step. One without a gradient keeps its value and state, and counts as zero."""
+        owner = f"{type(self).__name__}: param group {index}"
+        members = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
+        leaves: list[_Leaf] = []
+        for p in _ordered(group, members):
+            kind = _kind(owner, p)
+            _check_grad(owner, p)
+            if any(name not in self.state[p] for name in _LEAF_STATE[kind]):
+                leaf = _Leaf(p, p, {}, kind)  # it joins with its first gradient
+                _start([leaf], {})
+                self.state[p].update(leaf.state)
+            if p.grad is not None:
+                leaves.append(_Leaf(p, p.grad, self.state[p], kind))
+            else:
+                kept = {name: x.clone() for name, x in self.state[p].items()}
+                leaves.append(_Leaf(p.clone(), torch.zeros_like(p), kept, kind))
+        return leaves
+
+    def _shared(self, index: int, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of all parameters of a group, which is kept with the first."""
+        if not _GROUP_STATE:
+            return {}
+        for p in group["params"]:
+            own = self.state.get(p, {})
+            if all(name in own for name in _GROUP_STATE):
+                return {name: own[name] for name in _GROUP_STATE}
+        raise RuntimeError(
+            f"{type(self).__name__}: param group {index} has no state {list(_GROUP_STATE)}; load a state dict"
+        )
+
+    def _rates(self, index: int, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The hyperparameters of a group as tensors."""
+        owner = f"{type(self).__name__}: param group {index}"
+        if self._filled is None:
+            self._filled = {}
+        if "b1" in _LIVE and "b2" in _LIVE:
+            pair, _ = self._filled.get((index, "betas"), (group.get("betas"), None))
+            if "betas" in group and group["betas"] != pair:
+                group["b1"], group["b2"] = _pair(group["betas"], owner)
+            group["betas"] = pair = (group["b1"], group["b2"])
+            self._filled[index, "betas"] = pair, torch.empty(0)
+        device, found = group["params"][0].device, {}
+        for key, dtype in _LIVE.items():
+            value = group[key]
+            known, tensor = self._filled.get((index, key), (None, None))
+            if (
+                tensor is None
+                or isinstance(value, Tensor)
+                or value != known
+                or tensor.device != device
+            ):
+                _check(owner, key, value)
+                tensor = torch.as_tensor(value, dtype=dtype).detach().reshape(()).to(device)
+                self._filled[index, key] = value, tensor
+            found[key] = tensor
+        return found
+
+    # ---- saving and loading --------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copies a state dict of this class, or of the bridge with the same chain; refused, it changes nothing."""
+        state_dict = copy.copy(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        groups: list[dict[str, Any]] = []
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            owner = f"{type(self).__name__}: param group {index} of the loaded state dict"
+            for key in _LIVE:
+                if key not in saved:
+                    raise ValueError(
+                        f"{owner} has no `{key}`, a hyperparameter; is it of another chain?"
+                    )
+                _check(owner, key, saved[key])
+            ids = _saved_ids(owner, group, saved)
+            entries = {
+                p: state_dict["state"].get(k) or {}
+                for k, p in zip(ids, group["params"], strict=True)
+            }
+            state |= self._loaded(owner, group, entries)
+            names = {k: group[k] for k in ("params", "param_names") if k in group}
+            if "param_names" not in names and isinstance(saved.get("param_names"), list):
+                names["param_names"] = saved["param_names"]
+            groups.append({**group, **saved, **names})
+        for p, entry in state.items():
+            self.state[p] = entry
+        self.param_groups[:] = groups
+        self._filled = None
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _loaded(
+        self, owner: str, group: dict[str, Any], entries: dict[Tensor, dict[str, Any]]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of a group from a saved one."""
+        members = [p for p in group["params"] if entries[p]]
+        leaves = [_Leaf(p, p, {}, _kind(owner, p)) for p in _ordered(group, members)]
+        shared: dict[str, Tensor] = {}
+        with torch.no_grad():
+            if leaves:
+                _start(leaves, shared)
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for leaf in leaves:
+            entry = entries[leaf.param]
+            for name in entry:
+                if name not in leaf.state and name not in shared:
+                    raise ValueError(
+                        f"{owner}: state entry `{name}` is none of this chain's; is it of another chain?"
+                    )
+            found[leaf.param] = {
+                name: _fitting(owner, name, entry.get(name), target)
+                for name, target in leaf.state.items()
+            }
+        for name, target in shared.items():
+            value = next((e[name] for e in entries.values() if name in e), None)
+            found[members[0]][name] = _fitting(owner, name, value, target)
+        return found

@@ -1,0 +1,51 @@
+"""Exported files: equal to the bridge to the bit, for other lists of parameters than any that was traced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chainrule.bridges.export import CannotExport, export
+from exported import OTHER_SHAPES, SHAPES, check, exported, without_kernel
+from optax_cases import NAMED, OptaxCase
+from registry import CHAINS, Case
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # optax's own
+
+REFUSED = {
+    "cosmic": "tiered_state moves parameters between tiers",
+    "magma, around a direction": "`exclude` function _is_scale matches none",
+    "optax.adafactor": "this chain has no one program",
+    "optax.lbfgs": "evaluates the loss by itself",
+    "optax.sm3": "this chain has no one program",
+    "optax.contrib.dpsgd": "this chain has no one program",
+    "optax.contrib.galore": "scale_by_galore",
+    "optax.contrib.sophia": "evaluates the loss by itself",
+}
+"""By case how the message says why no file can hold it."""
+QUICK = {"stam", "optax.adamw"}
+
+
+def cases(all_cases: Any) -> list[Any]:
+    return [
+        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow)
+        for case in all_cases
+    ]
+
+
+@pytest.mark.parametrize("case", cases([*CHAINS, *NAMED]))
+def test_a_file_goes_the_way_of_the_bridge(
+    case: Case | OptaxCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_kernel(monkeypatch)
+    if case.name in REFUSED:
+        with pytest.raises(CannotExport, match=REFUSED[case.name]):
+            export(case.make(), "float32", tmp_path / "exported.py")
+        return
+    cls = exported(case.make(), tmp_path)
+    for shapes in (SHAPES, OTHER_SHAPES):
+        check(case.make(), cls, shapes)
+
+
+def test_how_many_of_the_named_optimizers_are_exported() -> None:
+    assert len([case for case in NAMED if case.name not in REFUSED]) >= 40

@@ -1,0 +1,229 @@
+"""An exported file for itself: what it needs, what it refuses, and that tools take it."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optax
+import pytest
+import torch
+
+from chainrule import TorchBridge, chains
+from chainrule.bridges.export import CannotExport, export
+from chainrule.cli import main
+from exported import SHAPES, assert_same, exported, load, parameters, step, without_kernel
+
+BLOCKED = """
+import sys
+for name in ("jax", "jaxlib", "optax", "numpy", "chainrule"):
+    sys.modules[name] = None
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("exported", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+optimizer = module.Exported(model.parameters(), lr=0.01)
+x, y = torch.randn(32, 6), torch.randn(32, 3)
+losses = []
+for _ in range(30):
+    optimizer.zero_grad()
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.9 * losses[0], losses
+"""
+
+RATE = 1e-2
+CASES = {
+    "stam": chains.stam(RATE),
+    "casmo": chains.casmo(RATE),
+    "muon": chains.muon(RATE),
+    "magma": chains.magma(chains.adam(RATE)),
+}
+
+
+@pytest.fixture(scope="module")
+def stam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(
+        chains.stam(3e-4), [torch.float32], tmp_path_factory.mktemp("stam") / "stam.py", "Stam"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["stam", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "stam")]
+)
+def test_a_file_runs_where_neither_jax_nor_chainrule_can_be_imported(
+    name: str, tmp_path: Path
+) -> None:
+    path = export(CASES[name], [torch.float32], tmp_path / "exported.py")
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_ruff_and_pyright_find_nothing(stam: Path) -> None:
+    for command in (["ruff", "check", "--isolated"], ["pyright", "--pythonpath", sys.executable]):
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:], str(stam)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_file_says_what_it_is(stam: Path) -> None:
+    text, cls = stam.read_text(), load(stam).Stam
+    assert text.startswith('"""Stam: STAM: Adam whose first-moment decay falls')
+    assert "chainrule 0.1.0" in text and "MIT" in text
+    assert "mu = b1 mu + (1 - b1) g" in cls.__doc__
+    assert cls([torch.nn.Parameter(torch.ones(2))]).param_groups[0]["lr"] == 3e-4
+
+
+def test_states_go_to_the_bridge_and_back(stam: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernel(monkeypatch)
+    cls, chain = load(stam).Stam, chains.stam(3e-4)
+    ours, bridge = cls(parameters()), TorchBridge(chain, parameters())
+    for index in range(3):
+        step(ours, index)
+        step(bridge, index)
+    to_bridge = TorchBridge(chain, copy.deepcopy(ours.param_groups[0]["params"]))
+    to_bridge.load_state_dict(ours.state_dict())
+    to_ours = cls(copy.deepcopy(bridge.param_groups[0]["params"]))
+    to_ours.load_state_dict(bridge.state_dict())
+    for optimizer in (ours, bridge, to_bridge, to_ours):
+        optimizer.param_groups[0]["lr"] = 0.1
+        step(optimizer, 3)
+    for optimizer in (bridge, to_bridge, to_ours):
+        assert_same(ours, optimizer)
+
+
+def test_copies_and_pickles_go_on(stam: Path) -> None:
+    ours = load(stam).Stam(parameters())
+    step(ours, 0)
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        other.load_state_dict(torch.load(file, weights_only=True))
+        file.seek(0)
+        step(other, 1)
+        mirror = copy.deepcopy(ours)
+        step(mirror, 1)
+        assert_same(other, mirror)
+
+
+def test_groups_schedulers_and_missing_gradients(
+    stam: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_kernel(monkeypatch)
+    cls = load(stam).Stam
+    pairs = []
+    for make in (cls, lambda groups: TorchBridge(chains.stam(3e-4), groups)):
+        params = parameters()
+        params[2].requires_grad_(False)
+        groups = [{"params": params[:4], "lr": 0.1}, {"params": params[4:], "weight_decay": 0.5}]
+        optimizer = make(groups)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for index in range(4):
+            step(optimizer, index)
+            if index == 1:
+                params[2].requires_grad_(True)
+            for p in params:
+                p.grad = None if index == 2 and p is params[0] else p.grad
+            optimizer.step()
+            scheduler.step()
+        pairs.append(optimizer)
+    assert_same(*pairs)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({"b2": 1.5}, ValueError, r"`b2` must be in \[0, 1\), got 1.5"),
+        ({"lr": "fast"}, TypeError, "`lr` must be a number"),
+        ({"momentum": 0.9}, ValueError, "`momentum` is no hyperparameter"),
+        ({"maximize": True}, ValueError, "`maximize` cannot be True"),
+    ],
+)
+def test_a_wrong_key_is_refused(
+    keys: dict[str, Any], error: type[Exception], message: str, stam: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        load(stam).Stam(parameters(), **keys)
+
+
+def test_what_a_file_was_not_exported_for_is_refused(stam: Path) -> None:
+    cls = load(stam).Stam
+    with pytest.raises(ValueError, match=r"torch.float64 \(2,\) is none of those"):
+        cls([torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
+    with pytest.raises(TypeError, match="expected a real floating-point"):
+        cls([torch.nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+
+
+def test_a_wrong_state_dict_changes_nothing(stam: Path) -> None:
+    cls = load(stam).Stam
+    ours, other = cls(parameters()), cls(parameters())
+    for index in range(2):
+        step(ours, index)
+        step(other, index)
+    saved = copy.deepcopy(ours.state_dict())
+    for spoil, message in (
+        (lambda s: s["state"][1].pop("nu"), "state entry `nu` is NoneType"),
+        (lambda s: s["state"][1].update(nu=torch.ones(3)), r"`nu` is \(3,\), expected \(8, 4\)"),
+        (lambda s: s["state"][1].update(other=torch.ones(3)), "`other` is none of this chain's"),
+        (lambda s: s["param_groups"][0].pop("b2"), "has no `b2`"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "doesn't match the size"),
+        (lambda s: s["param_groups"].append({}), "different number of parameter groups"),
+    ):
+        wrong = copy.deepcopy(saved)
+        spoil(wrong)
+        with pytest.raises(ValueError, match=message):
+            ours.load_state_dict(wrong)
+        assert_same(ours, other)
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        (lambda: optax.lbfgs(), "evaluates the loss by itself"),
+        (lambda: chains.cosmic(), "tiers"),
+        (lambda: optax.apply_if_finite(optax.sgd(0.1), 2), "apply_if_finite|branch"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_and_nothing_written(
+    chain: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CannotExport, match=message):
+        export(chain(), [torch.float32], tmp_path / "exported.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sgd.py"
+    assert main(["export", "optax.sgd(0.5)", "-o", str(path), "--name", "Sgd"]) == 0
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    weight.grad = torch.ones(2)
+    load(path).Sgd([weight]).step()
+    assert weight.tolist() == [0.5, -2.5]
+    assert main(["export", "os.system('true')", "-o", str(path)]) == 2
+    assert "none of chainrule, chains, optax, transforms" in capsys.readouterr().err
+
+
+def test_a_half_precision_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernel(monkeypatch)
+    chain = chains.adam(0.01)
+    cls = exported(chain, tmp_path, [torch.bfloat16, torch.float32])
+    ours = cls(parameters(SHAPES, torch.bfloat16))
+    bridge = TorchBridge(chain, parameters(SHAPES, torch.bfloat16))
+    for index in range(3):
+        step(ours, index)
+        step(bridge, index)
+        assert_same(ours, bridge)
