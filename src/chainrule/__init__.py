@@ -25,8 +25,8 @@ from chainrule.transforms import (
 
 if TYPE_CHECKING:
     from chainrule import keras_optimizers, torch_optimizers
-    from chainrule.bridges.hub import convert_state
     from chainrule.bridges.export import export
+    from chainrule.bridges.hub import convert_state
     from chainrule.bridges.keras_optimizer import KerasBridge
     from chainrule.bridges.torch_optim import TorchBridge
     from chainrule.bridges.torch_routing import torch_routing

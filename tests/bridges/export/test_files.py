@@ -195,7 +195,11 @@ def test_a_wrong_state_dict_changes_nothing(stam: Path) -> None:
     [
         (lambda: optax.lbfgs(), "evaluates the loss by itself"),
         (lambda: chains.cosmic(), "tiers"),
-        (lambda: optax.apply_if_finite(optax.sgd(0.1), 2), "apply_if_finite|branch"),
+        pytest.param(
+            lambda: optax.apply_if_finite(optax.sgd(0.1), 2),
+            "apply_if_finite|branch",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_refused_and_nothing_written(
@@ -217,6 +221,7 @@ def test_the_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "none of chainrule, chains, optax, transforms" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_half_precision_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_kernel(monkeypatch)
     chain = chains.adam(0.01)
