@@ -1,5 +1,6 @@
 """Chains as classes of torch: names, defaults and positions of torch, configurations, groups, pickles, Muon's plan."""
 
+import ast
 import copy
 import importlib
 import inspect
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import optax
 import pytest
 import torch
+from tests.bridges.stub import FILE, stub
 from torch import nn
 
 from chainrule import TorchBridge, TorchWrap, chains, torch_optimizers
@@ -335,3 +337,8 @@ def test_an_instance_belongs_around_a_chain_only() -> None:
         for cls in CLASSES
     )
     assert issubclass(torch_optimizers.Adam, TorchBridge) and not issubclass(TorchWrap, TorchBridge)
+
+
+def test_the_types_are_those_of_the_signatures() -> None:
+    message = "python -m tests.bridges.stub writes src/chainrule/torch_optimizers.pyi anew"
+    assert ast.dump(ast.parse(FILE.read_text())) == ast.dump(ast.parse(stub())), message
