@@ -94,3 +94,20 @@ def test_gradients_are_accumulated_by_the_outermost():
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_preset_is_for_what_is_not_given():
+    model = fitted(keras_optimizers.Stam(3e-3, epsilon=1e-6, preset="original"), steps=6)
+    expected = in_plain_jax(
+        chains.stam(3e-3, eps=1e-6, preset="original", weight_decay=None), steps=6
+    )
+    default = in_plain_jax(chains.stam(3e-3, eps=1e-6, weight_decay=None), steps=6)
+    assert largest_difference(expected, default) > 10 * CLOSE
+    config = model.optimizer.get_config()
+    assert config["preset"] == "original" and "debias" not in config
+    again = keras_optimizers.Stam.from_config(config)
+    assert again.get_config() == config
+    without = fitted(
+        keras_optimizers.Stam(3e-3, epsilon=1e-6, preset="original", weight_decay=0.0), steps=6
+    )
+    assert largest_difference(without.get_weights(), expected) <= CLOSE
