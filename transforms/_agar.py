@@ -24,15 +24,15 @@ def signal_share(
       eps: least noise, and added to the denominator; `None`: no such number.
       by_group: whether all entries have one mean, a vector of one entry; else each tensor has its own.
     """
-    sizes = np.array([m.size for m in ms], np.int32)
+    sizes = np.array([m.size for m in ms], np.int64)
     if eps is None:
         (shares,) = sums("square_share", ms, vs, scale)
     else:
         shares = stacked([_share_sum(m, v, scale, eps) for m, v in zip(ms, vs, strict=True)])
     if by_group:
-        total = max(int(sizes.sum()), 1)
-        return jnp.sum(shares, keepdims=True) / total, np.array([sizes.any()])
-    return shares / np.maximum(sizes, 1), sizes > 0
+        # As floats: int32, which JAX makes of integers, ends at 2^31.
+        return jnp.sum(shares, keepdims=True) / float(max(sizes.sum(), 1)), np.array([sizes.any()])
+    return shares / np.maximum(sizes, 1).astype(shares.dtype), sizes > 0
 
 
 def _share_sum(m: jax.Array, v: jax.Array, scale: Any, eps: Any) -> jax.Array:

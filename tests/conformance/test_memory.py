@@ -46,6 +46,18 @@ def test_the_tree():
     assert sum(math.prod(leaf.shape) for leaf in shapes) == 81_912_576
 
 
+@pytest.mark.parametrize("tx", [pytest.param(tx, id=name) for name, tx, _ in LIMITS])
+@pytest.mark.parametrize("leaves", [1, 3])
+def test_more_entries_than_int32_can_count(tx, leaves):
+    """In one tensor, and in all together."""
+    side = 50_000 if leaves == 1 else 30_000
+    assert leaves * side**2 > 2**31
+    shapes = {str(i): jax.ShapeDtypeStruct((side, side), jnp.float32) for i in range(leaves)}
+    state = jax.eval_shape(tx.init, shapes)
+    updates, _ = jax.eval_shape(tx.update, shapes, state, shapes)
+    assert jax.tree.leaves(updates)[0].shape == (side, side)
+
+
 @pytest.mark.parametrize(("tx", "limit"), [pytest.param(*case[1:], id=case[0]) for case in LIMITS])
 def test_state_bytes_against_adamw(tx, limit):
     assert bytes_of(tx) <= limit * bytes_of(optax.adamw(1e-3)) + BUFFER
