@@ -153,6 +153,7 @@ def _reals(sizes: Sequence[str]) -> Iterator[str]:
         for quotient in (f"({x}) / ({y})", f"max(1.0, ({x}) / ({y}))"):
             yield quotient
             yield f"math.sqrt({quotient})"
+            yield f"math.sqrt(_float32({quotient}))"
 
 
 _DIMENSIONS = ("shape[", "math.prod(shape[", "max(", "min(")
