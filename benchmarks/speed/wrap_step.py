@@ -24,7 +24,7 @@ from chainrule import TorchWrap
 from chainrule import transforms as ct
 
 Params = list[torch.nn.Parameter]
-YARDSTICK = "base, copy and pass"
+YARDSTICK = "base and pass"
 
 
 class Blended(torch.optim.AdamW):
