@@ -268,15 +268,17 @@ def main(
 
 
 def _print_table(console: Any, rows: Sequence[Row], steps: int) -> None:
+    from rich import box
     from rich.table import Table
 
     table = Table(
+        box=box.SIMPLE,
         title=f"digits, {WRONG_LABELS:.0%} wrong labels, {steps} steps, {len(rows[0].accuracy)} seeds",
         caption="in percent, ± standard deviation over seeds; differences paired by seed, with Holm's interval",
     )
     table.add_column("chain", no_wrap=True)
     for heading in ("accuracy", "over optax.adamw", "differs?", "rate", "state"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for row in rows:
         spread = row.accuracy.std(ddof=1 if len(row.accuracy) > 1 else 0)
         over = ""
