@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
+EVERY ?= 1
 BACKENDS ?= jax torch tensorflow
 # What imports keras has a process for each backend, and no part in the other runs.
 KERAS := $(wildcard src/chainrule/keras_*.py src/chainrule/bridges/keras_*.py)
@@ -43,7 +44,7 @@ lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev  ## pyright
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --threads $(WORKERS) --pythonpath $(BIN)/python
 
 doctest: $(VENV)/.dev  ## the docstrings' examples alone
 	$(PYTEST) --doctest-modules src $(KERAS:%=--ignore=%)
@@ -51,8 +52,8 @@ doctest: $(VENV)/.dev  ## the docstrings' examples alone
 slow: $(VENV)/.dev  ## the tests that `make test` leaves out
 	$(PYTEST) -m slow -n $(WORKERS)
 
-golden: $(VENV)/.dev  ## the recordings again, with the XLA flags that users have
-	XLA_FLAGS= $(PYTEST) tests/golden -m "not slow" -n $(WORKERS)
+golden: $(VENV)/.dev  ## the recordings again, with the XLA flags that users have (EVERY=3: one in three)
+	XLA_FLAGS= $(PYTEST) tests/golden -m "not slow" -n $(WORKERS) --every $(EVERY)
 
 everywhere: $(VENV)/.dev  ## the tests of numbers on other processors' code paths (SETTINGS="avx2 least": some)
 	WORKERS=$(WORKERS) PYTHON_UNDER_TEST=$(BIN)/python .ci/everywhere $(SETTINGS)

@@ -90,8 +90,8 @@ def agar_confidence(
     c = c_{min} + (1 - c_{min})\,\sigma\!\Big(\frac{\mathrm{AGAR} - \tau}{s}\Big),\qquad
     \mathrm{AGAR} = \overline{\hat\mu^2 / \max(\hat\nu, \hat\mu^2)}$$
 
-    What it does to training is a schedule of the rate and, where decay follows it unscaled, an inverse one
-    of the decay for a step; the second is what harms, not what helps (`chainrule evidence E1`).
+    What it does to training is a schedule of the rate and, where decay follows it unscaled, the
+    inverse one of the decay for a step; the second seems to be what harms (`chainrule evidence E1`).
 
     AGAR is 1 for a constant gradient and about \((1-b_1)/(1+b_1)\) for noise. Entries whose
     gradient was always zero have AGAR 0. An AGAR that is not finite is shown as such by
