@@ -3,6 +3,7 @@
 import inspect
 import pathlib
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from chainrule.bridges.export.driver import Driver
 from chainrule.bridges.export.errors import CannotExport
 from chainrule.bridges.export.functions import Functions, identifier, is_computed, is_pick
 from chainrule.bridges.export.generic import Value
-from chainrule.bridges.export.kinds import Found, kinds_of
+from chainrule.bridges.export.kinds import Found, goes_by_name, kinds_of
 from chainrule.bridges.export.render import helpers
 from chainrule.bridges.export.sorts import kind_of
 from chainrule.bridges.export.text import FunctionText
@@ -29,12 +30,20 @@ from chainrule.transforms._checks import BOUNDS
 
 _LINE = r"\n# -{20,}\n"
 """Divides `runtime`."""
+_BY_SHAPE = (
+    "this chain tells parameters apart by name, the file by shape alone; "
+    "give parameters that names would exclude, such as embeddings, to another optimizer"
+)
 
 
 def export(
     chain: Any, params: Any, path: str | pathlib.Path, name: str = "Exported"
 ) -> pathlib.Path:
     """Writes a chain as a Python file with one `torch.optim.Optimizer`, which imports torch and nothing else.
+
+    The file knows no names of parameters: a chain that tells them apart by name (Muon: embeddings and output layers)
+    tells them apart by shape alone there, as in a `TorchBridge` that was given none. A `UserWarning` and the file say
+    so.
 
     Args:
       chain: a gradient transformation, or a function without arguments that makes one.
@@ -67,7 +76,10 @@ def source(chain: Any, params: Any, name: str) -> str:
         raise
     except (TypeError, ValueError, LoweringError) as error:
         raise CannotExport(f"export: {error}") from error
-    return _File(chain, found, dtypes, name).text()
+    by_name = goes_by_name(transformation, dtypes[0])
+    if by_name:
+        warnings.warn(f"export: {_BY_SHAPE}", UserWarning, stacklevel=3)
+    return _File(chain, found, dtypes, name, by_name).text()
 
 
 def _dtypes(params: Any) -> list[str]:
@@ -86,8 +98,9 @@ def _dtypes(params: Any) -> list[str]:
 
 
 class _File:
-    def __init__(self, chain: Any, found: Found, dtypes: Sequence[str], name: str):
+    def __init__(self, chain: Any, found: Found, dtypes: Sequence[str], name: str, by_name: bool):
         self.chain, self.found, self.dtypes, self.name = chain, found, dtypes, name
+        self.by_name = by_name
         self.described = found.example.described
         self.kinds = sorted(set(found.kinds.values()))
         words = {"leaf": "_update", "early": "_measure", "shared": "_shared"}
@@ -137,6 +150,7 @@ class _File:
         return "\n".join([
             f'"""{self.name}: {self.summary()}',
             "",
+            *([f"Note: {_BY_SHAPE}.".replace("; ", ";\n"), ""] if self.by_name else []),
             f"Exported by chainrule {chainrule.__version__}; needs torch alone. MIT License,",
             'Copyright (c) 2026 chainrule contributors."""',
             "",

@@ -22,6 +22,7 @@ from chainrule.bridges.export.sorts import (
     fine_sort,
     lists_of,
 )
+from chainrule.bridges.step.description import describe
 from chainrule.bridges.step.trace import Struct
 
 
@@ -45,6 +46,18 @@ class Found(NamedTuple):
 
 _LARGE = 20
 """The binary logarithm of the longest axis that is tried."""
+
+
+_NAMES = ("kernel", "embedding", "lm_head", "bias", "norm")
+
+
+def goes_by_name(chain: Any, dtype: str) -> bool:
+    """Whether the program of a matrix depends on what it is called, of names that chains commonly look for."""
+
+    def program(name: str) -> str:
+        return str(describe(chain, {name: Struct((8, 8), jnp.dtype(dtype))}).trace(True).jaxpr)
+
+    return len(set(map(program, _NAMES))) > 1
 
 
 def kinds_of(chain: Any, dtypes: Sequence[str]) -> Found:

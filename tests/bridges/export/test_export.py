@@ -10,7 +10,10 @@ from exported import OTHER_SHAPES, SHAPES, check, exported, without_kernel
 from optax_cases import NAMED, OptaxCase
 from registry import CHAINS, Case
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")  # optax's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning"),  # optax's own
+    pytest.mark.filterwarnings("ignore:export. this chain tells parameters apart by name"),
+]
 
 REFUSED = {
     "cosmic": "tiered_state moves parameters between tiers",

@@ -55,6 +55,7 @@ def stam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.filterwarnings("ignore:export. this chain tells parameters apart by name")
 @pytest.mark.parametrize(
     "name", ["stam", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "stam")]
 )
@@ -208,6 +209,20 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(
     with pytest.raises(CannotExport, match=message):
         export(chain(), [torch.float32], tmp_path / "exported.py")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chain_that_goes_by_names_says_that_its_file_does_not(tmp_path: Path) -> None:
+    routed = optax.partition(
+        {"sgd": optax.sgd(0.5), "none": optax.sgd(0.0)},
+        lambda params: (
+            {name: "none" if name == "embedding" else "sgd" for name in params}
+            if isinstance(params, dict)
+            else ["sgd"] * len(params)
+        ),
+    )
+    with pytest.warns(UserWarning, match="by shape alone"):
+        path = export(routed, [torch.float32], tmp_path / "routed.py")
+    assert "by shape alone" in path.read_text()
 
 
 def test_the_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
