@@ -32,10 +32,11 @@ def of_step(
     axes = [_axes(shape, cut, sizes) for shape, cut in zip(shapes, cuts, strict=False)]
     layouts = Layouts(_mesh(sizes), tuple(axes))
     leaves = trace.jaxpr.in_avals[2 * len(axes) :]
-    alike = [
+    alike: list[int | None] = [
         slot.owner if slot.owner is not None and shapes[slot.owner] == leaf.shape else None
         for slot, leaf in zip(described.slots, leaves, strict=False)
     ]
+    alike += [None] * (len(leaves) - len(alike))  # the scalars behind the state
     return traffic(lowered, described.targets, layouts.of_step(alike, trace.jaxpr.in_avals))
 
 
