@@ -84,7 +84,10 @@ def chain_of(spec, group=None, **options):
         arguments["block"] = spec.get("quant4_block_size", 256)
         if not spec.get("use_fused", True):
             arguments["block"] = None  # unfused has one scale a tensor
-    return cosmic(**arguments, policy=policy_of(spec), preset="original", **options)
+    # A recording of one of the repository's presets has the arguments of "original" beside it.
+    own = {k: v for k, v in PRESETS["original"].items() if k not in ("policy", *arguments)}
+    original = own if "preset" in arguments else {"preset": "original"}
+    return cosmic(**arguments, policy=policy_of(spec), **original, **options)
 
 
 def run(tx, params, gradients, losses):

@@ -38,7 +38,7 @@ def instruction(random: np.random.Generator, kind: str) -> tuple[str, str]:
     """A prompt of a kind and its answer.
 
     >>> instruction(np.random.default_rng(0), "rot")
-    ('rot fha=', 'haf')
+    ('rot bcd=', 'cdb')
     """
     large, small = sorted(random.integers(10, size=2).tolist(), reverse=True)
     if kind == "add":
