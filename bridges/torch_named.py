@@ -5,7 +5,6 @@ state dicts are those of `TorchBridge`.
 """
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -86,7 +85,7 @@ class Named(TorchBridge):
         super().__init_subclass__(**kwargs)
         if "chain_name" not in cls.__dict__:
             return
-        _CLASSES[_plain_name(cls.__name__)] = cls
+        CLASSES[_plain_name(cls.__name__)] = cls
 
         def start(self: Any, *args: Any, **kwargs: Any) -> None:
             Named.__init__(self, *args, **kwargs)
@@ -130,7 +129,7 @@ class Named(TorchBridge):
         return getattr(chains, cls.chain_name)
 
     @classmethod
-    def _own(cls) -> dict[str, inspect.Parameter]:
+    def own(cls) -> dict[str, inspect.Parameter]:
         """The arguments beside `params` and the bridge's."""
         own = {n: p for n, p in _of_chain(cls.chain()).items() if n not in cls.left_out}
         own = {n: p.replace(default=cls.defaults.get(n, p.default)) for n, p in own.items()}
@@ -143,7 +142,7 @@ class Named(TorchBridge):
     @classmethod
     def _signature(cls) -> inspect.Signature:
         params = _Parameter("params", _Parameter.POSITIONAL_OR_KEYWORD, annotation=Any)
-        return inspect.Signature([params, *{**cls._own(), **_OF_BRIDGE}.values()])
+        return inspect.Signature([params, *{**cls.own(), **_OF_BRIDGE}.values()])
 
     @classmethod
     def bound(cls, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def _value(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
-_CLASSES: dict[str, type[Named]] = {}
+CLASSES: dict[str, type[Named]] = {}
 """The classes by their names as `_plain_name` has them."""
 
 
@@ -246,9 +245,9 @@ def from_description(description: dict[str, Any]) -> Any:
 def _inside(owner: str, base: Any, params: Any, arguments: dict[str, Any]) -> tuple[Any, Maker]:
     """Parameters and what makes the chain inside, from its name, its class, its description or itself."""
     if isinstance(base, str):
-        found = _CLASSES.get(_plain_name(base))
+        found = CLASSES.get(_plain_name(base))
         if found is None:
-            names = ", ".join(sorted(cls.__name__ for cls in _CLASSES.values()))
+            names = ", ".join(sorted(cls.__name__ for cls in CLASSES.values()))
             raise ValueError(f"{owner}: `base` must be one of {names}, or a chain, got {base!r}")
         base = found
     if isinstance(base, type) and issubclass(base, Named):
@@ -277,32 +276,3 @@ def _names_in(maker: Any) -> set[str]:
     if maker.func is around:
         return set(inspect.signature(maker.args[0]).parameters) | _names_in(maker.args[1])
     return set(inspect.signature(maker.func).parameters)
-
-
-def register_timm() -> list[str]:
-    """Registers the classes with timm: `timm.optim.create_optimizer_v2(model, opt="chainrule-stam")`.
-
-    Returns:
-      The names under which timm knows them.
-
-    Raises:
-      ImportError: timm is not installed.
-    """
-    factory = importlib.import_module("timm.optim")._optim_factory
-    infos = [_timm_info(factory.OptimInfo, cls) for cls in _CLASSES.values()]
-    known = factory.default_registry.list_optimizers()
-    for info in infos:
-        if info.name not in known:
-            factory.default_registry.register(info)
-    return [info.name for info in infos]
-
-
-def _timm_info(info: Callable[..., Any], cls: type[Named]) -> Any:
-    arguments = cls._own()
-    return info(
-        name=f"chainrule-{cls.__name__.lower()}",  # timm takes what stands before a `_` for a wrapper's name
-        opt_class=cls,
-        description=(cls.__doc__ or "").partition("\n")[0],
-        has_eps="eps" in arguments,
-        has_betas="betas" in arguments,
-    )

@@ -74,9 +74,8 @@ class TorchWrap(torch.optim.Optimizer):
         groups = groups_of(base, params)
         known = {**moments_of(base), **(moments or {})}
         known = {name: key for name, key in known.items() if key is not None}
-        for name in known:
-            if name not in _NAMES:
-                raise ValueError(f"TorchWrap: `moments` has {', '.join(_NAMES)}, got {name!r}")
+        for name in known.keys() - set(_NAMES):
+            raise ValueError(f"TorchWrap: `moments` has {', '.join(_NAMES)}, got {name!r}")
         options = {"compile": compile, "engine": engine}
         made = {"base": base, "before": None, "after": None, "_moments": known}
         if before is not None:
@@ -221,9 +220,8 @@ class TorchWrap(torch.optim.Optimizer):
     def _moment(self, name: str, p: Tensor) -> Tensor:
         value = value_of(self.state.get(p, {}), self._moments[name])
         if not isinstance(value, Tensor) or value.shape != p.shape:
-            found = (
-                "none" if value is None else f"one of shape {tuple(getattr(value, 'shape', ()))}"
-            )
+            shape = tuple(getattr(value, "shape", ()))
+            found = "none" if value is None else f"one of shape {shape}"
             raise RuntimeError(
                 f"TorchWrap: `{self._moments[name]}` of {type(self.base).__name__}, which is {name!r} of the links, "
                 f"must have the parameter's shape {tuple(p.shape)}, got {found}; say where it is with `moments={{"

@@ -26,7 +26,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from chainrule.bridges.torch_named import Named, NamedAround, register_timm
+from chainrule.bridges.registries import register_timm
+from chainrule.bridges.torch_named import Named, NamedAround
 from chainrule.bridges.torch_routing import plan_of, routed
 from chainrule.transforms.routing import RoutingPlan
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch.nn import Module
 
-from chainrule.bridges.torch_named import Named, NamedAround, register_timm
+from chainrule.bridges.registries import register_timm
+from chainrule.bridges.torch_named import Named, NamedAround
 from chainrule.transforms import TierPolicy
 from chainrule.transforms.routing import RoutingPlan
 
