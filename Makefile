@@ -22,7 +22,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage dev lint types doctest slow golden everywhere versions clients keras notebooks sanitize bench
+.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks sanitize bench
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,7 +50,10 @@ doctest: $(VENV)/.dev  ## the docstrings' examples alone
 	$(PYTEST) --doctest-modules src $(KERAS:%=--ignore=%)
 
 slow: $(VENV)/.dev  ## the tests that `make test` leaves out
-	$(PYTEST) -m slow -n $(WORKERS)
+	$(PYTEST) -m "slow and not long" -n $(WORKERS)
+
+long: $(VENV)/.dev  ## those for which `.ci/run` has no time: another thousand compositions
+	$(PYTEST) -m long -n $(WORKERS)
 
 golden: $(VENV)/.dev  ## the recordings again, with the XLA flags that users have (EVERY=3: one in three)
 	XLA_FLAGS= $(PYTEST) tests/golden -m "not slow" -n $(WORKERS) --every $(EVERY)

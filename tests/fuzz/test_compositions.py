@@ -64,7 +64,9 @@ def test_some_compiled_compositions() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(80))
+@pytest.mark.parametrize(
+    "part", [n if n < 40 else pytest.param(n, marks=pytest.mark.long) for n in range(80)]
+)
 def test_two_thousand_compositions(part: int) -> None:
     search(f"slow {part}", 25, shuffled(f"slow {part // 4}")[part % 4 :: 4])
     if part % 4 == 3:
