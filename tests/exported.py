@@ -36,10 +36,11 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def exported(chain: Any, folder: Path, dtypes: Any = "float32") -> Any:
-    """The class of a file."""
+def exported(chain: Any, folder: Path, dtypes: Any = "float32", *, parts: bool = True) -> Any:
+    """The class of a file; `parts`: it takes even these small tensors part by part."""
     module = load(export(chain, dtypes, folder / "exported.py", "Exported"))
-    module._PART = 5  # even these small tensors part by part
+    if parts:
+        module._PART = 5
     return module.Exported
 
 
