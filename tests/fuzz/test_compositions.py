@@ -162,7 +162,7 @@ FAR_IF_COMPILED = [
 @pytest.mark.slow
 @pytest.mark.xfail(
     strict=False,
-    reason="Inductor rounds a square that float16 holds as a subnormal less often than XLA: up to 32 units of difference",
+    reason="Inductor rounds a square that is subnormal in float16 less often than XLA: 32 units of difference",
 )
 @pytest.mark.parametrize("composition", FAR_IF_COMPILED, ids=["quantized_state", "adadelta"])
 def test_what_is_far_if_compiled(composition: Composition) -> None:

@@ -27,7 +27,7 @@ REFUSED = {
 }
 """By case how the message says why no file can hold it."""
 POWERS = {"optax.contrib.madgrad"}
-"""torch's powers are other ones at the end of a tensor than in its vectors, so that parts would differ in the last bit."""
+"""torch's powers are other ones at the end of a tensor than in its vectors: parts would differ in the last bit."""
 QUICK = {"stam", "optax.adamw"}
 
 
