@@ -1,5 +1,6 @@
 """Exported files: equal to the bridge to the bit, for other lists of parameters than any that was traced."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,17 @@ POWERS = {"optax.contrib.madgrad"}
 QUICK = {"stam", "optax.adamw"}
 
 
-def cases(all_cases: Any) -> list[Any]:
+def cases() -> list[Any]:
+    """Every second of optax's is for `make long`."""
+    slow, long = pytest.mark.slow, [pytest.mark.slow, pytest.mark.long]
+    all_cases = [*((case, slow) for case in CHAINS), *zip(NAMED, itertools.cycle([slow, long]))]  # noqa: B905 -- endless
     return [
-        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else pytest.mark.slow)
-        for case in all_cases
+        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else marks)
+        for case, marks in all_cases
     ]
 
 
-@pytest.mark.parametrize("case", cases([*CHAINS, *NAMED]))
+@pytest.mark.parametrize("case", cases())
 def test_a_file_goes_the_way_of_the_bridge(
     case: Case | OptaxCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
