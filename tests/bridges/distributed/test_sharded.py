@@ -46,9 +46,15 @@ def test_two_ranks_go_on_when_parameters_are_exchanged(tmp_path):
 @pytest.mark.slow
 def test_training_is_as_on_one_process(tmp_path):
     """And what four ranks saved, two and one load."""
-    run("eager,compiled,rounded,frozen,save", 4, tmp_path)
+    run("eager,frozen,save", 4, tmp_path)
     run("in_jax,refused,emptied,load", 2, tmp_path)
     run("load", 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_compiled_and_rounded_training_is_as_on_one_process(tmp_path):
+    run("compiled,rounded", 4, tmp_path)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ QUICK = {"stam", "optax.adamw"}
 def cases() -> list[Any]:
     """Every second of optax's is for `make long`."""
     slow, long = pytest.mark.slow, [pytest.mark.slow, pytest.mark.long]
-    all_cases = [*((case, slow) for case in CHAINS), *zip(NAMED, itertools.cycle([slow, long]))]  # noqa: B905 -- endless
+    all_cases = [*((case, slow) for case in CHAINS), *zip(NAMED, itertools.cycle([slow, long]))]
     return [
         pytest.param(case, id=case.name, marks=[] if case.name in QUICK else marks)
         for case, marks in all_cases
