@@ -144,6 +144,8 @@ class FlatChain:
         used = {
             v
             for eqn in jaxpr.eqns
+            if eqn.primitive.name
+            != "shard_alike"  # a moment lies as its parameter, whatever that is
             for v in eqn.invars
             if not isinstance(v, jax.extend.core.Literal)
         }
