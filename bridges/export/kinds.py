@@ -102,10 +102,10 @@ class _Study:
     def example(self, parameters: Parameters) -> Example:
         return example(self.chain, [Struct(s, jnp.dtype(dtype)) for dtype, s in parameters])
 
-    def generic(self, kinds: Mapping[Sort, int], more: Parameters = []) -> Generic:  # noqa: B006 -- only read
+    def generic(self, kinds: Mapping[Sort, int], more: Parameters | None = None) -> Generic:
         """The programs where parameters of a kind have one; `more`: of one more list."""
         examples, lists = list(self.examples), list(self.lists)
-        if more:
+        if more is not None:
             examples.append(self.example(more))
             lists.append(more)
         return generalise(examples, [[kinds[self.sorting(*p)] for p in own] for own in lists])
