@@ -64,8 +64,8 @@ class _Batch:
         ]
         """For each output of each piece the register of the input that it is computed in."""
         self.groups = [(list(range(len(pieces))), False)]
-        if host and _is_elementwise(first):
-            self.groups = list(_groups(pieces))
+        if host:
+            self.groups = list(_groups(pieces, _is_elementwise(first)))
 
     def __call__(self, memory: list[Any]) -> None:
         for pieces, in_parts in self.groups:
@@ -129,14 +129,15 @@ def _dead(piece: Piece, number: dict[fx.Node, int]) -> list[list[int]]:
     return list(dead.values())
 
 
-def _groups(pieces: Sequence[Piece]) -> Iterator[tuple[list[int], bool]]:
-    """Pieces that run together; a large one alone, and in parts."""
+def _groups(pieces: Sequence[Piece], in_parts: bool) -> Iterator[tuple[list[int], bool]]:
+    """Pieces that run together; a large one alone, so that the next reuses its memory, and in parts if it can be."""
     together: list[int] = []
     room = parts.PART
     for i, piece in enumerate(pieces):
-        size = max((value_of(n).numel() for n in (*piece.nodes, *piece.inputs)), default=0)
+        values = map(value_of, (*piece.nodes, *piece.inputs))
+        size = max((x.numel() for x in values if isinstance(x, Tensor)), default=0)
         if size > parts.PART:
-            yield [i], True
+            yield [i], in_parts
             continue
         if size > room:
             yield together, False
