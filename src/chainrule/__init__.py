@@ -72,7 +72,20 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in ("keras_optimizers", "torch_optimizers"):
-        return importlib.import_module(f"chainrule.{name}")
+        return _home(f"chainrule.{name}", name)
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return getattr(_home(_HOMES[name], name), name)
     raise AttributeError(f"module 'chainrule' has no attribute {name!r}")
+
+
+def _home(module: str, name: str) -> Any:
+    """The module of a name that needs an extra; without it the error says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "keras"):
+            raise ModuleNotFoundError(
+                f'chainrule.{name} needs {error.name}; install it with: pip install "chainrule[{error.name}]"',
+                name=error.name,
+            ) from error
+        raise

@@ -1,95 +1,34 @@
-"""The `chainrule` command: `demo` trains with every chain, `show` prints their links, `plan` what one costs on a model,
-`convert` moves states between libraries, `export` writes a chain as a file of torch code, `evidence` tests claims."""
+"""The `chainrule` command: `list` and `show` say what there is, `demo` trains with every chain, `plan` says what one
+costs on a model, `export` writes it as a file of torch code, `convert` moves states between libraries, `evidence` tests
+claims, `bench` measures speed, `doctor` says what is installed."""
 
 import argparse
 import importlib.util
-import inspect
 import pathlib
+import subprocess
 import sys
-from typing import Any
-
-import jax.numpy as jnp
+from typing import Any, NoReturn
 
 import chainrule
-from chainrule import chains
 from chainrule.expression import chain_of
 from chainrule.models import MODELS
 
 
-def _doc(name: str) -> tuple[str, list[list[str]]]:
-    """The first sentence of a chain's documentation, and the cells of its table of links."""
-    doc = inspect.getdoc(getattr(chains, name)) or ""
-    summary, lines = " ".join(doc.partition("\n\n")[0].split()), doc.splitlines()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split(" | ")]
-        for line in lines
-        if line.startswith("|") and set(line) - set("|-")
-    ]
-    return summary, rows
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
 
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  "
-        + "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+def _named(text: str) -> str:
+    from chainrule.catalogue import found
 
-
-def show_all() -> str:
-    """Every chain and the first sentence of its documentation."""
-    return _columns([[name, _doc(name)[0]] for name in chains.__all__])
-
-
-def show_markdown() -> str:
-    """Every chain's table of links, as the README has it."""
-    sections = []
-    for name in chains.__all__:
-        summary, (head, *rows) = _doc(name)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-        sections.append(f"**`{name}`** {summary}\n\n{table}")
-    return "\n\n".join(sections)
-
-
-def _presets(factory: Any, defaults: dict[str, str]) -> list[list[str]]:
-    """What each preset of a chain changes."""
-    rows: list[list[str]] = []
-    for preset, arguments in getattr(factory, "presets", {}).items():
-        changed = [
-            [
-                a,
-                v if isinstance(v, str) and v.startswith("`") else repr(v),
-                f"in place of {defaults[a]}",
-            ]
-            for a, v in arguments.items()
-        ]
-        for i, row in enumerate(changed or [["nothing", "", ""]]):
-            rows.append([preset if i == 0 else "", *row])
-    return rows
-
-
-def show(name: str) -> str:
-    """One chain: its links, its live hyperparameters and other arguments with defaults, and what its presets change."""
-    summary, rows = _doc(name)
-    factory = getattr(chains, name)
-    parameters = inspect.signature(factory).parameters.values()
-    wrapped = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-    # A chain that wraps another one is built around the simplest there is.
-    tx = factory(*(chains.adam() for _ in wrapped))
-    state = tx.init({"w": jnp.zeros((2, 2))})
-    live = chainrule.hyperparams(state._replace(inner_state=()))
-    known = {p.name: repr(p.default) for p in parameters if p.name not in (*wrapped, "preset")}
-    defaults = [[argument, default] for argument, default in known.items()]
-    sections = [
-        ("links", rows[1:]),
-        ("wraps", [[argument] for argument in wrapped]),
-        ("live hyperparameters", [row for row in defaults if row[0] in live]),
-        ("other arguments", [row for row in defaults if row[0] not in live]),
-        ("presets", _presets(factory, known)),
-    ]
-    shown = [f"{title}\n{_columns(rows)}" for title, rows in sections if rows]
-    return "\n\n".join([f"{name}: {summary}", *shown])
+    try:
+        found(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _count(text: str) -> int:
@@ -99,8 +38,8 @@ def _count(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="chainrule", description=__doc__)
+def _parser() -> _Parser:
+    parser = _Parser(prog="chainrule", description=__doc__)
     parser.add_argument("--version", action="version", version=f"chainrule {chainrule.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -125,20 +64,101 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", type=pathlib.Path, help="also save every number there")
 
-    show_parser = commands.add_parser(
-        "show",
-        help="list the chains, or print one chain's links and hyperparameters",
-        description="Without a name, lists the chains; with one, prints its links and its hyperparameters.",
-    )
-    show_parser.add_argument("chain", nargs="?", choices=chains.__all__, metavar="chain")
-    show_parser.add_argument(
-        "--markdown", action="store_true", help="every chain's table of links, for the README"
-    )
+    _add_show(commands)
     _add_plan(commands)
     _add_convert(commands)
     _add_export(commands)
     _add_evidence(commands)
+    _add_bench(commands)
+    commands.add_parser(
+        "doctor",
+        help="versions, kernel, devices, and the command that mends what is missing",
+        description="Prints versions, what the compiled kernel runs on, devices, whether a step works, and for each "
+        "extra that is not installed the command that installs it. Exit status 1 if a step does not work.",
+    )
     return parser
+
+
+def _add_show(commands: Any) -> None:
+    listing = commands.add_parser(
+        "list",
+        help="chains and atoms, one line each",
+        description="Lists every chain and every atom with the first sentence of its documentation.",
+    )
+    listing.add_argument("--json", action="store_true", help="name, kind and summary as JSON")
+    show_parser = commands.add_parser(
+        "show",
+        help="a chain's or an atom's links, equations, hyperparameters, state, source and presets",
+        description="Without a name, lists the chains. With one, prints links or equations, hyperparameters with "
+        "defaults and ranges, bytes of state, source, and what its presets change.",
+    )
+    show_parser.add_argument(
+        "name",
+        nargs="?",
+        type=_named,
+        metavar="NAME",
+        help="a chain or an atom; transforms.orthograd for the atom that has a chain's name",
+    )
+    form = show_parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="the same, and what each argument means")
+    form.add_argument(
+        "--svg", action="store_true", help="a picture of the links, drawn from the code"
+    )
+    form.add_argument("--markdown", action="store_true", help="every chain's table of links")
+
+
+def _show(arguments: argparse.Namespace) -> str:
+    from chainrule import pictures, showing
+
+    if arguments.markdown:
+        return showing.markdown()
+    if arguments.name is None:
+        return showing.listed(as_json=True) if arguments.json else showing.chains_only()
+    if arguments.svg:
+        return pictures.svg(arguments.name).rstrip()
+    return showing.shown(arguments.name, as_json=arguments.json)
+
+
+BENCHES = {
+    "jax": "jitted steps of each chain against optax.adamw",
+    "muon": "Muon against optax.contrib.muon and torch.optim.Muon",
+    "torch": "TorchBridge against torch's own optimizers",
+    "native": "the compiled kernel against XLA and torch's fused AdamW",
+    "keras": "KerasBridge against Keras' own optimizers",
+    "export": "exported files against the bridge",
+    "wrap": "TorchWrap against the optimizer inside",
+    "sharded": "TorchBridge on two ranks",
+}
+"""The speed tables -> what each compares; `benchmarks/speed/` has a script for each."""
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="the speed tables, measured on this machine",
+        description="Runs a speed benchmark of the source tree; arguments after the name are the script's own, such "
+        "as `chainrule bench jax --list gpt`. Without a name, lists the tables.",
+    )
+    bench.add_argument("table", nargs="?", choices=list(BENCHES), help="which table")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the script")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    if arguments.table is None:
+        from chainrule.showing import columns
+
+        sys.stdout.write(columns([[name, what] for name, what in BENCHES.items()]) + "\n")
+        return 0
+    folder = pathlib.Path(chainrule.__file__).resolve().parents[2] / "benchmarks" / "speed"
+    names = {"native": "native.py"}
+    script = folder / names.get(arguments.table, f"{arguments.table}_step.py")
+    if not script.is_file():
+        sys.stderr.write(
+            "chainrule bench: the benchmarks are in the source tree, not in the wheel; clone the repository, then "
+            "`pip install -e .` in it\n"
+        )
+        return 1
+    return subprocess.run([sys.executable, str(script), *arguments.rest], check=False).returncode
 
 
 def _add_plan(commands: Any) -> None:
@@ -238,7 +258,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    if _missing("torch", "torch"):
+    if _missing("export", "torch", "torch"):
         return 1
     from chainrule.bridges.export import export
 
@@ -298,12 +318,12 @@ def _add_evidence(commands: Any) -> None:
     evidence.set_defaults(setting="normal")
 
 
-def _missing(command: str, *modules: str) -> bool:
+def _missing(command: str, extra: str, *modules: str) -> bool:
     """Says which extra to install if one of `modules` is not there."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             sys.stderr.write(
-                f"chainrule {command}: needs {module}; install it with: pip install 'chainrule[{command}]'\n"
+                f'chainrule {command}: needs {module}; install it with: pip install "chainrule[{extra}]"\n'
             )
             return True
     return False
@@ -312,23 +332,38 @@ def _missing(command: str, *modules: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns its exit status."""
     arguments = _parser().parse_args(argv)
-    if arguments.command == "show":
-        if arguments.chain is not None:
-            shown = show(arguments.chain)
-        else:
-            shown = show_markdown() if arguments.markdown else show_all()
+    if arguments.command in ("list", "show"):
+        from chainrule import showing
+
+        listing = arguments.command == "list"
+        shown = showing.listed(as_json=arguments.json) if listing else _show(arguments)
         sys.stdout.write(shown + "\n")
         return 0
+    if arguments.command == "doctor":
+        from chainrule import doctor
+
+        text, works = doctor.report()
+        sys.stdout.write(text + "\n")
+        return 0 if works else 1
+    if arguments.command == "bench":
+        return _bench(arguments)
     if arguments.command == "plan":
         return _plan(arguments)
     if arguments.command == "export":
         return _export(arguments)
     if arguments.command == "evidence":
         if _missing(
-            "evidence", "equinox", "matplotlib", "mlxtend", "rich", "sklearn", "statsmodels"
+            "evidence",
+            "evidence",
+            "equinox",
+            "matplotlib",
+            "mlxtend",
+            "rich",
+            "sklearn",
+            "statsmodels",
         ):
             return 1
-        if arguments.bridge and _missing("torch", "torch"):
+        if arguments.bridge and _missing("evidence", "torch", "torch"):
             return 1
         from chainrule.evidence import command
 
@@ -341,12 +376,14 @@ def main(argv: list[str] | None = None) -> int:
             bridge=arguments.bridge,
         )
     if arguments.command == "convert":
+        if _missing("convert", "torch", "torch"):
+            return 1
         from chainrule import convert_command
 
         given = vars(arguments)
         del given["command"]
         return convert_command.main(**given)
-    if _missing("demo", "equinox", "matplotlib", "rich", "scipy", "sklearn", "statsmodels"):
+    if _missing("demo", "demo", "equinox", "matplotlib", "rich", "scipy", "sklearn", "statsmodels"):
         return 1
     from chainrule import demo
 
