@@ -22,7 +22,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks sanitize bench
+.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks docs sanitize bench
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -77,6 +77,9 @@ keras: $(VENV)/.dev  ## the Keras bridge, one process a backend (BACKENDS="jax t
 
 notebooks: $(VENV)/.dev  ## execute every notebook
 	$(BIN)/python notebooks/run.py
+
+docs: $(VENV)/.dev  ## the site in build/site, warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
 
 sanitize: $(VENV)/.dev  ## address and undefined-behaviour sanitizers over the kernel
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/sanitize.sh

@@ -58,6 +58,16 @@ def test_a_bridge_and_what_wraps_one():
     assert scalars(optimizer)["b1/max"] == max(map(float, optimizer.metrics()["b1"].values()))
 
 
+@pytest.mark.parametrize("source", ["state", "bridge"])
+def test_a_vector_has_a_number_for_each_entry(source):
+    tx = chains.casmo()
+    found = scalars(tx.init(PARAMS) if source == "state" else model_and_bridge(tx))
+    assert {f"percentiles/{i}": found.get(f"percentiles/{i}") for i in range(3)} == dict.fromkeys(
+        ("percentiles/0", "percentiles/1", "percentiles/2"), 0.0
+    )
+    assert "tau" in found and "percentiles" not in found
+
+
 def test_groups_and_tiers():
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(2)]
     found = scalars(TorchBridge(chains.cosmic(), groups))

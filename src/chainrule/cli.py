@@ -38,10 +38,11 @@ def _count(text: str) -> int:
     return value
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="chainrule", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"chainrule {chainrule.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    whole = _Parser(prog="chainrule", description=__doc__)
+    whole.add_argument("--version", action="version", version=f"chainrule {chainrule.__version__}")
+    commands = whole.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser(
         "demo",
@@ -76,7 +77,7 @@ def _parser() -> _Parser:
         description="Prints versions, what the compiled kernel runs on, devices, whether a step works, and for each "
         "extra that is not installed the command that installs it. Exit status 1 if a step does not work.",
     )
-    return parser
+    return whole
 
 
 def _add_show(commands: Any) -> None:
@@ -331,7 +332,7 @@ def _missing(command: str, extra: str, *modules: str) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     if arguments.command in ("list", "show"):
         from chainrule import showing
 

@@ -76,7 +76,12 @@ def scalars(source: Any, *, per_parameter: bool = False) -> dict[str, float]:
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        yield path_name(path), leaf
+        name = path_name(path)
+        if not getattr(leaf, "ndim", 0):
+            yield name, leaf
+            continue
+        for i, number in enumerate(leaf.reshape(-1)):  # CASMO's percentiles are a vector
+            yield f"{name}/{i}" if name else str(i), number
 
 
 def _is_plain(value: Any) -> bool:

@@ -22,6 +22,12 @@ def test_the_page_runs(capsys):
     assert steps == {"trained": 6, "loaded": 8}  # 64 rows in batches of 32: two an epoch
 
 
+def test_three_frameworks_make_the_same_steps():
+    page = PAGE.parent / "guide" / "three-frameworks.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile("\n".join(blocks), str(page), "exec"), {"__name__": "docs"})
+
+
 def test_each_original_class_is_called_as_the_table_says():
     calls = re.findall(r"^\| `[^`]+` \| `(optimizers\.[^`]+)` \|$", PAGE.read_text(), re.MULTILINE)
     assert len(calls) == 5

@@ -1,0 +1,40 @@
+"""The site: `make docs`. Pages that are made of the code are in `docs/_made` before the build reads the rest."""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import made  # noqa: E402
+
+import chainrule  # noqa: E402
+
+project = "chainrule"
+author = copyright = "chainrule contributors"
+version = release = chainrule.__version__
+extensions = ["myst_nb", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build", "notebooks/scripts"]
+nb_execution_mode = "off"  # `make notebooks` executes them
+myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+add_module_names = False
+python_maximum_signature_line_length = 60
+html_theme = "furo"
+html_title = "chainrule"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+
+made.write(HERE / "_made")
+
+
+def setup(app):
+    """Links to files beside `docs` are right where the tree is read; on the site those files are among `_made`."""
+
+    def on_site(app, name, source):
+        source[0] = source[0].replace("](../CONTRIBUTING.md)", "](_made/contributing.md)")
+
+    app.connect("source-read", on_site)
