@@ -75,8 +75,8 @@ keras: $(VENV)/.dev  ## the Keras bridge, one process a backend (BACKENDS="jax t
 	  KERAS_BACKEND=$$backend $(PYTEST) --doctest-modules $(KERAS) tests/bridges/keras -n $(WORKERS) || exit 1; \
 	done
 
-notebooks: $(VENV)/.dev  ## execute every notebook
-	$(BIN)/python notebooks/run.py
+notebooks: $(VENV)/.dev  ## execute every notebook, and every script of notebooks/scripts at a tiny size
+	KERAS_BACKEND=jax $(BIN)/python notebooks/run.py
 
 docs: $(VENV)/.dev  ## the site in build/site, warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/site

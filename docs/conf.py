@@ -26,6 +26,7 @@ html_theme = "furo"
 html_title = "chainrule"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_show_sourcelink = False
 
 made.write(HERE / "_made")

@@ -1,10 +1,12 @@
-"""Executes every notebook of this folder, each in a fresh kernel; the first error ends the run.
+"""Executes every notebook of this folder, each in a fresh kernel, and every script at a tiny size; the first error ends
+the run.
 
 python notebooks/run.py           check
 python notebooks/run.py --save    also write the outputs into the notebooks
 """
 
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -21,3 +23,8 @@ for path in sorted(pathlib.Path(__file__).parent.glob("*.ipynb")):
             cell.metadata.pop("execution", None)  # timestamps
         nbformat.write(notebook, path)
     print(f"{path.name}: {len(notebook.cells)} cells, {time.perf_counter() - start:.0f} s")
+
+for path in sorted(pathlib.Path(__file__).parent.glob("scripts/*.py")):
+    start = time.perf_counter()
+    subprocess.run([sys.executable, str(path), "--quick"], check=True, timeout=600)
+    print(f"{path.name}: {time.perf_counter() - start:.0f} s")
