@@ -5,8 +5,8 @@ that; so these forms take any floating-point or complex dtype, where the kernel 
 
 Two habits of XLA's CPU compiler decide how the sums are written. It fuses an expression into a sum only if no other
 sum reads the same expression: a shared one is written to memory, at several times the cost of both sums. And it fuses
-the broadcast of a scalar into a sum only if that scalar is read there alone. `_own` and the barrier in `square_norm`
-keep expressions apart for that reason; without them STAM takes 1.7 times as long, and nothing else changes.
+the broadcast of a scalar into a sum only if that scalar is read there alone. The barriers in `own_scalar` and
+`square_norm` keep expressions apart for that reason, and change nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,16 +104,13 @@ def square_norm(x: jax.Array) -> jax.Array:
 def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
     """The scalar `x`, to be broadcast in a sum over `leaf`; 0 becomes a smallest normal number.
 
-    What is added to `x` for a large leaf, to tell it from those of other leaves, is far below its precision.
+    The barrier, which `leaf` passes too, tells it from the same scalar for other leaves.
 
     >>> float(own_scalar(1.0, jnp.ones(2))), float(own_scalar(0.0, jnp.ones(2)))
     (1.0, 1.17...e-38)
     """
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    if leaf.size < 2**16 or any(axis is not None for axis in jax.typeof(leaf).sharding.spec):
-        return x + jnp.float32(tiny)  # or its type says that it is cut: no first entry to be sliced
-    first = jax.lax.slice(leaf, (0,) * leaf.ndim, (1,) * leaf.ndim)
-    return x + tiny * (1 + jnp.sum(first > 0, dtype=jnp.float32))
+    floored = x + jnp.float32(jnp.finfo(jnp.float32).tiny)
+    return jax.lax.optimization_barrier((floored, leaf))[0]
 
 
 def _variance_share(x: jax.Array, y: jax.Array, c: Any) -> jax.Array:

@@ -152,6 +152,8 @@ BIG = {"embedding": (1024, 64), "kernel": (64, 256), "bias": (256,)}
     [
         ("optax.adamw(1e-3)", []),
         ("chains.stam()", ["all_reduce"]),
+        ("chains.casmo()", ["all_reduce"]),
+        ("chains.casmo_snr()", ["all_reduce"]),
         ("chains.magma(optax.adamw(1e-3))", ["all_reduce"]),
         ("optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))", ["all_reduce"]),
     ],
