@@ -18,6 +18,8 @@ from chainrule.bridges.lowering.rules import kernel
 
 SHAPES = ((5,), (8, 4), (4, 6), (), (3, 2, 2, 4), (6, 6), (1,), (12, 5))
 OTHER_SHAPES = ((7, 9), (3,), (2, 5), (), (2, 3, 3, 3))
+ALIKE = ((4, 6), (5,), (4, 6), (), (5,), (4, 6), (), (2, 3, 3, 3), (2, 3, 3, 3))
+"""Parameters of one shape run together."""
 _number = itertools.count()
 
 
@@ -37,9 +39,10 @@ def load(path: Path) -> ModuleType:
 
 
 def exported(chain: Any, folder: Path, dtypes: Any = "float32", *, parts: bool = True) -> Any:
-    """The class of a file; `parts`: it takes even these small tensors part by part."""
-    module = load(export(chain, dtypes, folder / "exported.py", "Exported"))
-    if parts:
+    """The class of a file; `parts`: it takes even these small tensors part by part, unless it sums them."""
+    path = export(chain, dtypes, folder / "exported.py", "Exported")
+    module = load(path)
+    if parts and "results = _total(" not in path.read_text():
         module._PART = 5
     return module.Exported
 

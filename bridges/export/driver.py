@@ -6,15 +6,8 @@ from typing import Any
 
 from chainrule.bridges.export.examples import Role
 from chainrule.bridges.export.expressions import Expression
-from chainrule.bridges.export.functions import (
-    Function,
-    Functions,
-    Numbers,
-    is_pick,
-    role_name,
-    updates_left,
-)
-from chainrule.bridges.export.generic import Gathered, PerLeaf, Value
+from chainrule.bridges.export.functions import Function, Functions, Numbers, role_name, updates_left
+from chainrule.bridges.export.generic import Gathered, PerLeaf, Value, is_pick
 from chainrule.bridges.export.text import FunctionText, call, missing_olds
 from chainrule.bridges.hyperparameters import key_of
 from chainrule.bridges.lowering.nodes import value_of
@@ -139,28 +132,46 @@ class Driver:
             outputs = [self.functions.names[v] for v in function.outputs]
             return call(f"{', '.join(outputs)} = {function.name}", arguments)
         self.used_kinds.add(function.kind)
-        outputs = [f'leaf.values["{self.functions.names[v]}"]' for v in function.outputs]
-        head = [f"for leaf in kind_{function.kind}:"]
-        if function.in_parts:
-            return head + self.in_parts(function, text, arguments)
-        target = f"{', '.join(outputs)} = " if outputs else ""
-        return head + call(f"{target}{function.name}", arguments, indent="    ")
+        names = [self.functions.names[v] for v in function.outputs]
+        if not function.in_batches:
+            target = ", ".join(f'leaf.values["{name}"]' for name in names)
+            head = f"{target} = {function.name}" if names else function.name
+            return [f"for leaf in kind_{function.kind}:", *call(head, arguments, indent="    ")]
+        arguments = [_of_batch(text) for text in arguments]
+        head = [f"for batch in _batches(kind_{function.kind}):"]
+        if not function.in_parts:
+            if not names:
+                return [*head, *call(function.name, arguments, indent="    ")]
+            made = call(f"results = {function.name}", arguments, indent="    ")
+            return [*head, *made, f"    _keep(batch, {tuple(names)!r}, results)"]
+        target, cut, arguments = self.parts(function, text, arguments)
+        if not names:
+            loop = call(f"for {target} in _parts", cut, ":", "    ")
+            return [*head, *loop, *call(function.name, arguments, indent="        ")]
+        each = f"{function.name}({', '.join(arguments)}) for {target} in parts"
+        return [
+            *head,
+            *call("parts = _parts", cut, indent="    "),
+            "    results = _total(",
+            f"        {each}",
+            "    )",
+            f"    _keep(batch, {tuple(names)!r}, results)",
+        ]
 
-    def in_parts(self, function: Function, text: FunctionText, arguments: list[str]) -> list[str]:
-        """The loop over parts of a parameter's tensors."""
+    def parts(
+        self, function: Function, text: FunctionText, arguments: list[str]
+    ) -> tuple[str, list[str], list[str]]:
+        """What the parts of a batch's tensors are called, what is cut, and the arguments for a part."""
         arrays = [isinstance(x, Value) and value_of(x.node).ndim > 0 for x in function.inputs]
         arrays += [True] * (len(arguments) - len(arrays))
         names = [p.partition(":")[0] for p in text.parameters()]
         cut = [n for n, is_array in zip(names, arrays, strict=True) if is_array]
         given = [a for a, is_array in zip(arguments, arrays, strict=True) if is_array]
         passed = [
-            n if is_array else a for n, a, is_array in zip(names, arguments, arrays, strict=True)
+            n if is_array else f"{cut[0]}.shape" if n == "shape" else a
+            for n, a, is_array in zip(names, arguments, arrays, strict=True)
         ]
-        target = f"{cut[0]}," if len(cut) == 1 else ", ".join(cut)
-        return [
-            *call(f"for {target} in _parts", given, ":", "    "),
-            *call(function.name, passed, indent="        "),
-        ]
+        return f"{cut[0]}," if len(cut) == 1 else ", ".join(cut), given, passed
 
     def finals(
         self, left: Sequence[tuple[int | None, str, Value]], store: Callable[..., str]
@@ -202,6 +213,13 @@ class Driver:
                 self.used_kinds.add(kind)
                 finals += [f"for leaf in kind_{kind}:", f"    {line}"]
         return snapshots, _merged(finals)
+
+
+def _of_batch(text: str) -> str:
+    """What a text for `leaf` is for a batch."""
+    if text == "leaf.param.shape":
+        return "batch[0].param.shape"
+    return f"_each({text} for leaf in batch)" if _mentions([text], "leaf") else text
 
 
 def _merged(lines: list[str]) -> list[str]:

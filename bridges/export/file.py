@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import chainrule
-from chainrule.bridges.export import runtime, runtime_checks
+from chainrule.bridges.export import runtime, runtime_checks, runtime_lists
 from chainrule.bridges.export.driver import Driver
 from chainrule.bridges.export.errors import CannotExport
-from chainrule.bridges.export.functions import Functions, identifier, is_computed, is_pick
-from chainrule.bridges.export.generic import Value
+from chainrule.bridges.export.functions import Functions, identifier
+from chainrule.bridges.export.generic import Value, is_computed, is_pick
 from chainrule.bridges.export.kinds import Found, goes_by_name, kinds_of
 from chainrule.bridges.export.render import helpers
 from chainrule.bridges.export.sorts import kind_of
@@ -117,6 +117,7 @@ class _File:
         parts = re.split(_LINE, inspect.getsource(runtime))
         sections = [
             parts[1].strip(),
+            re.split(_LINE, inspect.getsource(runtime_lists))[1].strip(),
             self.tables(),
             kind_of(self.dtypes, self.found.sorting, self.found.kinds, self.found.limit),
             *(
@@ -144,7 +145,7 @@ class _File:
     def header(self, body: str) -> str:
         modules = [
             m
-            for m in ("copy", "functools", "itertools", "math", "numbers", "struct")
+            for m in ("copy", "functools", "itertools", "math", "numbers", "operator", "struct")
             if f"{m}." in body
         ]
         return "\n".join([

@@ -6,10 +6,11 @@ What a parameter's function updates it updates in place, unless somebody reads t
 
 import dataclasses
 import keyword
-import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
 
 from chainrule.bridges.export import render
 from chainrule.bridges.export.examples import Role
@@ -19,12 +20,15 @@ from chainrule.bridges.export.generic import (
     Gathered,
     PerLeaf,
     Value,
+    is_computed,
     operands,
     ranked,
+    reads_shape,
     sources,
 )
+from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.liveness import aliases_of
-from chainrule.bridges.lowering.nodes import is_array, value_of
+from chainrule.bridges.lowering.nodes import function_of, is_array, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.partition import Piece
 from chainrule.bridges.lowering.passes.signature import flat_shape
@@ -50,7 +54,8 @@ class Function:
       outputs: values that it returns.
       updates: (new value, role of what it replaces) that it writes.
       in_place: value -> the position of the operand in whose memory it is computed.
-      in_parts: whether it may be given parts of the tensors, one after the other.
+      in_parts: whether it may be given parts of the tensors, one after the other; its results are then summed.
+      in_batches: whether it may be given the tensors of several parameters of one shape at once.
     """
 
     name: str
@@ -62,17 +67,7 @@ class Function:
     updates: list[tuple[Value, Role]] = dataclasses.field(default_factory=list)
     in_place: dict[Value, int] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
-
-
-def is_pick(value: Value) -> bool:
-    """Whether a value is a parameter's entry of what all share, which whoever calls its function looks up."""
-    if value.kind is None or not value.args or not isinstance(value.args[-1], Expression):
-        return False
-    return value.node.target is operator.getitem
-
-
-def is_computed(value: Value) -> bool:
-    return value.role is None and value.constant is None and not is_pick(value)
+    in_batches: bool = False
 
 
 class Functions:
@@ -197,6 +192,13 @@ class Functions:
                     self.homes[value] = role
 
     def _alias(self, function: Function) -> None:
+        own = [v for v in function.values if is_computed(v)]
+        function.in_batches = (
+            self.update
+            and all(not isinstance(x, str) or x == "shape" for x in function.inputs)
+            and not any(isinstance(v.constant, (torch.Tensor, PerLeaf)) for v in function.values)
+            and not any(function_of(v.node) in vars(ops).values() for v in own)
+        )
         nodes = [v.node for v in function.values]
         given = [x for x in function.inputs if isinstance(x, Value)]
         if len(set(nodes)) < len(nodes):
@@ -222,13 +224,15 @@ class Functions:
         at = {v.node: v for v in function.values}
         function.in_place = {at[node]: operand for node, operand in aliases.operand.items()}
         arrays = [x.node for x in given]
-        whole = all(isinstance(x, Value) for x in function.inputs)
         function.in_parts = (
             self.update
-            and whole
-            and not function.outputs
+            and all(isinstance(x, Value) or x == "shape" for x in function.inputs)
             and flat_shape(nodes, arrays) is not None
-            and all(_is_elementwise(v) for v in function.values)
+            and all(v in function.outputs for v in function.values if _is_sum(v))
+            and all(_is_sum(v) for v in function.outputs)
+            and not (function.outputs and function.updates)
+            and all(_is_elementwise(v) or _is_sum(v) for v in function.values)
+            and all(_is_sum(v) or not reads_shape(v) for v in function.values)
         )
 
 
@@ -240,6 +244,16 @@ def _is_elementwise(value: Value) -> bool:
     node = value.node
     return info(node).elementwise or not any(
         is_array(value_of(x)) for x in (node, *node.all_input_nodes)
+    )
+
+
+def _is_sum(value: Value) -> bool:
+    """Whether a value sums a whole tensor, whatever its shape."""
+    axes = value.args[1] if is_computed(value) and len(value.args) > 1 else None
+    return (
+        is_computed(value)
+        and function_of(value.node) is torch.sum
+        and (axes == Expression("tuple(range(len(shape)))", frozenset({"shape"})))
     )
 
 

@@ -6,6 +6,7 @@ list with a value of each parameter) and `Folded` (their sum, say).
 """
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import fx
 
 from chainrule.bridges.export.examples import Role
+from chainrule.bridges.export.expressions import Expression
 
 
 @dataclasses.dataclass(eq=False)
@@ -142,3 +144,19 @@ def _sink(order: Sequence[Value]) -> None:
         if value.kind is not None and "rank" in value.node.meta:
             reading = [u.rank for u in users.get(id(value), ()) if u.kind is not None]
             value.rank = max(value.rank, min(reading, default=value.rank))
+
+
+def is_pick(value: Value) -> bool:
+    """Whether a value is a parameter's entry of what all share, which whoever calls its function looks up."""
+    if value.kind is None or not value.args or not isinstance(value.args[-1], Expression):
+        return False
+    return value.node.target is operator.getitem
+
+
+def is_computed(value: Value) -> bool:
+    return value.role is None and value.constant is None and not is_pick(value)
+
+
+def reads_shape(value: Value) -> bool:
+    found = operands((value.args, value.kwargs))
+    return any(isinstance(x, Expression) and "shape" in x.names for x in found)

@@ -1,13 +1,12 @@
 """The optimizer class of an exported file, but for what `file` writes above it for each chain.
 
-A file holds the source between the lines of dashes, its own functions, and what is below the second line, here and in
-`runtime_checks`; it imports torch and nothing else of others.
+A file holds the source between the lines of dashes, that of `runtime_lists`, its own functions, and what is below the
+second line, here and in `runtime_checks`; it imports torch and nothing else of others.
 """
 
 # pyright: reportPrivateUsage=false, reportUnusedFunction=false
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,27 +52,6 @@ def _placed(leaves: Sequence[_Leaf], kinds: Sequence[int], number: int) -> list[
         leaf.places[number], leaf.offsets[number] = place, offset
         offset += leaf.param.numel()
     return found
-
-
-_PART = 1 << 18
-
-
-def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
-    """Tensors of one size in parts that a cache holds, numbers whole; small ones, and views with gaps, as they are."""
-    arrays = [x for x in tensors if x.ndim]
-    alike = len({x.stride() for x in arrays}) == 1 or all(x.is_contiguous() for x in arrays)
-    small = not arrays or arrays[0].device.type != "cpu" or arrays[0].numel() <= _PART
-    flat = [x if not x.ndim else _flat(x) for x in tensors]
-    if small or not alike or any(x is None for x in flat):
-        return iter([tensors])
-    cut = (x.split(_PART) if x.ndim else itertools.repeat(x) for x in flat if x is not None)
-    return zip(*cut, strict=False)
-
-
-def _flat(x: Tensor) -> Tensor | None:
-    """A tensor as a vector in the order of its memory; None if it has gaps."""
-    ordered = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True))
-    return ordered.view(-1) if ordered.is_contiguous() else None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from chainrule.bridges.export import render
 from chainrule.bridges.export.examples import Role
-from chainrule.bridges.export.functions import (
-    Function,
-    Functions,
-    Numbers,
-    is_computed,
-    role_name,
-)
-from chainrule.bridges.export.generic import Folded, Gathered, PerLeaf, Value, operands
+from chainrule.bridges.export.functions import Function, Functions, Numbers, role_name
+from chainrule.bridges.export.generic import Folded, Gathered, PerLeaf, Value, is_computed, operands
 from chainrule.bridges.lowering.nodes import function_of, value_of
 
 _WIDTH = 100

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chainrule.bridges.export import CannotExport, export
-from exported import OTHER_SHAPES, SHAPES, check, exported, without_kernel
+from exported import ALIKE, OTHER_SHAPES, SHAPES, check, exported, load, without_kernel
 from optax_cases import NAMED, OptaxCase
 from registry import CHAINS, Case
 
@@ -54,6 +54,7 @@ def test_a_file_goes_the_way_of_the_bridge(
     cls = exported(case.make(), tmp_path, parts=case.name not in POWERS)
     for shapes in (SHAPES, OTHER_SHAPES):
         check(case.make(), cls, shapes)
+    check(case.make(), load(tmp_path / "exported.py").Exported, ALIKE)
 
 
 def test_how_many_of_the_named_optimizers_are_exported() -> None:

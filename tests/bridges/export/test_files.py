@@ -12,6 +12,7 @@ import optax
 import pytest
 import torch
 
+from bounds import gamma
 from chainrule import TorchBridge, chains
 from chainrule.bridges.export import CannotExport, export
 from chainrule.cli import main
@@ -143,6 +144,19 @@ def test_groups_schedulers_and_missing_gradients(
             scheduler.step()
         pairs.append(optimizer)
     assert_same(*pairs)
+
+
+def test_sums_over_parts_are_those_over_the_whole(stam: Path) -> None:
+    module, n = load(stam), 1000
+    mu, grad = (torch.randn(n, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    module._PART = 64
+    found = module._total(
+        module._measure_0_of_0(*own, own[0].shape) for own in module._parts(mu, grad)
+    )
+    difference = (mu.double() - grad.double()).numpy()
+    for total, exact in zip(found, (abs(difference).sum(), (difference**2).sum()), strict=True):
+        # Three roundings of each entry, and a sum of n in any order.
+        assert abs(float(total) - exact) <= gamma(n + 2) * exact
 
 
 @pytest.mark.parametrize(
