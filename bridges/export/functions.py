@@ -249,12 +249,9 @@ def _is_elementwise(value: Value) -> bool:
 
 def _is_sum(value: Value) -> bool:
     """Whether a value sums a whole tensor, whatever its shape."""
-    axes = value.args[1] if is_computed(value) and len(value.args) > 1 else None
-    return (
-        is_computed(value)
-        and function_of(value.node) is torch.sum
-        and (axes == Expression("tuple(range(len(shape)))", frozenset({"shape"})))
-    )
+    if not is_computed(value) or function_of(value.node) is not torch.sum:
+        return False
+    return value.args[1] == Expression("tuple(range(len(shape)))", frozenset({"shape"}))
 
 
 def _same(new: Value, old: Value) -> bool:
