@@ -36,8 +36,24 @@ def test_every_public_name_exists():
 
 def test_the_core_imports_no_other_framework():
     assert imported_by("import chainrule").isdisjoint(
-        {"torch", "keras", "tensorflow", "flax", "chex", "sklearn"}
+        {"torch", "keras", "tensorflow", "flax", "chex", "sklearn", "matplotlib", "rich"}
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("TorchBridge", "torch"), ("torch_optimizers", "torch"), ("KerasBridge", "keras")],
+)
+def test_a_name_without_its_extra_says_what_to_install(name, extra):
+    """In an interpreter where the framework cannot be found."""
+    code = (
+        f"import sys; sys.modules[{extra!r}] = None; import chainrule\n"
+        f"try: chainrule.{name}\nexcept ModuleNotFoundError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert f'pip install "chainrule[{extra}]"' in result.stdout
 
 
 def test_the_rooms_are_not_importable_on_their_own():

@@ -62,6 +62,11 @@ def in_transformers(folder: str, steps: int) -> None:
     model = transformers.GPT2LMHeadModel(config)
     sentence = torch.arange(16) % 5
     rows = [{"input_ids": sentence, "labels": sentence}] * 64
+    known = {}
+
+    def write(values: dict[str, float], step: int) -> None:
+        known[step] = values  # or to a file, a dashboard
+
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
@@ -74,11 +79,14 @@ def in_transformers(folder: str, steps: int) -> None:
         ),
         train_dataset=rows,
         optimizer_cls_and_kwargs=(torch_optimizers.Casmo, {"lr": 1e-3}),
-        callbacks=[callbacks.TransformersMetrics(every=5)],
+        callbacks=[callbacks.TransformersMetrics(callbacks.MetricsLogger(write, every=5))],
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"transformers: {losses[0]:.4f} -> {losses[-1]:.4f}")
+    last = known[max(known)]
+    print(
+        f"transformers: {losses[0]:.4f} -> {losses[-1]:.4f}, agar {last['chainrule/group0/agar']:.3f}"
+    )
     assert losses[-1] < losses[0], "the loss did not fall"
 
 
