@@ -191,8 +191,8 @@ class Experiment:
     """Variants of the task by name: what each has in place of `Setting.sizes`. Arms are compared within one."""
     timed: Callable[[], Any] | None = None
     """Parameters on which the arms of the first condition are timed, with their tuned hyperparameters."""
-    trainer: Callable[[Any, Setting], Any] | None = None
-    """From the task and a setting to what trains in the place of `Trainer`, and also says what arms cost (`costs`)."""
+    trainer: Callable[[Setting], Any] | None = None
+    """From a setting to what trains in the place of `Trainer`, and also says what arms cost (`costs`)."""
 
     def __post_init__(self) -> None:
         metrics = {m.name for m in self.metrics}

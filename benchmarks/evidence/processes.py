@@ -1,19 +1,14 @@
-"""Arms that train in torch, each in a fresh process of its own, so that the memory it needs is its own.
-
-A process takes one JSON line for a request and answers with one. It is `python -m chainrule.evidence.processes`.
-"""
+"""Arms that train in torch, each in a process of its own, so that the memory it needs is its own."""
 
 import contextlib
-import dataclasses
-import json
+import multiprocessing
 import pathlib
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,52 +33,50 @@ class TorchTask(NamedTuple):
 
 
 class Process:
-    """A fresh process that trains one arm; call it with a request."""
+    """A process that trains one arm; call it with a request.
+
+    It is forked from a server that has imported torch: that takes longer than a short run.
+    """
 
     def __init__(self, experiment: str, arm: str, setting: Setting, start: pathlib.Path) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "chainrule.evidence.processes",
-            experiment,
-            arm,
-            str(start),
-        ]
-        self._running = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", __name__])
+        self._pipe, theirs = context.Pipe()
+        self._running = context.Process(
+            target=serve, args=(theirs, experiment, arm, setting, start)
         )
+        self._running.start()
+        theirs.close()
         self._name = arm
-        self._send(dataclasses.asdict(setting))
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._running.stdin is not None
-        print(json.dumps(message), file=self._running.stdin, flush=True)
 
     def __call__(self, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for the answer."""
-        assert self._running.stdout is not None
-        self._send(request)
-        line = self._running.stdout.readline()
-        if not line:
-            status = self._running.wait()
-            raise RuntimeError(f"the process of {self._name} ended with status {status}")
-        return json.loads(line)
+        try:
+            self._pipe.send(request)
+            return self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as ended:
+            self._running.join()
+            status = self._running.exitcode
+            raise RuntimeError(f"the process of {self._name} ended with status {status}") from ended
 
     def __enter__(self) -> "Process":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._running.communicate()  # closes its input, which ends it
+        self._pipe.close()  # which ends it
+        self._running.join()
 
 
 class ProcessTrainer:
-    """Trains the runs of an arm one after another in its process; `Trainer` for a `TorchTask`."""
+    """Trains the runs of an arm one after another in its process; `Trainer` for a `TorchTask`.
 
-    def __init__(self, experiment: str, task: TorchTask, setting: Setting) -> None:
+    The first process writes what all start from. This one never imports torch.
+    """
+
+    def __init__(self, experiment: str, setting: Setting) -> None:
         self._experiment, self._setting = experiment, setting
         self._folder = pathlib.Path(tempfile.mkdtemp(prefix="chainrule-evidence-"))
         self._start = self._folder / "start.pt"
-        task.prepare(self._start)
         self._arm, self._at_work = "", contextlib.ExitStack()
 
     def close(self) -> None:
@@ -121,6 +114,9 @@ class ProcessTrainer:
     ) -> dict[str, Any]:
         """Speed of whole steps, round by round over all arms, and memory, each arm in a process for this alone."""
         self._at_work.close()  # the machine is theirs
+        if not self._start.exists():  # in a process of its own: none of theirs has its peak from it
+            with self._process(arms[0]) as process:
+                process(begin=dict(points[0]), seed=0)
         with contextlib.ExitStack() as stack:
             processes = [stack.enter_context(self._process(arm)) for arm in arms]
             for process, point in zip(processes, points, strict=True):
@@ -148,6 +144,8 @@ class Running:
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Does what a request asks for."""
         if "begin" in request:
+            if not self._start.exists():
+                self._task.prepare(self._start)
             self._model, self._batches = self._task.start(request["seed"], self._start)
             point = {**request["begin"], "seed": request["seed"], "steps": self._setting.steps}
             self._optimizer: Any = self._arm.make(point)
@@ -162,10 +160,9 @@ class Running:
             seconds = time.perf_counter() - start
             return {"speed": self._task.tokens * request["time"] / seconds}
         kept = [value for held in self._optimizer.state.values() for value in held.values()]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "state_bytes": sum(getattr(value, "nbytes", 0) for value in kept),
-            "peak_bytes": peak,
+            "peak_bytes": peak_bytes(),
         }
 
     def _steps(self, count: int) -> float:
@@ -180,19 +177,29 @@ class Running:
         return float(np.mean(losses))
 
 
-def main(experiment: str, arm: str, start: str) -> None:
-    """Answers requests until the input ends."""
+def peak_bytes() -> int:
+    """The peak memory of this process' own program."""
+    status = pathlib.Path("/proc/self/status")
+    if (
+        status.exists()
+    ):  # Linux's `ru_maxrss` counts what the process was before it became this program
+        (line,) = [each for each in status.read_text().splitlines() if each.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def serve(
+    pipe: Connection, experiment: str, arm: str, setting: Setting, start: pathlib.Path
+) -> None:
+    """Answers requests until the other end closes."""
     from chainrule.evidence import experiments
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # what else prints must not answer
     known = experiments.load(experiment)
-    setting = Setting(**json.loads(sys.stdin.readline()))
     (chosen,) = [each for each in known.arms if each.name == arm]
-    task: Any = known.task(setting, chosen.condition)
-    running = Running(task, chosen, setting, pathlib.Path(start))
-    for line in sys.stdin:
-        print(json.dumps(running.answer(json.loads(line))), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    running = Running(known.task(setting, chosen.condition), chosen, setting, start)
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(running.answer(pipe.recv()))

@@ -173,9 +173,11 @@ class Run:
     def _trainer(self, condition: str) -> Any:
         """What trains the arms of a condition."""
         if condition not in self._trainers:
-            task = self.experiment.task(self.setting, condition)
-            trainer = self.experiment.trainer or Trainer
-            self._trainers[condition] = trainer(task, self.setting)
+            if self.experiment.trainer:
+                trainer = self.experiment.trainer(self.setting)
+            else:
+                trainer = Trainer(self.experiment.task(self.setting, condition), self.setting)
+            self._trainers[condition] = trainer
         return self._trainers[condition]
 
     def _train(

@@ -113,3 +113,12 @@ def test_a_process_that_ends_is_named(start):
         pytest.raises(RuntimeError, match=message),
     ):
         process(begin=POINT, seed=0)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_process_is_its_own(start):
+    """Not what the process that started it had at most, which Linux hands on in `ru_maxrss`."""
+    ours = np.ones(10**8)  # 0.8 GB, written
+    with Process("E6", "signsgd", E6.settings["quick"], start) as process:
+        process(begin=POINT, seed=0)
+        assert process(memory=True)["peak_bytes"] < ours.nbytes

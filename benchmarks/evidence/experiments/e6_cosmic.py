@@ -168,7 +168,7 @@ EXPERIMENT = Experiment(
             },
             block=1,
             evaluations=10,
-            seeds=6,
+            seeds=10,
             tuning_seeds=1,
         ),
         "full": Setting(
