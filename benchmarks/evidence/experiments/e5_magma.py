@@ -201,7 +201,7 @@ EXPERIMENT = Experiment(
             steps=300,
             sizes={"blocks": 8, "batch": 8, "places": 32, "width": 32, "depth": 1, "windows": 64},
             evaluations=10,
-            seeds=8,
+            seeds=10,
             tuning_seeds=1,
             block=8,
         ),
