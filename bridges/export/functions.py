@@ -20,7 +20,9 @@ from chainrule.bridges.export.generic import (
     Gathered,
     PerLeaf,
     Value,
+    after_sums,
     is_computed,
+    is_sum,
     operands,
     ranked,
     reads_shape,
@@ -93,21 +95,26 @@ class Functions:
                 self.users.setdefault(source, []).append(value)
         self.homes: dict[Value, Role] = {}
         self.names = self._named()
-        groups: dict[tuple[int, bool, int], list[Value]] = {}
+        groups: dict[tuple[int, bool, int, bool], list[Value]] = {}
+        last = after_sums(self.order) if self.update else set()
         for value in self.order:
             if is_computed(value) or value.constant is not None:
-                key = value.rank, value.kind is not None, -1 if value.kind is None else value.kind
+                kind = -1 if value.kind is None else value.kind
+                key = value.rank, value.kind is not None, kind, value in last
                 groups.setdefault(key, []).append(value)
-        ranks = sorted({rank for rank, of_leaf, _ in groups if of_leaf})
-        kinds = {kind for _, of_leaf, kind in groups if of_leaf}
+        ranks = sorted({rank for rank, of_leaf, *_ in groups if of_leaf})
+        kinds = {kind for _, of_leaf, kind, _ in groups if of_leaf}
         self.functions: list[Function] = []
-        for (rank, of_leaf, kind), values in sorted(groups.items(), key=lambda item: item[0]):
+        for (rank, of_leaf, kind, is_last), values in sorted(
+            groups.items(), key=lambda item: item[0]
+        ):
             prefix = words["leaf" if of_leaf else "shared"]
             if of_leaf and len(ranks) > 1 and rank < ranks[-1]:
                 prefix = words["early"]
             name = f"{prefix}_{rank}" if len(ranks) > 1 or not of_leaf else prefix
             if of_leaf and len(kinds) > 1:
                 name += f"_of_{kind}"
+            name += "_of_sums" * is_last
             function = Function(name, kind if of_leaf else None, rank, values)
             self._complete(function)
             self.functions.append(function)
@@ -228,11 +235,11 @@ class Functions:
             self.update
             and all(isinstance(x, Value) or x == "shape" for x in function.inputs)
             and flat_shape(nodes, arrays) is not None
-            and all(v in function.outputs for v in function.values if _is_sum(v))
-            and all(_is_sum(v) for v in function.outputs)
+            and all(v in function.outputs for v in function.values if is_sum(v))
+            and all(is_sum(v) for v in function.outputs)
             and not (function.outputs and function.updates)
-            and all(_is_elementwise(v) or _is_sum(v) for v in function.values)
-            and all(_is_sum(v) or not reads_shape(v) for v in function.values)
+            and all(_is_elementwise(v) or is_sum(v) for v in function.values)
+            and all(is_sum(v) or not reads_shape(v) for v in function.values)
         )
 
 
@@ -245,13 +252,6 @@ def _is_elementwise(value: Value) -> bool:
     return info(node).elementwise or not any(
         is_array(value_of(x)) for x in (node, *node.all_input_nodes)
     )
-
-
-def _is_sum(value: Value) -> bool:
-    """Whether a value sums a whole tensor, whatever its shape."""
-    if not is_computed(value) or function_of(value.node) is not torch.sum:
-        return False
-    return value.args[1] == Expression("tuple(range(len(shape)))", frozenset({"shape"}))
 
 
 def _same(new: Value, old: Value) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from chainrule.bridges.export.examples import Role
 from chainrule.bridges.export.expressions import Expression
+from chainrule.bridges.lowering.nodes import function_of, value_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -160,3 +161,25 @@ def is_computed(value: Value) -> bool:
 def reads_shape(value: Value) -> bool:
     found = operands((value.args, value.kwargs))
     return any(isinstance(x, Expression) and "shape" in x.names for x in found)
+
+
+def is_sum(value: Value) -> bool:
+    """Whether a value sums a whole tensor, whatever its shape."""
+    if not is_computed(value) or function_of(value.node) is not torch.sum:
+        return False
+    return value.args[1] == Expression("tuple(range(len(shape)))", frozenset({"shape"}))
+
+
+def after_sums(order: Sequence[Value]) -> set[Value]:
+    """The numbers that functions make of sums over whole tensors, where all that they make of these are numbers."""
+    found: set[Value] = set()
+    spoilt: set[tuple[int, int | None]] = set()
+    for value in order:
+        given = [x for x in operands((value.args, value.kwargs)) if isinstance(x, Value)]
+        if not is_computed(value) or value.kind is None:
+            continue
+        if any(x.rank == value.rank and (x in found or is_sum(x)) for x in given):
+            found.add(value)
+            if value_of(value.node).ndim or is_sum(value):
+                spoilt.add((value.rank, value.kind))
+    return {v for v in found if (v.rank, v.kind) not in spoilt}
