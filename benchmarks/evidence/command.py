@@ -1,8 +1,9 @@
 """`chainrule evidence`: a progress bar around `runner`, and what it prints."""
 
+import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 from chainrule.evidence import experiments, report
 from chainrule.evidence.conclusions import Document, conclude
@@ -80,8 +81,22 @@ def run(
 
         experiment = experiments.load(name)
         runs = Run(experiment, setting, out, seeds=seeds, arms=arms, progress=progress)
-        document = runs()
-        return runs.through_torch() if bridge else document
+        with built_quickly(setting == "quick"):
+            document = runs()
+            return runs.through_torch() if bridge else document
+
+
+@contextlib.contextmanager
+def built_quickly(quick: bool) -> Generator[None]:
+    """A smoke test's programs run for less time than XLA needs to make them fast."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", quick or before)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def print_conclusions(console, document: Document) -> None:

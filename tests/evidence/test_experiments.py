@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chainrule import cli
-from chainrule.evidence import experiments
+from chainrule.evidence import command, experiments
 from chainrule.evidence.store import key_of
 from chainrule.evidence.training import programs
 
@@ -97,3 +97,13 @@ def test_the_list(capsys):
 def test_an_unknown_experiment_is_named(capsys):
     assert cli.main(["evidence", "E0"]) == 2
     assert "no experiment 'E0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_a_smoke_test_is_built_quickly(quick):
+    """XLA's optimizations are as they were again, whatever happens in between."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    with pytest.raises(KeyboardInterrupt), command.built_quickly(quick):
+        assert jax.config.read("jax_disable_most_optimizations") == (quick or before)
+        raise KeyboardInterrupt
+    assert jax.config.read("jax_disable_most_optimizations") == before

@@ -126,7 +126,9 @@ EXPERIMENT = Experiment(
             {"batch": 2, "places": 8, "width": 16, "depth": 1, "windows": 8},
             arms=("adamw", "muon", "muon off"),
         ),
-        "normal": Setting(steps=300, sizes=SIZES, evaluations=20, seeds=6, tuning_seeds=1, block=6),
+        "normal": Setting(
+            steps=300, sizes=SIZES, evaluations=20, seeds=10, tuning_seeds=1, block=6
+        ),
         "full": Setting(
             steps=5000,
             sizes={"batch": 64, "places": 128, "width": 256, "depth": 6, "windows": 512},
