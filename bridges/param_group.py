@@ -16,6 +16,7 @@ from chainrule.bridges.checks import (
     check_not_meta,
     check_params,
     is_flag,
+    quick_reads,
 )
 from chainrule.bridges.following import Known, same, taken_over
 from chainrule.bridges.group_tree import GroupTree, Options, State
@@ -215,12 +216,13 @@ class Group(NamedTuple):
         tree = self.tree
         if tree is None:
             return False
-        grads = [p.grad for p in tree.params]
-        if all(g is None for g in grads):
-            check_not_meta(tree.params, owner)
-            return tree.agrees(has_loss)
-        check_gradients(tree.params, grads, tree.dtypes, tree.shapes, tree.labels)
-        return True
+        with quick_reads():
+            grads = [p.grad for p in tree.params]
+            if any(g is not None for g in grads):
+                check_gradients(tree.params, grads, tree.dtypes, tree.shapes, tree.labels)
+                return True
+        check_not_meta(tree.params, owner)
+        return tree.agrees(has_loss)
 
 
 Change: TypeAlias = tuple[Group, list[Tensor]]

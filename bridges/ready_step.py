@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chainrule.bridges.checks import quick_reads
 from chainrule.bridges.group_tree import GroupTree
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.sharded import local_step
@@ -50,7 +51,9 @@ def ready_step(tree: GroupTree, leaves: Sequence[Tensor], loss: Any) -> Ready:
       loss: what the closure returned, or None.
     """
     run, extras = tree.ready(loss)  # compiled before anything is written
-    params, grads = tree.params, [p.grad for p in tree.params]
+    params = tree.params
+    with quick_reads():
+        grads = [p.grad for p in params]
     missing = {i for i, g in enumerate(grads) if g is None}
     present = None
     if tree.agrees(loss is not None):

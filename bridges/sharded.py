@@ -37,7 +37,10 @@ def local_step(
     kind = sys.modules["torch.distributed.tensor"].DTensor
     own = [
         g._local_tensor
-        if type(g) is kind and _laid_alike(g._spec, p) and type(g._local_tensor) is Tensor
+        if type(g) is type(p) is kind
+        # The same object under `fully_shard`.
+        and (g._spec is p._spec or g._spec.placements == p._spec.placements)
+        and type(g._local_tensor) is Tensor
         else g
         if g is None
         else gradient(p, g)
@@ -47,11 +50,6 @@ def local_step(
         [x._local_tensor if type(x) is kind else x for x in tensors] for tensors in (params, leaves)
     )
     return params, own, leaves
-
-
-def _laid_alike(spec: Any, param: Any) -> bool:
-    """Whether a gradient's layout is its parameter's: the same object under `fully_shard`."""
-    return spec is param._spec or spec.placements == param._spec.placements
 
 
 def gathered(tensor: Any) -> Tensor:

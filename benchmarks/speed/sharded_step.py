@@ -119,7 +119,8 @@ def parameters(
     for shape, grad in zip(shapes, grads, strict=True):
         own = torch.empty(grad.shape).normal_(0, 0.02, generator=generator)
         p = torch.nn.Parameter(laid(own, shape))
-        p.grad = laid(grad, shape)
+        # Of the parameter's own layout, as `fully_shard` makes gradients.
+        p.grad = DTensor(grad, p._spec, requires_grad=False) if isinstance(p, DTensor) else grad
         params.append(p)
     return params
 
