@@ -45,6 +45,10 @@ def export(
     tells them apart by shape alone there, as in a `TorchBridge` that was given none. A `UserWarning` and the file say
     so.
 
+    A step of the class has the bits of an eager `TorchBridge` step without the compiled kernel, but for sums over
+    whole tensors of more than 262,144 elements on a CPU: these are added part by part, as the kernel adds them, so
+    that the parts stay in the cache.
+
     Args:
       chain: a gradient transformation, or a function without arguments that makes one.
       params: parameters of the dtypes that the file is for, or dtypes.
