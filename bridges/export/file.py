@@ -277,10 +277,15 @@ class _File:
         if "lr" in named:
             first, _, rest = arguments.partition("\n")
             arguments, star = f"{first}\n" + (f"        *,\n{rest}" if rest else ""), ""
+        pair = (
+            '        if "betas" in others:\n'
+            '            b1, b2 = _pair(others["betas"], type(self).__name__)\n'
+        )
         return (
             "    def __init__(\n        self,\n        params: Iterable[Any],\n"
             f"{star}{arguments}        **others: Any,\n    ):\n"
             '        """`others`: keys of the groups whose names are no names of Python, and flags of torch."""\n'
+            f"{pair if {'b1', 'b2'} <= named.keys() else ''}"
             f"        super().__init__(params, {{{pairs}, **others}})\n"
         )
 

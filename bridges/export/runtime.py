@@ -6,7 +6,7 @@ second line, here and in `runtime_checks`; it imports torch and nothing else of 
 
 # pyright: reportPrivateUsage=false, reportUnusedFunction=false
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ class Exported(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with a state of its own; refused, it leaves the optimizer as it was."""
+        params = param_group.get("params")
+        if isinstance(params, Iterable) and not isinstance(params, (Tensor, set)):
+            param_group["params"] = found = list(params)
+            if len({id(p[1] if isinstance(p, tuple) else p) for p in found}) < len(found):
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter appears twice in one parameter group"
+                )
         given = set(param_group)
         super().add_param_group(param_group)
         group, added = self.param_groups[-1], False

@@ -1,12 +1,15 @@
-"""torch's own table of optimizers, `optim_db`: its inputs and its error inputs, through the bridge.
+"""torch's own table of optimizers, `optim_db`: its inputs and its error inputs, through the bridge and exported files.
 
 Every optimizer that optax has too is run beside torch's with each of its inputs, given in torch's own words: keyword
 arguments become keys of the parameter group. What is run nowhere stands in `NOT_FOLLOWED` with its reason.
 """
 
 import copy
+import functools
 import io
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optax
@@ -23,6 +26,7 @@ from torch.testing._internal.common_optimizers import (
 
 from bounds import gamma, stepped
 from chainrule import TorchBridge
+from exported import exported
 
 settings.load_profile("chainrule")  # torch's module has loaded one of its own
 
@@ -147,9 +151,29 @@ INPUTS = [
 
 def bridge_of(name: str, params: Any, **kwargs: Any) -> TorchBridge:
     """The counterpart of a torch optimizer, made with torch's keyword arguments."""
-    fixed = {key: value for key, value in kwargs.items() if key in FIXED}
-    keys = {key: value for key, value in kwargs.items() if key not in fixed}
+    fixed, keys = apart(kwargs)
     return TorchBridge(COUNTERPARTS[name](**fixed), params, **keys)
+
+
+def file_of(name: str, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """The same of an exported file's class."""
+    fixed, keys = apart(kwargs)
+    return class_of(name, tuple(sorted(fixed.items())))(params, **keys)
+
+
+def apart(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a chain is made with, and the keys of a group."""
+    fixed = {key: value for key, value in kwargs.items() if key in FIXED}
+    return fixed, {key: value for key, value in kwargs.items() if key not in fixed}
+
+
+@functools.cache
+def class_of(name: str, fixed: tuple[tuple[str, Any], ...]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return exported(COUNTERPARTS[name](**dict(fixed)), Path(folder), parts=False)
+
+
+MAKERS = pytest.mark.parametrize("made_by", [bridge_of, file_of])
 
 
 def leaves() -> list[nn.Parameter]:
@@ -174,25 +198,28 @@ def test_every_optimizer_of_torch_is_followed_or_not_for_a_reason() -> None:
     assert not COUNTERPARTS.keys() & NOT_FOLLOWED.keys()
 
 
+@MAKERS
 @pytest.mark.parametrize(("torch_class", "kwargs"), INPUTS)
-def test_torchs_inputs_go_torchs_way(torch_class: Any, kwargs: dict[str, Any]) -> None:
+def test_torchs_inputs_go_torchs_way(
+    torch_class: Any, kwargs: dict[str, Any], made_by: Callable[..., torch.optim.Optimizer]
+) -> None:
     """Also from a state dict in the middle, to the bit."""
     ours, theirs = leaves(), leaves()
     reference = torch_class(theirs, **kwargs)
-    bridge = bridge_of(torch_class.__name__, ours, **kwargs)
+    optimizer = made_by(torch_class.__name__, ours, **kwargs)
     start = leaves()
     for index in range(STEPS // 2):
-        step(bridge, index)
+        step(optimizer, index)
         step(reference, index)
     resumed_params = copy.deepcopy(ours)
     file = io.BytesIO()
-    torch.save(bridge.state_dict(), file)
+    torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    resumed = bridge_of(torch_class.__name__, resumed_params, **kwargs)
+    resumed = made_by(torch_class.__name__, resumed_params, **kwargs)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for index in range(STEPS // 2, STEPS):
-        for optimizer in (bridge, reference, resumed):
-            step(optimizer, index)
+        for each in (optimizer, reference, resumed):
+            step(each, index)
     for p, q, r, first in zip(*map(detached, (ours, theirs, resumed_params, start)), strict=True):
         assert p.equal(r)
         # Each step's update is rounded on both sides, and so is the parameter that takes it.
@@ -243,11 +270,14 @@ ERRORS = [
 ]
 
 
+@MAKERS
 @pytest.mark.parametrize(("name", "error"), ERRORS)
-def test_torchs_errors_are_errors(name: str, error: ErrorOptimizerInput) -> None:
+def test_torchs_errors_are_errors(
+    name: str, error: ErrorOptimizerInput, made_by: Callable[..., torch.optim.Optimizer]
+) -> None:
     assert error.error_on is OptimizerErrorEnum.CONSTRUCTION_ERROR
     (expected,) = [ours for theirs, ours in OURS.items() if theirs in error.error_regex]
     given = error.optimizer_error_input
     params = leaves() if given.params is None else given.params
     with pytest.raises(expected[0], match=expected[1]):
-        bridge_of(name, params, **given.kwargs)
+        made_by(name, params, **given.kwargs)

@@ -261,3 +261,10 @@ def test_a_half_precision_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         step(ours, index)
         step(bridge, index)
         assert_same(ours, bridge)
+
+
+def test_a_pair_of_betas_counts_in_the_constructor_too(tmp_path: Path) -> None:
+    cls = exported(optax.inject_hyperparams(optax.adam)(1e-3, b1=0.9, b2=0.999), tmp_path)
+    for given in ({"betas": (0.5, 0.75)}, {"b1": 0.5, "b2": 0.75}):
+        (group,) = cls(parameters(), **given).param_groups
+        assert (group["b1"], group["b2"], group["betas"]) == (0.5, 0.75, (0.5, 0.75))
