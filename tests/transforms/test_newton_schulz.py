@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import bounds
 from chainrule.transforms import _gram_iteration, newton_schulz
+from chainrule.transforms.newton_schulz import COEFFICIENTS
 from reference import muon as reference
 
 SIDE = 20  # with `small_panels`, three panels of Hermitian matrices
@@ -101,13 +102,57 @@ def test_it_commutes_with_transposition_and_ignores_scale(rows, cols, seed):
     np.testing.assert_allclose(orthogonalize(64 * x), o, rtol=0, atol=bound)
 
 
-def test_float64_meets_the_oracle():
+@pytest.mark.parametrize("name", reference.COEFFICIENTS)
+def test_float64_meets_the_oracle(name):
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(7, 11))
-        got = orthogonalize(jnp.asarray(x), coefficients="dion", gram=True)
-        bound = bounds.iterated(spectrum(x), reference.COEFFICIENTS["dion"], "float64")
-        expected = reference.orthogonalized(x, "dion")
+        got = orthogonalize(jnp.asarray(x), coefficients=name, gram=True)
+        bound = bounds.iterated(spectrum(x), reference.COEFFICIENTS[name], "float64")
+        expected = reference.orthogonalized(x, name)
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
+
+
+def errors(name, steps):
+    """The largest distance from one of singular values in [1e-3, 1] after each step."""
+    s, found = np.geomspace(1e-3, 1, 20_001), []
+    for step in range(steps):
+        a, b, c = COEFFICIENTS[name][min(step, len(COEFFICIENTS[name]) - 1)]
+        s = a * s + b * s**3 + c * s**5
+        found.append(np.abs(s - 1).max())
+    return found
+
+
+# What the docstring says, rounded up.
+@pytest.mark.parametrize(
+    ("name", "five", "eight"),
+    [
+        ("keller_jordan", 0.53, 0.32),
+        ("dion", 0.53, 0.022),
+        ("polar_express", 0.154, 1e-10),
+        ("classical", 0.98, 0.85),
+        ("cubic", 0.993, 0.975),
+    ],
+)
+def test_coefficients_bring_singular_values_as_near_to_one_as_documented(name, five, eight):
+    found = errors(name, 8)
+    assert 0.95 * five < found[4] < five and found[7] < eight
+
+
+def test_polar_express_is_the_best_of_all_after_every_step():
+    others = [errors(name, 8) for name in COEFFICIENTS if name != "polar_express"]
+    assert all(
+        own < min(them) for own, *them in zip(errors("polar_express", 8), *others, strict=True)
+    )
+
+
+def test_the_interval_of_polar_express_shrinks_by_its_own_best_quintic():
+    """A best odd quintic on an interval has equal errors of changing sign at its ends and two points between."""
+    a, b, c = (
+        x * 1.01**k for x, k in zip(COEFFICIENTS["polar_express"][4], (1, 3, 5), strict=True)
+    )
+    inner = np.sqrt(np.roots([5 * c, 3 * b, a]).real)  # where the slope is zero
+    extremes = a * inner + b * inner**3 + c * inner**5 - 1
+    assert extremes.sum() == pytest.approx(0, abs=1e-3)
 
 
 def test_classical_coefficients_converge_to_the_polar_factor():
