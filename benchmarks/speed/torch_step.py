@@ -229,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.first_step:
         first_step(args.first_step)
         return
+    known = {*tables, *(name.split("-")[0] for name in tables)}
+    if unknown := set(args.tables) - known:
+        parser.error(f"no table {sorted(unknown)}; they are {', '.join(tables)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
     for name, show in tables.items():
         if not args.tables or name in args.tables or name.split("-")[0] in args.tables:
