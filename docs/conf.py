@@ -8,9 +8,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-import made  # noqa: E402
+import made  # noqa: E402 -- found on the path set above
 
-import chainrule  # noqa: E402
+import chainrule  # noqa: E402 -- after the environment set above
 
 project = "chainrule"
 author = copyright = "chainrule contributors"
