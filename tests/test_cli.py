@@ -175,14 +175,23 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     assert message in shown and shown.count("\n") == 1
 
 
-def test_demo_without_its_extra_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert main(["demo"]) == 1
-    assert 'pip install "chainrule[demo]"' in capsys.readouterr().err
+@pytest.mark.slow
+def test_demo_runs_with_the_base_dependencies_and_says_what_to_install(tmp_path):
+    """Digits of a font in the place of scikit-learn's, and no figure; every chain learns them."""
+    absent = dict.fromkeys(("sklearn", "matplotlib", "equinox", "statsmodels"))
+    arguments = ["demo", "--quick", "--epochs", "8", "--json", "numbers.json"]
+    code = f"import sys; sys.modules.update({absent}); from chainrule.cli import main; main({arguments})"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.replace("\n", " ").count('pip install "chainrule[demo]"') == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+    for found in json.loads((tmp_path / "numbers.json").read_text())["runs"]:
+        assert min(found["accuracy"]) > 0.5, found["name"]
 
 
 def test_evidence_without_its_extra_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "statsmodels", None)
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
     assert main(["evidence", "E7"]) == 1
     assert 'pip install "chainrule[evidence]"' in capsys.readouterr().err
 

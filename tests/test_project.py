@@ -20,7 +20,9 @@ def read(path):
 
 def test_the_citation_is_of_this_version():
     citation = read(ROOT / "CITATION.cff")
-    assert citation["version"] == chainrule.__version__ == PYPROJECT["project"]["version"]
+    assert citation["version"] == chainrule.__version__
+    released = f"## [{chainrule.__version__}] - {citation['date-released']}"
+    assert released in (ROOT / "CHANGELOG.md").read_text().splitlines()
     assert citation["license"] == PYPROJECT["project"]["license"]
     assert all(reference["url"].startswith("https://") for reference in citation["references"])
 

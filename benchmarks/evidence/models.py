@@ -1,18 +1,40 @@
-"""Small models as equinox modules, each a tree of float32 arrays that a seed draws.
+"""Small models, each a tree of float32 arrays that a seed draws.
 
 They take batches, not single examples, and convolutions are matrix products of patches: both are quick under `vmap`
 over runs, where a convolution with other weights for each run is not. Kernels are (in, out).
 """
 
 import itertools
+from typing import Any, ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-class Dense(eqx.Module):
+class Module:
+    """A tree of its annotated fields; the one that is called `static` is a part of its structure."""
+
+    static: ClassVar[str | None] = None
+
+    def __init_subclass__(cls) -> None:
+        fields = [name for name in cls.__annotations__ if name != cls.static]
+
+        def flatten(module: Any) -> tuple[Any, Any]:
+            children = [(jax.tree_util.GetAttrKey(n), getattr(module, n)) for n in fields]
+            return children, cls.static and getattr(module, cls.static)
+
+        def unflatten(static: Any, children: Any) -> Any:
+            made = cls.__new__(cls)
+            vars(made).update(zip(fields, children, strict=True))
+            if cls.static:
+                setattr(made, cls.static, static)
+            return made
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+
+
+class Dense(Module):
     """x @ kernel + bias on the last axis; He-normal for a gain of 2, LeCun-normal for 1."""
 
     kernel: jax.Array
@@ -31,7 +53,7 @@ def normal(random: np.random.Generator, shape: tuple[int, ...], scale: float) ->
     return random.normal(0, scale, shape).astype(np.float32)  # pyright: ignore[reportReturnType]
 
 
-class Mlp(eqx.Module):
+class Mlp(Module):
     """Layers of `widths` with relu between them."""
 
     hidden: list[Dense]
@@ -63,7 +85,7 @@ def pool(x: jax.Array) -> jax.Array:
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
-class ConvNet(eqx.Module):
+class ConvNet(Module):
     """3 x 3 convolutions, each with relu and a halving of the size, then one hidden layer."""
 
     convolutions: list[Dense]
@@ -90,7 +112,7 @@ class ConvNet(eqx.Module):
         return self.output(jax.nn.relu(self.hidden(x.reshape(len(x), -1))))
 
 
-class Block(eqx.Module):
+class Block(Module):
     """Causal attention and a layer of relu, each on a normalised residual stream."""
 
     query: Dense
@@ -99,7 +121,8 @@ class Block(eqx.Module):
     out: Dense
     up: Dense
     down: Dense
-    heads: int = eqx.field(static=True)
+    heads: int
+    static = "heads"
 
     def __init__(self, random: np.random.Generator, width: int, heads: int):
         self.query, self.key, self.value, self.out = (Dense(random, width, width) for _ in range(4))
@@ -123,7 +146,7 @@ def rms_normalised(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
 
 
-class CharTransformer(eqx.Module):
+class CharTransformer(Module):
     """A decoder over characters: (batch, places) int32 to logits (batch, places, vocabulary)."""
 
     embedding: jax.Array

@@ -33,7 +33,7 @@ HARNESS = (
     "tuning",
 )
 """The files of the harness that numbers depend on."""
-PACKAGES = ("chainrule", "jax", "jaxlib", "numpy", "optax", "scipy", "statsmodels")
+PACKAGES = ("chainrule", "jax", "jaxlib", "numpy", "optax", "scipy")
 
 
 def _code(path: pathlib.Path) -> str:

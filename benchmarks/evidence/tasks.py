@@ -50,9 +50,10 @@ def noisy_digits(sizes: Mapping[str, Any]) -> Task:
 
     Metrics are of right labels: "validation" and "loss" in nats, "validation_accuracy" and "accuracy".
 
-    `sizes`: "steps", "batch", "hidden" (widths) and "wrong". Split and wrong labels are the seed's.
+    `sizes`: "steps", "batch", "hidden" (widths) and "wrong"; with "drawn", digits of a font. Split and wrong labels
+    are the seed's.
     """
-    images, labels = data.digits()
+    images, labels = data.drawn_digits() if sizes.get("drawn") else data.digits()
 
     def draw(seed):
         random = np.random.default_rng(seed)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from chainrule.bridges.torch_routing import torch_routing
     from chainrule.bridges.torch_wrap import TorchWrap
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "JsonFormatter",

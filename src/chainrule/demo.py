@@ -1,10 +1,13 @@
 """`chainrule demo`: three mechanisms at work on digits, measured as they train; then every chain beside optax.adamw.
 
+Without scikit-learn the digits are those of a font, and without matplotlib there is no figure: the rest needs neither.
+
 Of the digits 30 % are labelled wrong. Every chain has its rate tuned on seeds and a split of its own; accuracies are of
 rightly labelled digits that nothing else saw, paired by seed, and a chain differs from `optax.adamw` if Holm's interval
 of the difference has no zero in it (`benchmarks/evidence`, whose harness this uses).
 """
 
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -17,7 +20,7 @@ import numpy as np
 import optax
 
 from chainrule import chains
-from chainrule.demo_mechanisms import MECHANISMS, WRONG_LABELS, Panel, sizes
+from chainrule.demo_mechanisms import HANDWRITTEN, MECHANISMS, WRONG_LABELS, Panel, sizes
 from chainrule.evidence import tasks
 from chainrule.evidence.conclusions import Document, values
 from chainrule.evidence.experiment import Arm, Experiment, Metric, Setting, log_grid
@@ -29,6 +32,8 @@ WEIGHT_DECAY = 0.01
 STEPS_PER_EPOCH = 15
 """997 digits in batches of 64."""
 BASELINE = "optax.adamw"
+MEND = r'install it with: pip install "chainrule\[demo]"'
+"""The brackets are escaped for rich."""
 RATES = log_grid(3e-4, 3e-2, 5)
 
 MakeChain = Callable[[Any], optax.GradientTransformation]
@@ -222,6 +227,12 @@ def main(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console, steps = Console(), epochs * STEPS_PER_EPOCH
+    has_figure = importlib.util.find_spec("matplotlib") is not None
+    if not HANDWRITTEN:
+        console.print(
+            f"digits of a font, as scikit-learn has handwritten ones and is not there; {MEND}",
+            highlight=False,
+        )
     task = tasks.noisy_digits(sizes(steps, WRONG_LABELS))
     makers = {name: in_first_tiers(make, task) for name, make in candidates().items()}
     setting = Setting(
@@ -259,8 +270,11 @@ def main(
         progress.update(bar, description="done")
     rows = rows_of(document, makers, task.draw(0)[0])
     _print_table(console, rows, steps)
-    draw(panels, rows, out)
-    console.print(f"figure: {out}")
+    if has_figure:
+        draw(panels, rows, out)
+    console.print(
+        f"figure: {out}" if has_figure else f"no figure: needs matplotlib; {MEND}", highlight=False
+    )
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(report(panels, rows), indent=1))

@@ -3,6 +3,7 @@
 Each yields a line of text after every stretch of steps, and at last a `Panel`.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from chainrule.evidence.probes import mean_metric
 from chainrule.evidence.training import Trainer
 
 WRONG_LABELS = 0.3
+HANDWRITTEN = importlib.util.find_spec("sklearn") is not None
+"""Whether scikit-learn's digits are there; else the demo draws its own."""
 GROUP = 32
 """Examples of each group whose gradients AGAR compares."""
 
@@ -40,7 +43,8 @@ class Panel(NamedTuple):
 
 def sizes(steps: int, wrong: float) -> dict[str, Any]:
     """What `tasks.noisy_digits` wants to know."""
-    return {"steps": steps, "batch": 64, "hidden": (128, 64), "wrong": wrong}
+    drawn = {} if HANDWRITTEN else {"drawn": True}
+    return {"steps": steps, "batch": 64, "hidden": (128, 64), "wrong": wrong, **drawn}
 
 
 def agar_of_labels(steps: int, seeds: int, evaluations: int) -> Iterator[str | Panel]:

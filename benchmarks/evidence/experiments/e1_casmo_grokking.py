@@ -8,7 +8,6 @@ Hypotheses on what it gains: the confidence scales the decay too (the gain shoul
 from collections.abc import Mapping
 from typing import Any, cast
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,14 +27,14 @@ from chainrule.evidence.experiment import (
     log_grid,
     quick,
 )
-from chainrule.evidence.models import Dense, normal
+from chainrule.evidence.models import Dense, Module, normal
 from chainrule.evidence.probes import folded, mean_metric, ratio, snr
 
 WRONG = 0.3
 HEADS = 4
 
 
-class Transformer(eqx.Module):
+class Transformer(Module):
     """One layer over the tokens a, b, =; read at the last. No normalisation, as in studies of this task.
 
     Only the last token asks, and keys and values of a token at a place are the same in all examples: these are computed

@@ -12,6 +12,7 @@ import optax
 import pytest
 import torch
 
+import chainrule
 from bounds import gamma
 from chainrule import TorchBridge, chains
 from chainrule.bridges.export import CannotExport, export
@@ -84,7 +85,7 @@ def test_ruff_and_pyright_find_nothing(stam: Path) -> None:
 def test_the_file_says_what_it_is(stam: Path) -> None:
     text, cls = stam.read_text(), load(stam).Stam
     assert text.startswith('"""Stam: STAM: Adam whose first-moment decay falls')
-    assert "chainrule 0.1.0" in text and "MIT" in text
+    assert f"chainrule {chainrule.__version__}" in text and "MIT" in text
     assert "mu = b1 mu + (1 - b1) g" in cls.__doc__
     assert cls([torch.nn.Parameter(torch.ones(2))]).param_groups[0]["lr"] == 3e-4
 
