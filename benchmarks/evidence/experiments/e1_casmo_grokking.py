@@ -239,7 +239,7 @@ EXPERIMENT = Experiment(
         "normal": Setting(
             steps=2000,
             evaluations=20,
-            seeds=8,
+            seeds=10,
             tuning_seeds=2,
             block=8,
             sizes={"p": 97, "width": 64, "batch": 256},
