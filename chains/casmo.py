@@ -78,10 +78,11 @@ def casmo(
     Every numeric argument is live: see `chainrule.set_hyperparams`. The state has AdamW's size and
     `tau_init_steps` samples. The step is scaled and the decay is not, so a low confidence acts like
     a larger decay. That is what fits best what it does in the repository's own task (30 % wrong
-    labels, `chainrule evidence E1`, 10 seeds, each arm tuned apart): 33 points worse than AdamW, 13 better
-    than AdamW at the same mean rate and decay, not told apart from the same confidence as a schedule
-    of the rate, and 47 points worse than with the confidence on the decay too, which was tuned to another rate and decay and so is no proof. A gradient
-    that is not finite passes into the moments as in `optax.adamw` and shows as such in
+    labels, `chainrule evidence E1`, 10 seeds, each arm tuned apart): 33 points worse than AdamW, 13
+    better than AdamW at the same mean rate and decay, not told apart from the same confidence as a
+    schedule of the rate, and 47 points worse than with the confidence on the decay too, which was
+    tuned to another rate and decay and so is no proof. A gradient that is not finite passes into
+    the moments as in `optax.adamw` and shows as such in
     `chainrule.metrics`.
 
     Args:
