@@ -116,7 +116,7 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
         elif node.op != "get_attr" and is_array(node.meta.get("val")):
             owners[node] = leaf_of(node)
         else:
-            found = {owners[s] for s in node.all_input_nodes} - {SHARED}
+            found = {owners[_summed(s)] for s in node.all_input_nodes} - {SHARED}
             owners[node] = found.pop() if len(found) == 1 else _MANY if found else SHARED
     for node in reversed(graph.nodes):
         # A scalar from elsewhere that only one leaf reads is computed there.
@@ -137,6 +137,14 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
                 rank = max(rank, before + (owner not in (SHARED, owners[node])))
         where[node] = owners[node], rank
     return {node: place for node, place in where.items() if node.op != "output"}
+
+
+def _summed(node: fx.Node) -> fx.Node:
+    """What a result of a collective sums over the ranks: what is made of it belongs to the same leaf. Other nodes."""
+    if node.target is operator.getitem and first_arg(node).target is ops.all_reduce:
+        xs, *_ = args_of(first_arg(node))
+        return xs[args_of(node)[1]]
+    return node
 
 
 def _piece(

@@ -66,6 +66,7 @@ class Sharder:
         """Of parts the whole tensors, on one rank or on all."""
         self._lacks_whole: dict[tuple[fx.Node, int | None], int] = {}
         """Nodes without a whole, when `wholes` had so many entries."""
+        self.divisors: dict[Any, fx.Node] = {}
         self.gathered: Counter[str] = Counter()
         """What reads whole tensors, of which ranks have parts."""
 
@@ -260,6 +261,7 @@ class Sharder:
             return
         if all(map(self.is_whole, old.all_input_nodes)):
             self.copy(old, axes, self.new.__getitem__)
+            self._share_divisor(old)
             return
         rule = RULES.get(old.target)
         if rule is None and info(old).elementwise:
@@ -270,6 +272,21 @@ class Sharder:
                     f"{function_of(old).__name__} in {old.meta['link'] or 'the step'}"
                 ] += 1
             self.copy(old, axes, self.all_of)
+
+    def _share_divisor(self, old: fx.Node) -> None:
+        """A mean's divisor is the whole size, which a piece cannot read from its parts: given as a scalar, it lets leaves
+        of all sizes share their code."""
+        new, value = self.new[old], value_of(old)
+        if old.target is not torch.div or value.ndim or not new.meta["level"]:
+            return
+        x, y = args_of(new)
+        if not isinstance(y, fx.Node) and value_of(first_arg(old)).dtype == value.dtype:
+            key = y, value.dtype
+            if key not in self.divisors:
+                with self.graph.inserting_before(new):
+                    options = {"dtype": value.dtype, "device": value.device}
+                    self.divisors[key] = self.emit(old, torch.full, (), y, **options)
+            new.args = (x, self.divisors[key])
 
     def _owner(self, old: fx.Node) -> int | None:
         """The rank that alone makes what an old node stands for, or None."""
