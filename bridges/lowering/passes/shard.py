@@ -274,19 +274,17 @@ class Sharder:
             self.copy(old, axes, self.all_of)
 
     def _share_divisor(self, old: fx.Node) -> None:
-        """A mean's divisor is the whole size, which a piece cannot read from its parts: given as a scalar, it lets leaves
-        of all sizes share their code."""
+        """Gives a mean's divisor as a scalar: as a number, the whole size, it would set leaves of other sizes apart."""
         new, value = self.new[old], value_of(old)
         if old.target is not torch.div or value.ndim or not new.meta["level"]:
             return
         x, y = args_of(new)
         if not isinstance(y, fx.Node) and value_of(first_arg(old)).dtype == value.dtype:
-            key = y, value.dtype
-            if key not in self.divisors:
+            if (y, value.dtype) not in self.divisors:
                 with self.graph.inserting_before(new):
-                    options = {"dtype": value.dtype, "device": value.device}
-                    self.divisors[key] = self.emit(old, torch.full, (), y, **options)
-            new.args = (x, self.divisors[key])
+                    made = self.emit(old, torch.full, (), y, dtype=value.dtype, device=value.device)
+                self.divisors[y, value.dtype] = made
+            new.args = (x, self.divisors[y, value.dtype])
 
     def _owner(self, old: fx.Node) -> int | None:
         """The rank that alone makes what an old node stands for, or None."""

@@ -169,7 +169,8 @@ def eager() -> None:
 
 
 def compiled() -> None:
-    _train(["stam", "muon"], only="TP+FSDP2", compile=True)
+    names = ["stam", "muon", "casmo", "magma", "clip_by_global_norm"]
+    _train(names, only="TP+FSDP2", compile=True)
 
 
 def rounded() -> None:
