@@ -44,6 +44,10 @@ class Registers:
         """What `node` makes is found where `old` was: it is written into its memory."""
         self._register[node] = self[old]
 
+    def bring(self, node: fx.Node, content: Tensor) -> None:
+        """What `node` makes is in this memory at every step."""
+        self._brought[self[node] - self._given] = content
+
     def free(self) -> int:
         """A register that is no node's."""
         return self._new()

@@ -6,18 +6,18 @@ without Dynamo's guards: the bridge has checked shapes, dtypes and devices. Para
 Inductor keeps what it compiled on disk, so another process starts warm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece
 from chainrule.bridges.lowering.backends.launches import Function
 from chainrule.bridges.lowering.executor import Call, Emitted, Registers
-from chainrule.bridges.lowering.nodes import args_of, value_of
+from chainrule.bridges.lowering.nodes import args_of, first_arg, value_of
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
 from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import _kernel
@@ -35,30 +35,59 @@ def inductor_calls(program: StepProgram, registers: Registers) -> Emitted:
         if _compiles(piece)
         for i, old in piece.updates
     }
+    homes = _homes(program, registers)
     calls = [
         call
         for stage in program.stages
         for kind in by_kind(stage)
-        for call in _calls(kind, registers)
+        for call in _calls(kind, registers, homes)
     ]
     return Emitted(calls, written)
+
+
+def _homes(program: StepProgram, registers: Registers) -> dict[fx.Node, Tensor]:
+    """Scalars that compiled pieces make as entries of the vector that they are stacked to; to stack them is no call."""
+    pieces = [piece for stage in program.stages for piece in stage]
+    made = {n for piece in pieces if _compiles(piece) for n in piece.outputs}
+    made -= {piece.outputs[i] for piece in pieces for i, _ in piece.updates}
+    homes: dict[fx.Node, Tensor] = {}
+    for piece in pieces:
+        node = piece.nodes[0]
+        if not _is_stack(piece) or not program.on_cpu:
+            continue
+        entries = list(args_of(node)[0])
+        if len({*entries} & made - {*homes}) == len(entries):
+            fake = value_of(node)
+            vector = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+            homes |= {entry: vector[i] for i, entry in enumerate(entries)} | {node: vector}
+            registers.bring(node, vector)
+    return homes
+
+
+def _is_stack(piece: Piece) -> bool:
+    (node, *others) = piece.nodes
+    if node.target is not torch.stack or others or not is_apart(node):
+        return False
+    return all(value_of(x).ndim == 0 and value_of(x).dtype == value_of(node).dtype for x in args_of(node)[0])
 
 
 def _compiles(piece: Piece) -> bool:
     return not any(map(is_apart, piece.nodes))
 
 
-def _calls(pieces: Sequence[Piece], registers: Registers) -> list[Call]:
+def _calls(
+    pieces: Sequence[Piece], registers: Registers, homes: Mapping[fx.Node, Tensor]
+) -> list[Call]:
     """A call for each piece of one kind, or one for all of them."""
     if not _compiles(pieces[0]):
-        return [_Call(_plain(p), p, registers) for p in pieces]
+        return [_plain(p, registers) for p in pieces if p.nodes[0] not in homes]
     calls: list[Call] = []
     for large in (False, True):
         alike = [piece for piece in pieces if _is_large(piece) == large]
         if not alike:
             continue
         program, function = compile_piece(alike[0], large)
-        compiled = [_CompiledCall(program, piece, registers) for piece in alike]
+        compiled = [_CompiledCall(program, piece, registers, homes) for piece in alike]
         if function is None or len(compiled) == 1:
             calls += compiled
         else:
@@ -71,30 +100,38 @@ def _is_large(piece: Piece) -> bool:
     return max(sizes, default=0) >= _LARGE
 
 
-def _plain(piece: Piece) -> Compiled:
+def _plain(piece: Piece, registers: Registers) -> Call:
     """A piece that runs as it is."""
     if piece.nodes[0].target is ops.unbind:
-        entries: list[int] = [args_of(n)[1] for n in piece.outputs]
+        return _Unbind(piece, registers)
+    return _Call(piece, registers)
 
-        def entries_of(inputs: list[Any]) -> Sequence[Tensor]:
-            parts = ops.unbind(inputs[0])
-            return [parts[i] for i in entries]
 
-        return entries_of
-    body = body_of(piece)
-    return lambda inputs: body(*inputs)
+class _Unbind:
+    """Entries of a vector: views, made once, of a copy of it."""
+
+    def __init__(self, piece: Piece, registers: Registers):
+        source = first_arg(piece.nodes[0])
+        fake = value_of(source)
+        self.source = registers[source]
+        self.vector = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+        for node in piece.outputs:
+            registers.bring(node, self.vector[args_of(node)[1]])
+
+    def __call__(self, memory: list[Any]) -> None:
+        self.vector.copy_(memory[self.source])
 
 
 class _Call:
     """A call of a piece: what it runs, and the registers that it reads and fills."""
 
-    def __init__(self, program: Compiled, piece: Piece, registers: Registers):
-        self.program = program
+    def __init__(self, piece: Piece, registers: Registers):
+        self.body = body_of(piece)
         self.inputs = [registers[n] for n in piece.inputs]
         self.outputs = [registers[n] for n in piece.outputs]
 
     def __call__(self, memory: list[Any]) -> None:
-        results = self.program([memory[i] for i in self.inputs])
+        results = self.body(*[memory[i] for i in self.inputs])
         for register, result in zip(self.outputs, results, strict=True):
             memory[register] = result
 
@@ -102,7 +139,13 @@ class _Call:
 class _CompiledCall:
     """A call of compiled code, which wants its tensors contiguous: others are copied there and back."""
 
-    def __init__(self, program: Compiled, piece: Piece, registers: Registers):
+    def __init__(
+        self,
+        program: Compiled,
+        piece: Piece,
+        registers: Registers,
+        homes: Mapping[fx.Node, Tensor],
+    ):
         self.program, self.flat = program, piece.flat
         self.inputs = [registers[n] for n in piece.inputs]
         updates = dict(piece.updates)
@@ -111,6 +154,7 @@ class _CompiledCall:
         made = [n for i, n in enumerate(piece.outputs) if i not in updates]
         self.outputs = [(registers[n], value_of(n)) for n in made]
         """Registers that it fills, and what with."""
+        self.homes = {registers[n]: homes[n] for n in made if n in homes}
         self.updated = [piece.inputs.index(old) for old in updates.values()]
         self.size = max((x.numel() for x in map(value_of, piece.inputs) if x.ndim), default=0)
 
@@ -123,6 +167,8 @@ class _CompiledCall:
             x.copy_(new)
         for (register, like), result in zip(self.outputs, results, strict=True):
             memory[register] = result.view(like.shape) if result.ndim else result
+        for register, home in self.homes.items():
+            memory[register] = home.copy_(memory[register])
 
 
 class _Launched:
@@ -149,7 +195,8 @@ class _Launched:
             if i in made and made[i][1].ndim:
                 self.results |= [made[i]]
                 continue
-            kept[i] = torch.empty((), dtype=dtype, device="cpu")
+            home = call.homes.get(made[i][0]) if i in made else None
+            kept[i] = torch.empty((), dtype=dtype, device="cpu") if home is None else home
             if i in made:
                 self.scalars[made[i][0]] = kept[i]
         return kept

@@ -119,11 +119,12 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
             found = {owners[_summed(s)] for s in node.all_input_nodes} - {SHARED}
             owners[node] = found.pop() if len(found) == 1 else _MANY if found else SHARED
     for node in reversed(graph.nodes):
-        # A scalar from elsewhere that only one leaf reads is computed there.
+        # A scalar from elsewhere, or of its own, that only one leaf reads is computed there.
         readers = {owners[user] for user in node.users}
         owner = owners[node]
         from_many = owner == _MANY or (owner in apart and owner is not node and not unpacks(node))
-        if from_many and len(readers) == 1:
+        is_own = owner == SHARED and "entry" in node.meta
+        if (from_many or is_own) and len(readers) == 1:
             (reader,) = readers
             if reader not in (SHARED, _MANY) and reader not in apart:
                 owners[node] = reader

@@ -19,7 +19,7 @@ from chainrule.bridges.lowering.step_program import StepProgram
 
 def scalarise(program: StepProgram) -> StepProgram:
     """Before: elementwise arithmetic on vectors between `torch.stack` and `ops.unbind`. After, on a CPU: arithmetic on
-    their entries. (Elsewhere a vector is one launch, and its entries are views.)
+    their entries, each with `meta["entry"]`. (Elsewhere a vector is one launch, and its entries are views.)
     """
     if not program.on_cpu:
         return program
@@ -33,7 +33,9 @@ def scalarise(program: StepProgram) -> StepProgram:
         whole = value_of(vector)
         if id(whole) not in entry_of:
             entry_of[id(whole)] = whole.new_empty(())
-        return mark_like(graph.call_function(target, args, kwargs), vector, entry_of[id(whole)])
+        node = mark_like(graph.call_function(target, args, kwargs), vector, entry_of[id(whole)])
+        node.meta["entry"] = True
+        return node
 
     def entries_of(vector: fx.Node) -> list[Any]:
         if vector not in entries and vector.op == "get_attr":
