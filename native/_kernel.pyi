@@ -179,7 +179,7 @@ def scalar_ops() -> list[str]:
     """The operations: torch's name and the type of the operands, f, i or b."""
 
 class Launches:
-    """Calls of one compiled function without a result, one after the other, each with arguments of 64 bits.
+    """Calls of one compiled function without a result, each with arguments of 64 bits.
 
     Args:
         function: its address, which the caller vouches for, as for the memory of the tensors.
@@ -194,9 +194,22 @@ class Launches:
     def __init__(
         self, function: int, rows: Sequence[Sequence[int]], numbers: Sequence[int], tensors: int
     ) -> None: ...
-    def run(self, pointers: Sequence[int]) -> None:
-        """Makes the calls, without the GIL.
+    def run(self, pointers: Sequence[int], threads: int = 1) -> None:
+        """Makes the calls, without the GIL, at most so many at a time.
 
         Raises:
-            ValueError: another number of pointers; nothing has been called.
+            ValueError: another number of pointers, or of threads than 1 to 1024; nothing has been called.
         """
+
+def threefry2x32(
+    words: Sequence[int], steps: Sequence[int], first: int, second: int, count: int
+) -> None:
+    """Threefry-2x32 on uint32 words in int64, which the caller vouches for.
+
+    Args:
+        words: addresses of the two words of the key and the two of the counter.
+        steps: of each of them, 1, or 0 where one word is for all.
+        first: address of `count` words that it writes.
+        second: of the others.
+        count: how many blocks.
+    """

@@ -24,6 +24,8 @@ from chainrule.native import _kernel
 
 _LARGE = 1 << 16
 """From this many elements on, a piece is compiled for all threads."""
+_A_THREADS_WORK = 1 << 16
+"""So many elements of small pieces are worth a thread."""
 
 
 def inductor_calls(program: StepProgram, registers: Registers) -> Emitted:
@@ -68,7 +70,10 @@ def _is_stack(piece: Piece) -> bool:
     (node, *others) = piece.nodes
     if node.target is not torch.stack or others or not is_apart(node):
         return False
-    return all(value_of(x).ndim == 0 and value_of(x).dtype == value_of(node).dtype for x in args_of(node)[0])
+    return all(
+        value_of(x).ndim == 0 and value_of(x).dtype == value_of(node).dtype
+        for x in args_of(node)[0]
+    )
 
 
 def _compiles(piece: Piece) -> bool:
@@ -91,13 +96,18 @@ def _calls(
         if function is None or len(compiled) == 1:
             calls += compiled
         else:
-            calls.append(_Launched(function, compiled))
+            calls.append(_Launched(function, compiled, not large and _is_pure(alike[0])))
     return calls
 
 
 def _is_large(piece: Piece) -> bool:
     sizes = [t.numel() for t in map(value_of, piece.inputs) if isinstance(t, Tensor)]
     return max(sizes, default=0) >= _LARGE
+
+
+def _is_pure(piece: Piece) -> bool:
+    """Whether calls may run at the same time: code of Inductor tells of an integer divided by 0 in a global."""
+    return not any(n.target in (ops.int_div, ops.int_rem) for n in piece.nodes)
 
 
 def _plain(piece: Piece, registers: Registers) -> Call:
@@ -178,8 +188,9 @@ class _Launched:
     steps, since nothing reads them after its step.
     """
 
-    def __init__(self, function: Function, calls: Sequence[_CompiledCall]):
+    def __init__(self, function: Function, calls: Sequence[_CompiledCall], parallel: bool):
         self.function, self.calls = function, calls
+        self.work = sum(call.size for call in calls) if parallel else 0
         self.scalars: dict[int, Tensor] = {}
         self.results: dict[int, Tensor] = {}
         """By the register that gets it each step: the same scalar, or a new tensor like this one."""
@@ -229,6 +240,10 @@ class _Launched:
         self.launches = _kernel.Launches(self.function.address, rows, numbers, len(position))
         self.contiguous = contiguous
 
+    def threads(self) -> int:
+        """On how many threads to run."""
+        return max(1, min(torch.get_num_threads(), self.work // _A_THREADS_WORK))
+
     def __call__(self, memory: list[Any]) -> None:
         for register, scalar in self.scalars.items():
             memory[register] = scalar
@@ -238,6 +253,6 @@ class _Launched:
         contiguous = list(map(Tensor.is_contiguous, tensors))
         if contiguous != self.contiguous:
             self._sort(contiguous)
-        self.launches.run(list(map(Tensor.data_ptr, tensors)))
+        self.launches.run(list(map(Tensor.data_ptr, tensors)), self.threads())
         for call in self.apart:
             call(memory)

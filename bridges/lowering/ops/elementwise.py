@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from chainrule.native import _kernel
+
 
 def sign(x: Tensor) -> Tensor:
     """-1, 0 or 1, and NaN for NaN (torch.sign gives 0)."""
@@ -143,8 +145,12 @@ _WORD = 0xFFFF_FFFF
 def threefry2x32(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """The 20-round Threefry-2x32 block cipher on uint32 words held in int64.
 
-    J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11.
+    J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11. On the CPU the kernel's: here it is a hundred
+    calls of torch.
     """
+    words = (k0, k1, x0, x1)
+    if _kernel is not None and all(type(x) is Tensor and x.is_cpu for x in words):
+        return _threefry_of_the_kernel(words)
     keys = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
     x0, x1 = (x0 + k0) & _WORD, (x1 + k1) & _WORD
     for i in range(5):
@@ -154,6 +160,17 @@ def threefry2x32(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor
         x0 = (x0 + keys[(i + 1) % 3]) & _WORD
         x1 = (x1 + keys[(i + 2) % 3] + (i + 1)) & _WORD
     return x0, x1
+
+
+def _threefry_of_the_kernel(words: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(*(x.shape for x in words))
+    first, second = (torch.empty(shape, dtype=torch.int64) for _ in range(2))
+    count = first.numel()
+    given = [(x if x.numel() == 1 else x.expand(shape)).contiguous() for x in words]
+    steps = [int(x.numel() > 1) for x in given]
+    pointers = [x.data_ptr() for x in given]
+    _kernel.threefry2x32(pointers, steps, first.data_ptr(), second.data_ptr(), count)
+    return first, second
 
 
 def iota_2x32(

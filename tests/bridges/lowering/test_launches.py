@@ -1,11 +1,19 @@
 """Compiled pieces of many leaves in one loop."""
 
+import optax
 import pytest
 import torch
 
 from chainrule import TorchBridge, chains
+from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends import compile, inductor
+from chainrule.bridges.lowering.ops import elementwise
 from chainrule.native import _kernel
+
+
+def magma(rate):
+    return chains.magma(optax.adamw(rate))
+
 
 SHAPES = [(3, 4), (4, 3), (5,), (2, 3, 2)]
 
@@ -43,6 +51,55 @@ def trained(chain):
     return [p.detach().contiguous() for p in params]
 
 
+@pytest.mark.parametrize("chain", [chains.stam, magma])
+def test_a_step_is_the_same_on_any_number_of_threads(chain, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(inductor, "_A_THREADS_WORK", 1)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(trained(chain(1e-2)))
+        finally:
+            torch.set_num_threads(before)
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(one, many, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [chains.stam, magma], ids=["stam", "magma"])
+def test_results_lie_where_what_they_replace_was(make):
+    """Of stam nothing is copied at the end of a step; of magma the one mask that a vector hands each leaf."""
+    params = [torch.nn.Parameter(torch.ones(s)) for s in [*SHAPES, *SHAPES]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = TorchBridge(make(1e-2), params, compile=True)
+    optimizer.step()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    copies = sum(e.count for e in profile.key_averages() if e.key == "aten::copy_")
+    assert copies <= (len(params) + 2 if make is magma else 0)
+
+
+def test_scalars_are_made_in_the_vector_that_they_are_stacked_to():
+    params = [torch.nn.Parameter(torch.ones(s)) for s in [*SHAPES, *SHAPES]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = TorchBridge(chains.casmo(1e-2), params, compile=True)
+    optimizer.step()
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert not {"aten::stack", "aten::cat"} & {e.key for e in profile.key_averages()}
+
+
+def test_words_of_randomness_are_those_of_torch(monkeypatch):
+    words = torch.randint(0, 2**32, (3, 7), generator=torch.Generator().manual_seed(0))
+    given = (torch.tensor(2**32 - 1), words[0], words[1, :1], words[2])
+    ours = ops.threefry2x32(*given)
+    monkeypatch.setattr(elementwise, "_kernel", None)
+    for x, y in zip(ours, ops.threefry2x32(*given), strict=True):
+        assert x.equal(y)
+
+
 def test_what_a_loop_refuses():
     with pytest.raises(ValueError, match="function: must be the address of one, got null"):
         _kernel.Launches(0, [], [], 1)
@@ -52,3 +109,5 @@ def test_what_a_loop_refuses():
         _kernel.Launches(1, [[0] * 65], [], 1)
     with pytest.raises(ValueError, match="pointers: must be 2, one for each tensor, got 1"):
         _kernel.Launches(1, [], [], 2).run([1])
+    with pytest.raises(ValueError, match=r"threads: must be in \[1, 1024\], got 0"):
+        _kernel.Launches(1, [], [], 0).run([], 0)
