@@ -22,7 +22,7 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks docs sanitize bench
+.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks docs sanitize bench dist
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -86,6 +86,14 @@ sanitize: $(VENV)/.dev  ## address and undefined-behaviour sanitizers over the k
 
 bench: $(VENV)/.dev  ## the speed ratios of the README
 	for script in benchmarks/speed/*.py; do $(BIN)/python "$$script" || exit 1; done
+
+dist: $(VENV)/.dev  ## sdist and wheel in build/dist; doctor and demo run where nothing but the wheel is installed
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+	$(PYTHON) -m venv build/dist/venv
+	build/dist/venv/bin/python -m pip install --quiet build/dist/*.whl
+	build/dist/venv/bin/chainrule doctor
+	build/dist/venv/bin/chainrule demo --quick
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
