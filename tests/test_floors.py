@@ -60,3 +60,11 @@ def test_a_framework_is_imported_by_the_files_of_its_own_bridge() -> None:
     for path in (ROOT / "bridges").glob("*.py"):
         found = {name.partition(".")[0] for name in imports(path)} & {"keras", "tensorflow"}
         assert not found or path.name.startswith("keras_"), f"{path.name} imports {found}"
+
+
+def test_what_jax_may_take_away_is_imported_where_the_rest_works_without_it() -> None:
+    """JAX 0.11 took `jax.experimental.shard_alike` away, and with it `import chainrule`."""
+    for path in FILES:
+        found = [n for n in imports(path) if n.startswith(("jax.experimental", "jax._src"))]
+        only_here = ["jax.experimental.jax2tf"] if path.name == "keras_on_tensorflow.py" else []
+        assert found == only_here, f"{path.name} imports {found}"
