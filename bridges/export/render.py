@@ -170,6 +170,8 @@ def _add(name: str, module: Any, found: dict[str, str]) -> None:
         )
         if not is_it or name in found:
             continue
+        if isinstance(statement, ast.FunctionDef):
+            statement.decorator_list = []  # such as the way to the kernel, which a file does not have
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and node.id != name and node.id in vars(module):
                 _add(node.id, module, found)

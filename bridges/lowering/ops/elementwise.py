@@ -3,8 +3,9 @@
 Unsigned integers are held in a wider signed dtype (see `arrays`); `bits` arguments say how many are real.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -142,15 +143,28 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _WORD = 0xFFFF_FFFF
 
 
+_Words = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _by_the_kernel(plain: _Words) -> _Words:
+    """On the CPU the kernel makes the words, without a hundred calls of torch; an exported file has the plain form."""
+
+    @functools.wraps(plain)
+    def words_of(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        words = (k0, k1, x0, x1)
+        if _kernel is not None and all(type(x) is Tensor and x.is_cpu for x in words):
+            return _threefry_of_the_kernel(words)
+        return plain(*words)
+
+    return words_of
+
+
+@_by_the_kernel
 def threefry2x32(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """The 20-round Threefry-2x32 block cipher on uint32 words held in int64.
 
-    J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11. On the CPU the kernel's: here it is a hundred
-    calls of torch.
+    J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11.
     """
-    words = (k0, k1, x0, x1)
-    if _kernel is not None and all(type(x) is Tensor and x.is_cpu for x in words):
-        return _threefry_of_the_kernel(words)
     keys = (k0, k1, k0 ^ k1 ^ 0x1BD11BDA)
     x0, x1 = (x0 + k0) & _WORD, (x1 + k1) & _WORD
     for i in range(5):
