@@ -77,7 +77,8 @@ def test_every_arm_makes_a_step(name):
         new, _, curves, measures[arm.name] = jax.eval_shape(
             chunk, hyper, params, state, drawn, task.data, 0
         )
-        assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, params), arm.name
+        shapes = [[np.shape(x) for x in jax.tree.leaves(tree)] for tree in (new, params)]
+        assert shapes[0] == shapes[1] and jax.tree.structure(new) == jax.tree.structure(params)
         wanted = {experiment.tune_on.name, *(m.name for m in experiment.metrics)}
         assert wanted <= {*curves, *experiment.summaries}, arm.name
 
