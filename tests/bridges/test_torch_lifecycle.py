@@ -395,8 +395,8 @@ def left_for_the_collector(make: Any, count: int, compile: bool) -> int:
     [
         (lambda: optax.adamw(0.1), False),
         (lambda: optax.sgd(0.1, momentum=0.9), True),
-        (lambda: chains.stam(0.1), False),
-        (lambda: chains.cosmic(0.1), False),
+        pytest.param(lambda: chains.stam(0.1), False, marks=pytest.mark.slow),
+        pytest.param(lambda: chains.cosmic(0.1), False, marks=pytest.mark.slow),
     ],
     ids=["adamw", "sgd-compiled", "stam", "cosmic"],
 )

@@ -80,6 +80,7 @@ def test_parameters_move_as_in_jax() -> None:
     assert bridge.metrics()["tier_occupancy"] == chainrule.metrics(state)["tier_occupancy"]
 
 
+@pytest.mark.slow
 def test_moves_keep_the_width_of_float64_parameters() -> None:
     tx = cosmic(bits=4, block=4)
     params = {name: nn.Parameter(p.detach().double()) for name, p in parameters().items()}

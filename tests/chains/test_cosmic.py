@@ -56,6 +56,7 @@ def batches(steps):
         yield window[:, :-1], window[:, 1:]
 
 
+@pytest.mark.slow
 def test_a_language_model_learns_within_a_thousandth_of_adamws_state():
     model = language_model()
     adamw = 2 * sum(p.nbytes for p in model.parameters())  # two moments

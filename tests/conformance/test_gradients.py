@@ -53,6 +53,7 @@ def test_gradients_through_an_update_are_finite(case):
             assert np.all(np.isfinite(x[index])), f"{corner}: {jax.tree_util.keystr(path)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("atom", [transforms.orthograd, transforms.scale_by_adam])
 def test_away_from_the_corners_they_are_right(atom):
     tx = atom()

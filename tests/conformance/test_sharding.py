@@ -29,6 +29,7 @@ def run(devices: int, *command: str) -> list[str]:
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_case_on_two_devices():
     assert run(2, "two_devices.py") == [case.name for case in CASES]
 

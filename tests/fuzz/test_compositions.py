@@ -54,7 +54,9 @@ def shuffled(part: str) -> list[str]:
     return links
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))]
+)
 def test_a_hundred_compositions(part: int) -> None:
     search(f"fast {part}", 25, shuffled("fast")[part::4])
 

@@ -36,6 +36,7 @@ def run(scenarios: str, ranks: int, folder: Path, script: Path = TRAINED) -> Non
     assert not failed, failed[0][-3000:]
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_when_parameters_are_exchanged(tmp_path):
     run("exchanged", 2, tmp_path)
 
