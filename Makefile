@@ -22,10 +22,10 @@ INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt native/*.cc n
 install = $(BIN)/python -m pip install --quiet --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks docs sanitize bench dist
+.PHONY: help demo test coverage dev lint types doctest slow long golden everywhere versions clients keras notebooks docs a11y sanitize bench dist
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo  ## three mechanisms at work, and every chain beside optax.adamw; table and demo.png
 	$(BIN)/chainrule demo
@@ -78,8 +78,13 @@ keras: $(VENV)/.dev  ## the Keras bridge, one process a backend (BACKENDS="jax t
 notebooks: $(VENV)/.dev  ## execute every notebook, and every script of notebooks/scripts at a tiny size
 	KERAS_BACKEND=jax $(BIN)/python notebooks/run.py
 
-docs: $(VENV)/.dev  ## the site in build/site, warnings are errors
+docs: $(VENV)/.dev  ## the site in build/site; warnings are errors, and so are links into nothing
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
+	$(BIN)/python docs/check_links.py build/site
+
+a11y: docs  ## axe-core over every page of the site (needs node and npm)
+	npm install --silent --no-audit --no-fund --prefix build/a11y axe-core@4.14.1 jsdom@26.1.0
+	node docs/a11y.mjs build/site build/a11y
 
 sanitize: $(VENV)/.dev  ## address and undefined-behaviour sanitizers over the kernel
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/sanitize.sh

@@ -1,12 +1,16 @@
 """Pages made of the code: the reference from docstrings, pictures of chains, and what stands elsewhere in the tree."""
 
 import ast
+import html
 import importlib
 import inspect
 import itertools
+import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 from typing import Any
 
 from chainrule import chains, pictures
@@ -39,6 +43,8 @@ def write(folder: pathlib.Path) -> None:
         f"*reads* is what a link takes by name, *keeps* the moments that later links may read.\n\n{gallery}\n",
     )
     _save(folder / "evidence.md", _evidence(folder))
+    _save(folder / "performance.md", _performance())
+    _save(folder / "command.md", _command())
     _save(folder / "changelog.md", (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](../"))
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
     _save(folder / "contributing.md", contributing.replace("](docs/", "](../"))
@@ -58,6 +64,47 @@ def _evidence(folder: pathlib.Path) -> str:
     where = os.path.relpath(results, folder)
     text = re.sub(r'<a id="(e\d+)"></a>\n', r"(\1)=\n", text)
     return re.sub(r"\]\((E\d+\.png)\)", rf"]({where}/\1)", text)
+
+
+def _performance() -> str:
+    """The rows that the speed tables printed, of every file that `--json` made."""
+    parts = [
+        "# Speed\n\nMilliseconds a step, and ratios of one run: medians over rounds in which contenders take turns. "
+        "Another machine gives other figures; `chainrule bench` has the same tables there."
+    ]
+    for path in sorted((ROOT / "benchmarks" / "speed" / "results").glob("*.json")):
+        for table, found in json.loads(path.read_text()).items():
+            machine, used = found["processor"], found["versions"]
+            rows = [
+                f"| {row['name']} | {row['ms']:.2f} | {_ratio(row['ratio'])} | {row['against']} |"
+                for row in found["rows"]
+            ]
+            parts.append(
+                f"## {path.stem}, {table}\n\n`chainrule bench {path.stem}`: {found['title']}, on {machine['name']} "
+                f"({machine['cores']} cores), {', '.join(f'{name} {version}' for name, version in used.items())}.\n\n"
+                "| | ms | ratio | to |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
+            )
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _command() -> str:
+    """What `chainrule --help` says, command by command, written by Typer."""
+    command = [
+        sys.executable,
+        "-m",
+        "typer",
+        "chainrule.cli",
+        "utils",
+        "docs",
+        "--name",
+        "chainrule",
+    ]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return html.unescape(made).replace("# `chainrule`", "# The command line", 1)
 
 
 def _page(module: str, summary: str) -> str:

@@ -286,8 +286,7 @@ def test_the_command(capsys, monkeypatch):
     assert "ms" in shown
     assert main(["plan", "chains.nothing()", "gpt2-small"]) == 2
     assert "chains has no public 'nothing'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["plan", chain, "gpt2-small", "--bandwidth", "0"])
+    assert main(["plan", chain, "gpt2-small", "--bandwidth", "0"]) == 2
 
 
 def test_it_is_found_in_the_package():

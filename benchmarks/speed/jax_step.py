@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).parent))
+from results import keep, row
 from shapes import LISTS
 
 from chainrule import chains
@@ -105,6 +106,7 @@ def main(argv=None):
         "--list", choices=["gpt", "small"], default="gpt", help="parameter list (default gpt)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="rounds counted (default 15)")
+    parser.add_argument("--json", type=Path, help="also keep the rows there")
     parser.add_argument("--only", nargs="*", help="names of contenders to time beside optax.adamw")
     args = parser.parse_args(argv)
 
@@ -125,15 +127,17 @@ def main(argv=None):
                 times[name].append(seconds)
     base = times[rows[0][0]]
     count = sum(int(np.prod(s)) for s in shapes)
-    print(
-        f"{args.list}: {len(shapes)} tensors, {count / 1e6:.2f}M parameters, "
-        f"{jax.default_backend()}, {args.rounds} rounds"
-    )
+    title = f"{len(shapes)} tensors, {count / 1e6:.2f}M parameters, {args.rounds} rounds"
+    print(f"{args.list}: {title}, {jax.default_backend()}")
+    kept = []
     print(f"{'':24}{'ms':>9}{'ratio':>8}{'target':>8}")
     for name, _, limit in rows:
         ratio = statistics.median(t / b for t, b in zip(times[name], base, strict=True))
         target = "" if limit is None else f"{limit:.2f}"
-        print(f"{name:24}{statistics.median(times[name]) * 1e3:9.2f}{ratio:8.2f}{target:>8}")
+        ms = statistics.median(times[name]) * 1e3
+        print(f"{name:24}{ms:9.2f}{ratio:8.2f}{target:>8}")
+        kept.append(row(name, ms, ratio, rows[0][0]))
+    keep(args.json, args.list, title, kept)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).parent))
+from results import keep, row
 from shapes import MATRICES
 
 from chainrule import chains
@@ -133,12 +134,14 @@ def show_accuracy():
     print("error: largest difference from float64, over the largest entry")
 
 
-def show_times(rounds):
+def show_times(rounds, json_path):
     rng = np.random.default_rng(0)
     grads = [rng.standard_normal(shape, np.float32) for shape in MATRICES]
     seen = times(dict(contenders(grads)), rounds)
     ours = [seen[name] for name in ("chains.muon", "chains.muon, bfloat16")]
-    print(f"{len(MATRICES)} matrices, {jax.default_backend()}, {rounds} rounds")
+    title = f"{len(MATRICES)} matrices, {rounds} rounds"
+    print(f"{title}, {jax.default_backend()}")
+    rows = []
     print(f"{'':26}{'ms':>8}{'CPU ms':>8}{'float32 / it':>14}{'bfloat16 / it':>15}{'target':>8}")
     for name, its in seen.items():
         wall, cpu = (statistics.median(t[i] for t in its) * 1e3 for i in (0, 1))
@@ -147,6 +150,9 @@ def show_times(rounds):
         )
         target = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
         print(f"{name:26}{wall:8.0f}{cpu:8.0f}{full:14.2f}{half:15.2f}{target:>8}")
+        for our, ratio in (("chains.muon", full), ("chains.muon, bfloat16", half)):
+            rows.append(row(our, statistics.median(t[0] for t in seen[our]) * 1e3, ratio, name))
+    keep(json_path, "muon", title, rows)
 
 
 def main(argv=None):
@@ -154,12 +160,13 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=9, help="rounds counted (default 9)")
+    parser.add_argument("--json", type=Path, help="also keep the times there")
     parser.add_argument("--no-accuracy", action="store_true", help="times only")
     parser.add_argument("--no-times", action="store_true", help="accuracy only")
     args = parser.parse_args(argv)
 
     if not args.no_times:
-        show_times(args.rounds)
+        show_times(args.rounds, args.json)
     if not args.no_accuracy:
         show_accuracy()
 

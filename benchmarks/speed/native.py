@@ -25,6 +25,7 @@ import optax
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from results import keep, row
 from shapes import GPT
 
 import chainrule
@@ -157,7 +158,9 @@ def chain_in_jit(title: str, sizes: list[int], rounds: int) -> None:
             print(f"{label:44}{ms[0]:11.2f}{ms[1]:9.2f}{share:8.2f}{0.3:9.2f}")
 
 
-def bridge_against_torch(rounds: int, shapes: list[tuple[int, ...]]) -> None:
+def bridge_against_torch(
+    rounds: int, shapes: list[tuple[int, ...]], json_path: Path | None
+) -> None:
     """`TorchBridge(chains.cosmic(...))` against `torch.optim.AdamW(fused=True)`, a whole step."""
     torch.manual_seed(0)
     # A vector's gradient sums over every token, a matrix's is spread over its rows: so tiers fall in training.
@@ -186,6 +189,7 @@ def bridge_against_torch(rounds: int, shapes: list[tuple[int, ...]]) -> None:
         f"\nTorchBridge(chains.cosmic(...)), gpt: {len(shapes)} tensors, {count / MILLION:.1f}M float32"
     )
     print(f"{'':22}{'ms':>9}{'against':>20}{'ratio':>8}{'at most':>9}")
+    rows = []
     for name, yardstick, target in (
         ("torch AdamW fused", None, None),
         ("all in tier 2", "torch AdamW fused", 1.5),
@@ -194,8 +198,11 @@ def bridge_against_torch(rounds: int, shapes: list[tuple[int, ...]]) -> None:
     ):
         line = f"{name:22}{statistics.median(times[name]) * 1e3:9.2f}"
         if yardstick is not None:
-            line += f"{yardstick:>20}{ratio(times[name], times[yardstick]):8.2f}{target:9.2f}"
+            share = ratio(times[name], times[yardstick])
+            line += f"{yardstick:>20}{share:8.2f}{target:9.2f}"
+            rows.append(row(name, statistics.median(times[name]) * 1e3, share, yardstick))
         print(line)
+    keep(json_path, "cosmic", f"{len(shapes)} tensors, {count / MILLION:.1f}M parameters", rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -204,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a quarter of the sizes, 3 rounds")
     parser.add_argument("--rounds", type=int, help="rounds counted (default 15, 3 with --quick)")
+    parser.add_argument("--json", type=Path, help="also keep the last table there")
     args = parser.parse_args(argv)
     rounds = args.rounds or (3 if args.quick else 15)
     share = 4 if args.quick else 1
@@ -215,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     kernel_against_torch("gpt", sizes[2:] if args.quick else sizes, rounds)
     chain_in_jit("flat", [20 * MILLION // share], rounds)
     chain_in_jit("gpt", sizes[2:] if args.quick else sizes, rounds)
-    bridge_against_torch(2 * rounds, GPT[2:] if args.quick else GPT)
+    bridge_against_torch(2 * rounds, GPT[2:] if args.quick else GPT, args.json)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import optax
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from results import keep, row
 from shapes import LISTS, MATRICES
 
 from chainrule import TorchBridge, chains
@@ -130,7 +131,9 @@ def parameters(shapes: Sequence[tuple[int, ...]], grads: list[torch.Tensor]):
     return params
 
 
-def show_steps(title: str, shapes, contenders: list[Contender], rounds: int, inner: int) -> None:
+def show_steps(
+    table: str, shapes, contenders: list[Contender], inner: int, rounds: int, json_path: Path | None
+) -> None:
     """Times `rounds` turns of `inner` steps each."""
     generator = torch.Generator().manual_seed(0)
     grads = [torch.empty(shape).normal_(0, 1e-2, generator=generator) for shape in shapes]
@@ -144,7 +147,9 @@ def show_steps(title: str, shapes, contenders: list[Contender], rounds: int, inn
             if round_ >= 2:  # compiled, and the memory touched
                 times[name].append((time.perf_counter() - start) / inner)
     count = sum(map(math.prod, shapes))
-    print(f"\n{title}: {len(shapes)} tensors, {count / 1e6:.2f}M parameters, {rounds} rounds")
+    title = f"{len(shapes)} tensors, {count / 1e6:.2f}M parameters, {rounds} rounds"
+    print(f"\n{table}: {title}")
+    rows = []
     print(f"{'':34}{'ms':>9}{'ratio':>8}{'to':>18}{'target':>8}")
     for c in contenders:
         pairs = zip(times[c.name], times[c.yardstick], strict=True)
@@ -152,6 +157,8 @@ def show_steps(title: str, shapes, contenders: list[Contender], rounds: int, inn
         ms = statistics.median(times[c.name]) * 1e3
         target = "" if c.target is None else f"{c.target:.2f}"
         print(f"{c.name:34}{ms:9.2f}{ratio:8.2f}{c.yardstick:>18}{target:>8}", flush=True)
+        rows.append(row(c.name, ms, ratio, c.yardstick))
+    keep(json_path, table, title, rows)
 
 
 def first_step(listed: str) -> None:
@@ -170,7 +177,8 @@ def first_step(listed: str) -> None:
     print(json.dumps({n: b - a for n, a, b in zip(names, times, times[1:], strict=False)}))
 
 
-def show_compilation() -> None:
+def show_compilation(json_path: Path | None) -> None:
+    rows = []
     print("\nFrom the constructor to the end of the first compiled step of optax.adamw, seconds")
     print("imports: of torch's own compiler, which any `torch.compile` pays; not in the sum")
     print(f"{'':14}{'imports':>9}{'lowering':>10}{'compiling':>11}{'sum':>7}{'target':>8}")
@@ -188,6 +196,8 @@ def show_compilation() -> None:
                     f"{seconds['compiling']:11.2f}{total:7.2f}{target:8}",
                     flush=True,
                 )
+                rows.append(row(label, 1e3 * total))
+    keep(json_path, "compilation", "the first compiled step of optax.adamw", rows)
 
 
 def show_lowering() -> None:
@@ -206,24 +216,27 @@ def show_lowering() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    def steps(title: str, contenders: Callable[[str], list[Contender]], listed: str, rounds: int):
+    def steps(table: str, contenders: Callable[[str], list[Contender]], listed: str, *how: Any):
         inner = 20 if listed == "small" else 1
-        show_steps(f"{title}, {listed}", LISTS[listed], contenders(listed), rounds, inner)
+        show_steps(table, LISTS[listed], contenders(listed), inner, *how)
 
-    tables: dict[str, Callable[[int], None]] = {
-        f"{title}-{listed}": partial(steps, title, contenders, listed)
+    tables: dict[str, Callable[[int, Path | None], None]] = {
+        f"{title}-{listed}": partial(steps, f"{title}-{listed}", contenders, listed)
         for title, contenders in (("adamw", adamw), ("chains", ours))
         for listed in ("gpt", "small")
     }
-    tables["muon"] = lambda rounds: show_steps("muon", MATRICES, muon(), min(rounds, 9), 1)
-    tables["compilation"] = lambda _: show_compilation()
-    tables["lowering"] = lambda _: show_lowering()
+    tables["muon"] = lambda rounds, path: show_steps(
+        "muon", MATRICES, muon(), 1, min(rounds, 9), path
+    )
+    tables["compilation"] = lambda rounds, path: show_compilation(path)
+    tables["lowering"] = lambda rounds, path: show_lowering()
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("tables", nargs="*", help=f"of {', '.join(tables)}; default all")
     parser.add_argument("--rounds", type=int, default=15, help="rounds counted (default 15)")
+    parser.add_argument("--json", type=Path, help="also keep the rows of step times there")
     parser.add_argument("--first-step", choices=LISTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.first_step:
@@ -235,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
     for name, show in tables.items():
         if not args.tables or name in args.tables or name.split("-")[0] in args.tables:
-            show(args.rounds)
+            show(args.rounds, args.json)
 
 
 if __name__ == "__main__":

@@ -1,124 +1,28 @@
-"""The `chainrule` command: `list` and `show` say what there is, `demo` trains with every chain, `plan` says what one
-costs on a model, `export` writes it as a file of torch code, `convert` moves states between libraries, `evidence` tests
-claims, `bench` measures speed, `doctor` says what is installed."""
+"""The `chainrule` command: what there is, what it costs, what it does, and whether it works here."""
 
-import argparse
+import functools
 import importlib.util
 import pathlib
 import subprocess
 import sys
-from typing import Any, NoReturn
+from typing import Annotated, Any
+
+import typer
 
 import chainrule
 from chainrule.expression import chain_of
 from chainrule.models import MODELS
 
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
-
-
-def _named(text: str) -> str:
-    from chainrule.catalogue import found
-
-    try:
-        found(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    whole = _Parser(prog="chainrule", description=__doc__)
-    whole.add_argument("--version", action="version", version=f"chainrule {chainrule.__version__}")
-    commands = whole.add_subparsers(dest="command", required=True)
-
-    demo = commands.add_parser(
-        "demo",
-        help="watch three mechanisms at work on digits, then see which chain differs from optax.adamw",
-        description="Trains a small network on digits, of which 30 %% are labelled "
-        "wrong. First measures CASMO's AGAR, STAM's b1 and COSMIC's state while they train; then "
-        "trains with optax.adamw and every chain, each with its rate tuned, on the same seeds and "
-        "batches, and says which of them differ. Prints a table and saves a figure.",
-    )
-    demo.add_argument(
-        "--quick", action="store_true", help="1 learning rate, 2 seeds, 2 epochs: a smoke test"
-    )
-    demo.add_argument("--seeds", type=_count, help="runs of each chain (default 10)")
-    demo.add_argument("--epochs", type=_count, help="passes over the training split (default 40)")
-    demo.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("demo.png"),
-        help="figure (default demo.png)",
-    )
-    demo.add_argument("--json", type=pathlib.Path, help="also save every number there")
-
-    _add_show(commands)
-    _add_plan(commands)
-    _add_convert(commands)
-    _add_export(commands)
-    _add_evidence(commands)
-    _add_bench(commands)
-    commands.add_parser(
-        "doctor",
-        help="versions, kernel, devices, and the command that mends what is missing",
-        description="Prints versions, what the compiled kernel runs on, devices, whether a step works, and for each "
-        "extra that is not installed the command that installs it. Exit status 1 if a step does not work.",
-    )
-    return whole
-
-
-def _add_show(commands: Any) -> None:
-    listing = commands.add_parser(
-        "list",
-        help="chains and atoms, one line each",
-        description="Lists every chain and every atom with the first sentence of its documentation.",
-    )
-    listing.add_argument("--json", action="store_true", help="name, kind and summary as JSON")
-    show_parser = commands.add_parser(
-        "show",
-        help="a chain's or an atom's links, equations, hyperparameters, state, source and presets",
-        description="Without a name, lists the chains. With one, prints links or equations, hyperparameters with "
-        "defaults and ranges, bytes of state, source, and what its presets change.",
-    )
-    show_parser.add_argument(
-        "name",
-        nargs="?",
-        type=_named,
-        metavar="NAME",
-        help="a chain or an atom; transforms.orthograd for the atom that has a chain's name",
-    )
-    form = show_parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="the same, and what each argument means")
-    form.add_argument(
-        "--svg", action="store_true", help="a picture of the links, drawn from the code"
-    )
-    form.add_argument("--markdown", action="store_true", help="every chain's table of links")
-
-
-def _show(arguments: argparse.Namespace) -> str:
-    from chainrule import pictures, showing
-
-    if arguments.markdown:
-        return showing.markdown()
-    if arguments.name is None:
-        return showing.listed(as_json=True) if arguments.json else showing.chains_only()
-    if arguments.svg:
-        return pictures.svg(arguments.name).rstrip()
-    return showing.shown(arguments.name, as_json=arguments.json)
-
+app = typer.Typer(
+    name="chainrule",
+    help="An algebra of gradient transformations: look, plan, export, convert, measure.",
+    pretty_exceptions_enable=False,
+)
+tables = typer.Typer(
+    help="The speed tables, measured on this machine. What follows the name goes to the script of the source "
+    "tree, as in `chainrule bench jax --list gpt`. Without a name, lists the tables.",
+)
+app.add_typer(tables, name="bench", invoke_without_command=True)
 
 BENCHES = {
     "jax": "jitted steps of each chain against optax.adamw",
@@ -132,253 +36,358 @@ BENCHES = {
 }
 """The speed tables -> what each compares; `benchmarks/speed/` has a script for each."""
 
-
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="the speed tables, measured on this machine",
-        description="Runs a speed benchmark of the source tree; arguments after the name are the script's own, such "
-        "as `chainrule bench jax --list gpt`. Without a name, lists the tables.",
-    )
-    bench.add_argument("table", nargs="?", choices=list(BENCHES), help="which table")
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the script")
+Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    if arguments.table is None:
-        from chainrule.showing import columns
-
-        sys.stdout.write(columns([[name, what] for name, what in BENCHES.items()]) + "\n")
-        return 0
-    folder = pathlib.Path(chainrule.__file__).resolve().parents[2] / "benchmarks" / "speed"
-    names = {"native": "native.py"}
-    script = folder / names.get(arguments.table, f"{arguments.table}_step.py")
-    if not script.is_file():
-        sys.stderr.write(
-            "chainrule bench: the benchmarks are in the source tree, not in the wheel; clone the repository, then "
-            "`pip install -e .` in it\n"
-        )
-        return 1
-    return subprocess.run([sys.executable, str(script), *arguments.rest], check=False).returncode
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chainrule {chainrule.__version__}")
+        raise typer.Exit
 
 
-def _add_plan(commands: Any) -> None:
-    planned = commands.add_parser(
-        "plan",
-        help="what a chain costs on a model: state by link, memory traffic, collectives",
-        description="Prints what a chain will cost on a model before anything is allocated: the state by link and "
-        "field, what a step moves and computes, and on a mesh its collectives.",
+@app.callback()
+def chainrule_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Its version.")
+    ] = False,
+) -> None:
+    del version  # its callback ends the program
+
+
+def _known(name: str | None) -> str | None:
+    from chainrule.catalogue import found
+
+    if name is not None:
+        try:
+            found(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return name
+
+
+def _names(incomplete: str) -> list[str]:
+    from chainrule.catalogue import atoms
+
+    known = dict.fromkeys([*chainrule.chains.__all__, *atoms()])
+    return [name for name in known if name.startswith(incomplete)]
+
+
+def _at_most_one(**given: bool) -> None:
+    chosen = [f"--{name}" for name, there in given.items() if there]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"{' and '.join(chosen)} exclude each other; give one of them")
+
+
+@app.command("list")
+def list_command(json: Json = False) -> None:
+    """Every chain and every atom, with the first sentence of its documentation."""
+    from chainrule import showing
+
+    typer.echo(showing.listed(as_json=json))
+
+
+@app.command()
+def show(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            callback=_known,
+            autocompletion=_names,
+            help="A chain or an atom; `transforms.orthograd` for the atom that has a chain's name.",
+        ),
+    ] = None,
+    json: Json = False,
+    svg: Annotated[
+        bool, typer.Option("--svg", help="A picture of the links, drawn from the code.")
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Every chain's table of links.")
+    ] = False,
+) -> None:
+    """A chain's or an atom's links, equations, hyperparameters with defaults and ranges, state, source and presets.
+
+    Without a name, lists the chains.
+    """
+    from chainrule import pictures, showing
+
+    _at_most_one(json=json, svg=svg, markdown=markdown)
+    if markdown:
+        typer.echo(showing.markdown())
+    elif name is None:
+        typer.echo(showing.listed(as_json=True) if json else showing.chains_only())
+    elif svg:
+        typer.echo(pictures.svg(name).rstrip())
+    else:
+        typer.echo(showing.shown(name, as_json=json))
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One rate, 2 seeds, 2 epochs: a smoke test.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each chain (10).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training split (40).")
+    ] = None,
+    out: Annotated[pathlib.Path, typer.Option(help="The figure.")] = pathlib.Path("demo.png"),
+    json: Annotated[
+        pathlib.Path | None, typer.Option("--json", help="Also save every number there.")
+    ] = None,
+) -> None:
+    """Three mechanisms at work on digits, then every chain against optax.adamw.
+
+    Trains a small network on digits, of which 30 % are labelled wrong. First measures CASMO's AGAR, STAM's b1 and
+    COSMIC's state while they train; then trains with optax.adamw and every chain, each with its rate tuned, on the same
+    seeds and batches, and says which of them differ. Prints a table and saves a figure.
+    """
+    from chainrule import demo
+
+    demo.main(
+        quick=quick,
+        seeds=seeds or (2 if quick else 10),
+        epochs=epochs or (2 if quick else 40),
+        out=out,
+        json_path=json,
     )
-    planned.add_argument(
-        "chain", help='such as "chains.stam(learning_rate=3e-4)" or "optax.adamw(1e-3)"'
-    )
-    planned.add_argument(
-        "model", help=f"{', '.join(MODELS)}, or the path of a state dict (.safetensors, .pt)"
-    )
-    planned.add_argument("--mesh", help="such as fsdp=8 or dp=2,tp=4")
-    planned.add_argument("--dtype", help="of parameters and gradients, such as bfloat16")
-    planned.add_argument(
-        "--bandwidth", type=_gigabytes, metavar="GB/s", help="of memory, for the time of a step"
-    )
-    planned.add_argument(
-        "--network", type=_gigabytes, metavar="GB/s", help="that a device sends, likewise"
-    )
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, kernel, devices, whether a step works, and the command that mends what is missing."""
+    from chainrule import doctor
+
+    text, works = doctor.report()
+    typer.echo(text)
+    raise typer.Exit(0 if works else 1)
 
 
 def _gigabytes(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be greater than 0, got {value}")
+        raise typer.BadParameter(f"must be greater than 0, got {text}")
     return 1e9 * value
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    try:
-        found = chainrule.plan(
-            chain_of(arguments.chain),
-            arguments.model,
-            mesh=arguments.mesh,
-            dtype=arguments.dtype,
-            bandwidth=arguments.bandwidth,
-            network=arguments.network,
-        )
-    except (TypeError, ValueError) as error:
-        sys.stderr.write(f"chainrule plan: {error}\n")
-        return 2
+Rate = functools.partial(typer.Option, parser=_gigabytes, metavar="GB/s")
+
+
+@app.command()
+def plan(
+    chain: Annotated[
+        str,
+        typer.Argument(help='Such as "chains.stam(learning_rate=3e-4)" or "optax.adamw(1e-3)".'),
+    ],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help=f"{', '.join(MODELS)}, or the path of a state dict (.safetensors, .pt)."
+        ),
+    ],
+    mesh: Annotated[str | None, typer.Option(help="Such as fsdp=8 or dp=2,tp=4.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of parameters and gradients, such as bfloat16.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, Rate(help="Rate of the memory, for the time of a step.")
+    ] = None,
+    network: Annotated[float | None, Rate(help="Rate at which a device sends, likewise.")] = None,
+) -> None:
+    """What a chain costs on a model: state by link, memory traffic, collectives. Nothing is allocated."""
     from rich.console import Console
 
-    Console(file=sys.stdout).print(found)
-    return 0
-
-
-def _add_convert(commands: Any) -> None:
-    convert = commands.add_parser(
-        "convert",
-        help="convert the state of an optimizer between torch, optax and Keras",
-        description="Writes the state of an optimizer in a file as that of another library's optimizer. Forms: "
-        "`torch.adamw`, `optax.adamw`, `keras.sgd`, ...; see `chainrule.convert_state`.",
-    )
-    convert.add_argument("checkpoint", type=pathlib.Path, help="file of torch.save or numpy.savez")
-    convert.add_argument("--from", dest="from_", required=True, metavar="form", help="of the state")
-    convert.add_argument("--to", required=True, metavar="form", help="the form that is wanted")
-    convert.add_argument(
-        "--params", type=pathlib.Path, required=True, help="state dict of the model, in its order"
-    )
-    convert.add_argument(
-        "-o", "--out", type=pathlib.Path, required=True, help=".pt for torch, else .npz"
-    )
-    convert.add_argument("--key", help="where in the checkpoint the state is, such as optimizer")
-    convert.add_argument(
-        "--like", type=pathlib.Path, help="state of the target, for what the state does not say"
-    )
-    convert.add_argument(
-        "--learning-rate", type=float, help="where a state holds it or something times it"
-    )
-    convert.add_argument("--momentum", type=float, help="of keras.muon")
-    convert.add_argument("--count", type=int, help="steps made, where the state does not say it")
-
-
-def _add_export(commands: Any) -> None:
-    export = commands.add_parser(
-        "export",
-        help="write a chain as a Python file with a torch optimizer that needs torch alone",
-        description="Writes a chain as a self-contained Python file with one torch.optim.Optimizer, for parameters of "
-        "any shapes; a chain that no such file can hold is refused.",
-    )
-    export.add_argument("chain", help='such as "chains.stam(learning_rate=3e-4)"')
-    export.add_argument("-o", "--out", type=pathlib.Path, required=True, help="the file")
-    export.add_argument("--name", help="of the class (default: the chain's, as in Stam)")
-    export.add_argument(
-        "--dtype",
-        action="append",
-        help="of the parameters; may be given several times (default float32)",
-    )
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    if _missing("export", "torch", "torch"):
-        return 1
-    from chainrule.bridges.export import export
-
-    called = arguments.chain.partition("(")[0].rpartition(".")[2]
-    name = arguments.name or "".join(word.capitalize() for word in called.split("_"))
     try:
-        chain = chain_of(arguments.chain)
-        path = export(chain, arguments.dtype or ["float32"], arguments.out, name)
+        found = chainrule.plan(
+            chain_of(chain), model, mesh=mesh, dtype=dtype, bandwidth=bandwidth, network=network
+        )
+    except (TypeError, ValueError) as error:
+        raise _failed("plan", error) from None
+    Console(file=sys.stdout).print(found)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[pathlib.Path, typer.Argument(help="File of torch.save or numpy.savez.")],
+    from_: Annotated[str, typer.Option("--from", help="Form of the state, such as torch.adamw.")],
+    to: Annotated[str, typer.Option(help="The form that is wanted, such as optax.adamw.")],
+    params: Annotated[
+        pathlib.Path, typer.Option(help="State dict of the model, in its own order.")
+    ],
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help=".pt for torch, else .npz.")],
+    key: Annotated[
+        str | None, typer.Option(help="Where in the checkpoint the state is, such as optimizer.")
+    ] = None,
+    like: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="State of the target, for what the state does not say."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Where a state holds it or something times it.")
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of keras.muon.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Steps made, where the state does not say it.")
+    ] = None,
+) -> None:
+    """Write an optimizer's state as that of another library's optimizer; see `chainrule.convert_state`."""
+    _need("convert", "torch", "torch")
+    from chainrule import convert_command
+
+    status = convert_command.main(
+        checkpoint=checkpoint,
+        from_=from_,
+        to=to,
+        params=params,
+        out=out,
+        key=key,
+        like=like,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        count=count,
+    )
+    raise typer.Exit(status)
+
+
+@app.command()
+def export(
+    chain: Annotated[str, typer.Argument(help='Such as "chains.stam(learning_rate=3e-4)".')],
+    out: Annotated[pathlib.Path, typer.Option("--out", "-o", help="The file.")],
+    name: Annotated[
+        str | None, typer.Option(help="Of the class; default the chain's, as in Stam.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the parameters; may be given several times (float32)."),
+    ] = None,
+) -> None:
+    """Write a chain as a Python file with one torch optimizer that needs torch alone, for parameters of any shapes.
+
+    A chain that no such file can hold is refused.
+    """
+    _need("export", "torch", "torch")
+    from chainrule.bridges.export import export as write
+
+    called = chain.partition("(")[0].rpartition(".")[2]
+    name = name or "".join(word.capitalize() for word in called.split("_"))
+    try:
+        path = write(chain_of(chain), dtype or ["float32"], out, name)
     except (TypeError, ValueError, OSError) as error:
-        sys.stderr.write(f"chainrule export: {error}\n")
-        return 2
-    sys.stdout.write(f"wrote the class {name} to {path}\n")
-    return 0
+        raise _failed("export", error) from None
+    typer.echo(f"wrote the class {name} to {path}")
 
 
-def _add_evidence(commands: Any) -> None:
-    evidence = commands.add_parser(
-        "evidence",
-        help="test what each method claims: tuned baselines, mechanisms switched off, paired seeds, a verdict",
-        description="Runs experiments and writes their results, figures and REPORT.md. An interrupted run goes on "
-        "where it ended. Without a name, lists the experiments.",
+@app.command()
+def evidence(
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Such as E7, or all; report: write REPORT.md again; error-rates: how often the verdict errs."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds: a smoke test.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Hours: for an accelerator.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Reported runs of each arm.")] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Only these arms and what they are made from, such as adam,muon."),
+    ] = None,
+    out: Annotated[pathlib.Path, typer.Option(help="Folder of the results.")] = pathlib.Path(
+        "evidence-results"
+    ),
+    bridge: Annotated[
+        bool,
+        typer.Option(
+            "--bridge", help="Repeat the reported runs with every step by TorchBridge, and compare."
+        ),
+    ] = False,
+) -> None:
+    """Test what each method claims: tuned baselines, mechanisms switched off, paired seeds, a verdict.
+
+    Writes results, figures and REPORT.md. An interrupted run goes on where it ended. Without a name, lists the
+    experiments.
+    """
+    _at_most_one(quick=quick, full=full)
+    _need("evidence", "evidence", "matplotlib", "mlxtend", "sklearn")
+    if bridge:
+        _need("evidence", "torch", "torch")
+    from chainrule.evidence import command
+
+    status = command.main(
+        experiments or [],
+        setting="quick" if quick else "full" if full else "normal",
+        seeds=seeds,
+        arms=[name.strip() for name in arms.split(",")] if arms else None,
+        out=out,
+        bridge=bridge,
     )
-    evidence.add_argument(
-        "names",
-        nargs="*",
-        metavar="experiment",
-        help="such as E7, or all; report: write REPORT.md again; error-rates: how often the verdict errs",
-    )
-    size = evidence.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_const", const="quick", dest="setting", help="seconds: a smoke test"
-    )
-    size.add_argument(
-        "--full",
-        action="store_const",
-        const="full",
-        dest="setting",
-        help="hours: for an accelerator",
-    )
-    evidence.add_argument("--seeds", type=_count, help="reported runs of each arm")
-    evidence.add_argument(
-        "--arms",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        help="only these arms and what they are made from, such as adam,muon",
-    )
-    evidence.add_argument(
-        "--out",
-        type=pathlib.Path,
-        default=pathlib.Path("evidence-results"),
-        help="folder of the results (default evidence-results)",
-    )
-    evidence.add_argument(
-        "--bridge",
-        action="store_true",
-        help="repeat the reported runs with every step by TorchBridge, and compare",
-    )
-    evidence.set_defaults(setting="normal")
+    raise typer.Exit(status)
 
 
-def _missing(command: str, extra: str, *modules: str) -> bool:
-    """Says which extra to install if one of `modules` is not there."""
+@tables.callback()
+def bench(context: typer.Context) -> None:
+    from chainrule.showing import columns
+
+    if context.invoked_subcommand is None:
+        typer.echo(columns([[name, what] for name, what in BENCHES.items()]))
+
+
+def _run_table(context: typer.Context) -> None:
+    folder = pathlib.Path(chainrule.__file__).resolve().parents[2] / "benchmarks" / "speed"
+    script = folder / (
+        "native.py" if context.info_name == "native" else f"{context.info_name}_step.py"
+    )
+    if not script.is_file():
+        raise _failed(
+            "bench",
+            "the benchmarks are in the source tree, not in the wheel; clone the repository, then `pip install -e .` "
+            "in it",
+            status=1,
+        )
+    command = [sys.executable, str(script), *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+_TO_THE_SCRIPT: dict[str, Any] = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+for _table, _what in BENCHES.items():
+    tables.command(_table, help=_what, context_settings=_TO_THE_SCRIPT)(_run_table)
+
+
+def _failed(command: str, reason: object, status: int = 2) -> typer.Exit:
+    """Says in a line why `command` did nothing."""
+    typer.echo(f"chainrule {command}: {reason}", err=True)
+    return typer.Exit(status)
+
+
+def _need(command: str, extra: str, *modules: str) -> None:
+    """Ends with the extra to install if one of `modules` is not there."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            sys.stderr.write(
-                f'chainrule {command}: needs {module}; install it with: pip install "chainrule[{extra}]"\n'
+            raise _failed(
+                command,
+                f'needs {module}; install it with: pip install "chainrule[{extra}]"',
+                status=1,
             )
-            return True
-    return False
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Of click, or of the copy of click that newer Typers bring."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line `argv` (default: the process's own) and returns its exit status."""
-    arguments = parser().parse_args(argv)
-    if arguments.command in ("list", "show"):
-        from chainrule import showing
-
-        listing = arguments.command == "list"
-        shown = showing.listed(as_json=arguments.json) if listing else _show(arguments)
-        sys.stdout.write(shown + "\n")
-        return 0
-    if arguments.command == "doctor":
-        from chainrule import doctor
-
-        text, works = doctor.report()
-        sys.stdout.write(text + "\n")
-        return 0 if works else 1
-    if arguments.command == "bench":
-        return _bench(arguments)
-    if arguments.command == "plan":
-        return _plan(arguments)
-    if arguments.command == "export":
-        return _export(arguments)
-    if arguments.command == "evidence":
-        if _missing("evidence", "evidence", "matplotlib", "mlxtend", "sklearn"):
-            return 1
-        if arguments.bridge and _missing("evidence", "torch", "torch"):
-            return 1
-        from chainrule.evidence import command
-
-        return command.main(
-            arguments.names,
-            setting=arguments.setting,
-            seeds=arguments.seeds,
-            arms=arguments.arms,
-            out=arguments.out,
-            bridge=arguments.bridge,
+    """Runs the command line `argv` (default: the process's own) and returns its exit status. Errors are one line."""
+    try:
+        status = typer.main.get_command(app).main(
+            argv, prog_name="chainrule", standalone_mode=False
         )
-    if arguments.command == "convert":
-        if _missing("convert", "torch", "torch"):
-            return 1
-        from chainrule import convert_command
-
-        given = vars(arguments)
-        del given["command"]
-        return convert_command.main(**given)
-    from chainrule import demo
-
-    demo.main(
-        quick=arguments.quick,
-        seeds=arguments.seeds or (2 if arguments.quick else 10),
-        epochs=arguments.epochs or (2 if arguments.quick else 40),
-        out=arguments.out,
-        json_path=arguments.json,
-    )
-    return 0
+    except _UsageError as error:
+        where = error.ctx.command_path if error.ctx else "chainrule"
+        message = " ".join(error.format_message().split())
+        typer.echo(f"{where}: {message.rstrip('.')}; see `{where} --help`", err=True)
+        return 2
+    except typer.Abort:
+        return 130
+    return int(status or 0)

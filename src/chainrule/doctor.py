@@ -18,6 +18,7 @@ from chainrule.showing import columns
 
 EXTRAS = ("torch", "keras", "demo", "evidence", "clients")
 """The extras that a user may want, in the order in which they are shown."""
+_BASE = ("optax", "numpy", "scipy", "rich", "typer")
 _BACKENDS = ("torch", "keras", "tensorflow", "tensorflow-cpu", "flax", "equinox")
 
 
@@ -45,7 +46,7 @@ def needed(extra: str) -> list[str]:
 
 
 def _versions() -> list[list[str]]:
-    names = ["chainrule", "jax", "jaxlib", "optax", "numpy", *_BACKENDS]
+    names = ["chainrule", "jax", "jaxlib", *_BASE, *_BACKENDS]
     known = [[name, version] for name in names if (version := _version(name)) is not None]
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"
     return [["python", platform.python_version()], ["system", system], *known]
