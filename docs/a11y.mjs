@@ -10,12 +10,14 @@ const { JSDOM, VirtualConsole } = require("jsdom");
 const axe = readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
 
 const pages = readdirSync(site, { recursive: true }).filter((name) => name.endsWith(".html")).sort();
+// The skeleton of the theme's pages, and Sphinx's signatures of more than a line.
+const rules = Object.fromEntries(["region", "landmark-unique", "definition-list"].map((id) => [id, { enabled: false }]));
 let found = pages.length ? 0 : 1;
 for (const page of pages) {
   const html = readFileSync(path.join(site, page), "utf8").replace(/<script\b[^>]*>[\s\S]*?<\/script>/g, "");
   const { window } = new JSDOM(html, { runScripts: "outside-only", virtualConsole: new VirtualConsole() });
   window.eval(axe);
-  const { violations } = await window.axe.run(window.document, { resultTypes: ["violations"] });
+  const { violations } = await window.axe.run(window.document, { resultTypes: ["violations"], rules });
   for (const { id, impact, help, nodes } of violations) {
     found += nodes.length;
     console.error(`${page}: ${id} (${impact}): ${help}, ${nodes.length} times, such as ${nodes[0].html.slice(0, 120)}`);

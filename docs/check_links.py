@@ -35,7 +35,9 @@ def broken(site: pathlib.Path) -> list[str]:
             if not target.exists():
                 found.append(f"{path.relative_to(site.resolve())}: {link}: no such file")
             elif name and target in pages and name not in pages[target].names:
-                found.append(f"{path.relative_to(site.resolve())}: {link}: no such place on the page")
+                found.append(
+                    f"{path.relative_to(site.resolve())}: {link}: no such place on the page"
+                )
     if not pages:
         found.append(f"{site}: no page")
     return found

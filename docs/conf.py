@@ -38,4 +38,12 @@ def setup(app):
     def on_site(app, name, source):
         source[0] = source[0].replace("](../CONTRIBUTING.md)", "](_made/contributing.md)")
 
+    def with_level(app, page, template, context, tree):
+        """Captions of the navigation are headings, which a screen reader wants to know the level of."""
+        navigation = context.get("furo_navigation_tree", "")
+        context["furo_navigation_tree"] = navigation.replace(
+            'role="heading"', 'role="heading" aria-level="2"'
+        )
+
     app.connect("source-read", on_site)
+    app.connect("html-page-context", with_level, priority=900)  # after the theme's own

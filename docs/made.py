@@ -82,7 +82,7 @@ def _performance() -> str:
             parts.append(
                 f"## {path.stem}, {table}\n\n`chainrule bench {path.stem}`: {found['title']}, on {machine['name']} "
                 f"({machine['cores']} cores), {', '.join(f'{name} {version}' for name, version in used.items())}.\n\n"
-                "| | ms | ratio | to |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
+                "| step | ms | ratio | to |\n| --- | --- | --- | --- |\n" + "\n".join(rows)
             )
     return "\n\n".join(parts) + "\n"
 

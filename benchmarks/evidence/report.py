@@ -107,7 +107,7 @@ def render(documents: Iterable[Document]) -> str:
     return "\n".join([HEAD, *_table(HEADINGS, rows), *map(_section, documents)]) + "\n"
 
 
-HEADINGS = ("", "claim", "verdict", "over the tuned baseline", "over mechanism off", "n")
+HEADINGS = ("experiment", "claim", "verdict", "over the tuned baseline", "over mechanism off", "n")
 
 
 def _rows(document: Document) -> list[tuple[str, ...]]:
