@@ -281,8 +281,6 @@ class GroupTree:
         """The chain's state with these leaves, `unstack`ed."""
         return jax.tree.unflatten(self._state_structure, leaves).chain
 
-    # ---- the step --------------------------------------------------------------------------
-
     def agrees(self, has_loss: bool) -> bool:
         """Whether ranks tell each other in a step which gradients they have: all that communicate anyway do."""
         return self.layouts is not None and self._program(has_loss).agrees()

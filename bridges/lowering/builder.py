@@ -9,8 +9,6 @@ primitive becomes are in ``rules``.
 """
 
 import operator
-import os
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,11 +20,11 @@ from torch import fx
 
 from chainrule.bridges.lowering.arrays import MASKS, to_torch, torch_dtype
 from chainrule.bridges.lowering.errors import UnsupportedPrimitive
+from chainrule.bridges.lowering.origin import Equation, Place, place_of
 from chainrule.bridges.lowering.passes.own_outputs import own_outputs
 from chainrule.bridges.lowering.passes.simplify import simplify
 from chainrule.native.dtypes import is_key
 
-Equation: TypeAlias = Any  # a core.JaxprEqn; JAX does not type the avals of its variables
 Scalar: TypeAlias = bool | int | float | complex
 
 
@@ -41,13 +39,6 @@ Value: TypeAlias = fx.Node | Scalar | Full
 Rule: TypeAlias = Callable[..., Any]  # (Builder, Equation, *Value) -> Value or a sequence of them
 
 
-class Place(NamedTuple):
-    """Where an equation came from."""
-
-    link: str  # the optax link, "" when no frame of the traceback is one
-    source: str  # "file:line" of the innermost frame outside JAX
-
-
 def scalar(value: Any, dtype: Any) -> Scalar:
     """``value``, rounded to ``dtype``, as a Python scalar."""
     array = np.asarray(value).astype(dtype)
@@ -58,47 +49,6 @@ def scalar(value: Any, dtype: Any) -> Scalar:
     if jax.numpy.issubdtype(array.dtype, np.complexfloating):
         return complex(array)
     return float(array)
-
-
-_JAX_FILES = tuple(os.path.dirname(os.path.abspath(str(m.__file__))) + os.sep for m in (jax, np))
-# `scale_by_adam.<locals>.update_fn`, `adaptive_beta1.<locals>.update`, `MultiSteps.update`
-_LINK = re.compile(r"(?:^|\.)(\w+)\.(?:<locals>\.)?_?update\w*(?:\.|$)")
-_PLACES: dict[Any, Place] = {}
-
-
-def place_of(eqn: Equation, inside: core.Jaxpr | None = None) -> Place:
-    """The innermost optax link, and the innermost line outside JAX, in an equation's traceback.
-
-    Args:
-      eqn: the equation.
-      inside: the jaxpr of a jitted function that holds it. JAX caches these, and the traceback goes on with the frames
-        of the first caller, which are not looked at.
-    """
-    traceback = eqn.source_info.traceback
-    if traceback is None:
-        return Place("", "")
-    function = None if inside is None else _function_of(inside)
-    if (traceback, function) not in _PLACES:
-        frames = [f for f in traceback.frames if not f.file_name.startswith(_JAX_FILES)]
-        if function is not None:
-            names = [(f.file_name, f.function_name.rpartition(".")[2]) for f in frames]
-            frames = frames[: names.index(function)] if function in names else []
-        found = (_LINK.search(f.function_name) for f in frames)
-        link = next((match[1] for match in found if match), "")
-        source = ""
-        if frames:
-            file = frames[0].file_name.replace(os.sep, "/").split("/site-packages/")[-1]
-            source = f"{file}:{frames[0].line_num}"
-        if len(_PLACES) > 100_000:  # tracebacks keep code objects alive
-            _PLACES.clear()
-        _PLACES[traceback, function] = Place(link, source)
-    return _PLACES[traceback, function]
-
-
-def _function_of(jaxpr: core.Jaxpr) -> tuple[str, str]:
-    """File and name of the function that a jaxpr was traced from."""
-    info: Any = jaxpr.debug_info
-    return str(info.func_filename), info.func_name
 
 
 class Target(NamedTuple):
