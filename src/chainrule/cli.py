@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 tables = typer.Typer(
-    help="The speed tables, measured on this machine. What follows the name goes to the script of the source "
+    help="Measure speed on this machine.\n\nWhat follows the name goes to the script of the source "
     "tree, as in `chainrule bench jax --list gpt`. Without a name, lists the tables.",
 )
 app.add_typer(tables, name="bench", invoke_without_command=True)
@@ -80,7 +80,7 @@ def _at_most_one(**given: bool) -> None:
 
 @app.command("list")
 def list_command(json: Json = False) -> None:
-    """Every chain and every atom, with the first sentence of its documentation."""
+    """Every chain and every atom, a line each."""
     from chainrule import showing
 
     typer.echo(showing.listed(as_json=json))
@@ -104,9 +104,10 @@ def show(
         bool, typer.Option("--markdown", help="Every chain's table of links.")
     ] = False,
 ) -> None:
-    """A chain's or an atom's links, equations, hyperparameters with defaults and ranges, state, source and presets.
+    """All about a chain or an atom.
 
-    Without a name, lists the chains.
+    Its links or equations, hyperparameters with defaults and ranges, bytes of state, source, and what its presets
+    change. Without a name, lists the chains.
     """
     from chainrule import pictures, showing
 
@@ -135,7 +136,7 @@ def demo(
         pathlib.Path | None, typer.Option("--json", help="Also save every number there.")
     ] = None,
 ) -> None:
-    """Three mechanisms at work on digits, then every chain against optax.adamw.
+    """Watch mechanisms work, compare chains.
 
     Trains a small network on digits, of which 30 % are labelled wrong. First measures CASMO's AGAR, STAM's b1 and
     COSMIC's state while they train; then trains with optax.adamw and every chain, each with its rate tuned, on the same
@@ -154,7 +155,11 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Versions, kernel, devices, whether a step works, and the command that mends what is missing."""
+    """What is there, what is missing, what mends it.
+
+    Versions, what the kernel runs on, devices, whether a step works, and for each extra that is not installed the
+    command that installs it. The exit status is 1 if a step does not work.
+    """
     from chainrule import doctor
 
     text, works = doctor.report()
@@ -193,7 +198,10 @@ def plan(
     ] = None,
     network: Annotated[float | None, Rate(help="Rate at which a device sends, likewise.")] = None,
 ) -> None:
-    """What a chain costs on a model: state by link, memory traffic, collectives. Nothing is allocated."""
+    """What a chain costs on a model.
+
+    State by link, what a step moves and computes, and on a mesh its collectives. Nothing is allocated.
+    """
     from rich.console import Console
 
     try:
@@ -229,7 +237,10 @@ def convert(
         int | None, typer.Option(help="Steps made, where the state does not say it.")
     ] = None,
 ) -> None:
-    """Write an optimizer's state as that of another library's optimizer; see `chainrule.convert_state`."""
+    """Move a run to another library.
+
+    Writes the state of an optimizer in a file as that of another library's optimizer; see `chainrule.convert_state`.
+    """
     _need("convert", "torch", "torch")
     from chainrule import convert_command
 
@@ -260,9 +271,9 @@ def export(
         typer.Option(help="Of the parameters; may be given several times (float32)."),
     ] = None,
 ) -> None:
-    """Write a chain as a Python file with one torch optimizer that needs torch alone, for parameters of any shapes.
+    """Write a chain as a file for torch alone.
 
-    A chain that no such file can hold is refused.
+    The file holds one torch.optim.Optimizer, for parameters of any shapes. A chain that no such file can hold is refused.
     """
     _need("export", "torch", "torch")
     from chainrule.bridges.export import export as write
@@ -301,9 +312,9 @@ def evidence(
         ),
     ] = False,
 ) -> None:
-    """Test what each method claims: tuned baselines, mechanisms switched off, paired seeds, a verdict.
+    """Test what each method claims.
 
-    Writes results, figures and REPORT.md. An interrupted run goes on where it ended. Without a name, lists the
+    Tuned baselines, mechanisms switched off, paired seeds, a verdict. Writes results, figures and REPORT.md. An interrupted run goes on where it ended. Without a name, lists the
     experiments.
     """
     _at_most_one(quick=quick, full=full)
