@@ -155,7 +155,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """What is there, what is missing, what mends it.
+    """What is installed and what is missing.
 
     Versions, what the kernel runs on, devices, whether a step works, and for each extra that is not installed the
     command that installs it. The exit status is 1 if a step does not work.
@@ -273,7 +273,8 @@ def export(
 ) -> None:
     """Write a chain as a file for torch alone.
 
-    The file holds one torch.optim.Optimizer, for parameters of any shapes. A chain that no such file can hold is refused.
+    The file holds one torch.optim.Optimizer, for parameters of any shapes. A chain that no such file can hold is
+    refused.
     """
     _need("export", "torch", "torch")
     from chainrule.bridges.export import export as write
@@ -314,8 +315,8 @@ def evidence(
 ) -> None:
     """Test what each method claims.
 
-    Tuned baselines, mechanisms switched off, paired seeds, a verdict. Writes results, figures and REPORT.md. An interrupted run goes on where it ended. Without a name, lists the
-    experiments.
+    Tuned baselines, mechanisms switched off, paired seeds, a verdict. Writes results, figures and REPORT.md. An
+    interrupted run goes on where it ended. Without a name, lists the experiments.
     """
     _at_most_one(quick=quick, full=full)
     _need("evidence", "evidence", "matplotlib", "mlxtend", "sklearn")
