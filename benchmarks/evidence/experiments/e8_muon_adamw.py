@@ -131,11 +131,11 @@ EXPERIMENT = Experiment(
         ),
         "full": Setting(
             steps=5000,
-            sizes={"batch": 64, "places": 128, "width": 256, "depth": 6, "windows": 512},
+            sizes={"batch": 64, "places": 128, "width": 256, "depth": 6, "windows": 128},
             evaluations=100,
             seeds=10,
             tuning_seeds=2,
-            block=10,
+            block=2,
         ),
     },
 )
