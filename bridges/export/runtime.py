@@ -1,11 +1,12 @@
 """The optimizer class of an exported file, but for what `file` writes above it for each chain.
 
-A file holds the source between the lines of dashes, that of `runtime_lists`, its own functions, and what is below the
-second line, here and in `runtime_checks`; it imports torch and nothing else of others.
+A file holds what is below the line of dashes in `runtime_lists`, its own functions, and what is below that line in
+`runtime_compiled`, here and in `runtime_checks`; it imports torch and nothing else of others.
 """
 
 # pyright: reportPrivateUsage=false, reportUnusedFunction=false
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -30,29 +31,8 @@ from chainrule.bridges.export.runtime_checks import (
     _start,
     _step,
 )
-
-# ------------------------------------------------------------------------------------------------
-
-
-class _Leaf:
-    """A parameter in a step: its gradient, its state, and what is computed of them on the way."""
-
-    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], kind: int):
-        self.param, self.grad, self.state, self.kind = param, grad, state, kind
-        self.values: dict[str, Any] = {}
-        self.places: dict[int, int] = {}
-        self.offsets: dict[int, int] = {}
-
-
-def _placed(leaves: Sequence[_Leaf], kinds: Sequence[int], number: int) -> list[_Leaf]:
-    """The parameters of some kinds, which learn their place among them."""
-    found = [leaf for leaf in leaves if leaf.kind in kinds]
-    offset = 0
-    for place, leaf in enumerate(found):
-        leaf.places[number], leaf.offsets[number] = place, offset
-        offset += leaf.param.numel()
-    return found
-
+from chainrule.bridges.export.runtime_compiled import _DTYPE, _SHAPE, _compile, _inputs, _run
+from chainrule.bridges.export.runtime_lists import _Leaf
 
 # ------------------------------------------------------------------------------------------------
 
@@ -61,6 +41,18 @@ class Exported(torch.optim.Optimizer):
     """DOCSTRING"""
 
     _filled: "dict[tuple[int, str], tuple[Any, Tensor]] | None" = None
+    _compile: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compile": self._compile}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._programs: dict[Any, Any] = {}
+
+    def _choose(self, compile: bool) -> None:
+        """Whether steps are compiled."""
+        self._compile, self._programs = bool(compile), {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with a state of its own; refused, it leaves the optimizer as it was."""
@@ -137,13 +129,32 @@ class Exported(torch.optim.Optimizer):
             if any(p.grad is not None for p in group["params"])
         ]
         rates = [self._rates(index, group) for index, group, _ in ready]
+        runs: list[Callable[[], None]] = []
         for (index, group, leaves), own in zip(ready, rates, strict=True):
             shared = self._shared(index, group)
             value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32)
             value = value.detach().reshape(()).to(leaves[0].param.device)
+            run = self._compiled if self._compile else functools.partial(functools.partial, _step)
+            runs.append(run(leaves, shared, own, value))
+        for run, (_, _, leaves) in zip(runs, ready, strict=True):
             with torch.autocast(leaves[0].param.device.type, enabled=False):
-                _step(leaves, shared, own, value)
+                run()
         return loss
+
+    def _compiled(
+        self,
+        leaves: Sequence[_Leaf],
+        shared: dict[str, Tensor],
+        rates: dict[str, Tensor],
+        loss: Tensor,
+    ) -> Callable[[], None]:
+        """A step that is compiled once for each list of shapes and dtypes."""
+        tensors = _inputs(leaves, shared, rates, loss)
+        key = loss.device, *map(_SHAPE, tensors), *map(_DTYPE, tensors)
+        if key not in self._programs:
+            with torch.autocast(loss.device.type, enabled=False):
+                self._programs[key] = _compile(type(self).__name__, leaves, shared, rates, loss)
+        return functools.partial(_run, self._programs[key], tensors, len(leaves))
 
     def _taking_part(self, index: int, group: dict[str, Any]) -> list[_Leaf]:
         """The parameters of a group in a step. One without a gradient keeps its value and state, and counts as zero."""

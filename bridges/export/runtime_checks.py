@@ -2,6 +2,7 @@
 
 # pyright: reportUnusedFunction=false, reportUnusedVariable=false
 import numbers
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ _LIVE: Mapping[str, torch.dtype] = {}
 _READS_LOSS = False
 
 
-def _kind_of(param: Tensor) -> int | None:
-    del param
+def _kind_of(dtype: torch.dtype, shape: torch.Size) -> int | None:
+    del dtype, shape
     raise NotImplementedError
 
 
@@ -80,7 +81,7 @@ def _check_param(owner: str, p: Tensor) -> None:
 
 
 def _kind(owner: str, p: Tensor) -> int:
-    found = _kind_of(p)
+    found = _kind_of(p.dtype, p.shape)
     if found is None:
         raise ValueError(
             f"{owner}: a parameter of {p.dtype} {tuple(p.shape)} is none of those that this file was exported for; "
@@ -140,4 +141,4 @@ def _fitting(owner: str, name: str, value: Any, target: Tensor) -> Tensor:
 
 def _float32(x: float) -> float:
     """A number rounded to float32."""
-    return float(torch.tensor(x, dtype=torch.float32))
+    return struct.unpack("f", struct.pack("f", x))[0]

@@ -13,12 +13,32 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------
 
 
+class _Leaf:
+    """A parameter in a step: its gradient, its state, and what is computed of them on the way."""
+
+    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], kind: int):
+        self.param, self.grad, self.state, self.kind = param, grad, state, kind
+        self.values: dict[str, Any] = {}
+        self.places: dict[int, int] = {}
+        self.offsets: dict[int, int] = {}
+
+
+def _placed(leaves: Sequence[_Leaf], kinds: Sequence[int], number: int) -> list[_Leaf]:
+    """The parameters of some kinds, which learn their place among them."""
+    found = [leaf for leaf in leaves if leaf.kind in kinds]
+    offset = 0
+    for place, leaf in enumerate(found):
+        leaf.places[number], leaf.offsets[number] = place, offset
+        offset += leaf.param.numel()
+    return found
+
+
 _PART = 1 << 18
 
 
 def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
     """Tensors of one size in parts that a cache holds, numbers whole; small ones, and views with gaps, as they are."""
-    if any(isinstance(x, _Each) for x in tensors):
+    if any(isinstance(x, _Each) or _is_traced(x) for x in tensors):
         return iter([tensors])
     arrays = [x for x in tensors if x.ndim]
     alike = len({x.stride() for x in arrays}) == 1 or all(x.is_contiguous() for x in arrays)
@@ -28,6 +48,12 @@ def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
         return iter([tensors])
     cut = (x.split(_PART) if x.ndim else itertools.repeat(x) for x in flat if x is not None)
     return zip(*cut, strict=False)
+
+
+def _is_traced(x: Any) -> bool:
+    """Whether a step is traced for the compiler, which batches and divides by itself."""
+    is_functional = torch._is_functional_tensor  # pyright: ignore
+    return isinstance(x, Tensor) and is_functional(x)
 
 
 def _flat(x: Tensor) -> Tensor | None:
@@ -142,7 +168,10 @@ def _each(entries: Iterable[Any]) -> Any:
 
 
 def _batches(leaves: Sequence[Any]) -> Iterator[list[Any]]:
-    """Parameters of one dtype and shape together; on a CPU no more of them than a cache holds."""
+    """Parameters of one dtype and shape together; on a CPU no more of them than a cache holds; traced, each alone."""
+    if any(_is_traced(leaf.param) for leaf in leaves[:1]):
+        yield from ([leaf] for leaf in leaves)
+        return
     alike: dict[Any, list[Any]] = {}
     for leaf in leaves:
         alike.setdefault((leaf.param.dtype, leaf.param.shape), []).append(leaf)

@@ -89,14 +89,15 @@ def kind_of(
     """The text of the function of a file that tells the kind of a parameter."""
     given = ", ".join(f"torch.{d}" for d in dtypes)
     lines = [
-        "def _kind_of(param: Tensor) -> int | None:",
+        "@functools.cache",
+        "def _kind_of(dtype: torch.dtype, shape: torch.Size) -> int | None:",
         '    """The kind of a parameter, by dtype and shape; None: not one that this file was exported for."""',
-        f"    if param.dtype not in ({given},):",
+        f"    if dtype not in ({given},):",
         "        return None",
     ]
     if limit is not None:
         lines += [
-            f"    if any(n >= {limit} for n in param.shape):",
+            f"    if any(n >= {limit} for n in shape):",
             "        return None",
         ]
     if len({*kinds.values()}) == 1 and sorting is coarse_sort:
@@ -112,8 +113,7 @@ def kind_of(
     text = re.sub(r'"""(.*?)\n.*?"""', r'"""\1"""', text, count=1, flags=re.S)
     text = text.replace("-> Sort:", "-> tuple[Any, ...]:")
     lines += [
-        '    dtype = str(param.dtype).removeprefix("torch.")',
-        "    sort = _sort(dtype, param.shape)",
+        '    sort = _sort(str(dtype).removeprefix("torch."), shape)',
         f"    return _KINDS.get(sort, _KINDS.get(sort[:{COMMON}]))",
     ]
     table = f"_KINDS: Mapping[Any, int] = {{\n{entries}}}"

@@ -1,5 +1,6 @@
 """The state of one library's optimizer as that of another's: see `convert_state`."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from chainrule.bridges.hub.quantities import FORMS, Form, Quantities, factors
 __all__ = ["convert_state"]
 
 _FILES = {
-    **dict.fromkeys(("torch", "bitsandbytes", "heavyball"), "in_torch"),
+    **dict.fromkeys(("torch", "bitsandbytes", "heavyball", "lion_pytorch"), "in_torch"),
     "optax": "in_optax",
     "keras": "in_keras",
 }
@@ -34,10 +35,11 @@ def convert_state(
 
     | family | forms |
     |---|---|
-    | Adam | `torch.adam`, `adamw`, `radam`; `optax.adam`, `adamw`, `nadam`, `nadamw`, `radam`; `keras.adam`, `adamw` |
+    | Adam | `adam`, `adamw`, `nadam` of `torch`, `optax` and `keras`; `torch.radam`, `optax.radam`, `optax.nadamw` |
+    | Adamax | `torch.adamax`, `optax.adamax`, `keras.adamax` |
     | SGD with momentum | `torch.sgd`, `optax.sgd`, `keras.sgd` |
     | RMSprop | `torch.rmsprop`, `optax.rmsprop`, `keras.rmsprop` |
-    | Lion | `optax.lion`, `keras.lion` |
+    | Lion | `optax.lion`, `keras.lion`, `lion_pytorch.lion` |
     | Adafactor | `torch.adafactor`, `optax.adafactor`, `keras.adafactor` |
     | Muon | `torch.muon`, `optax.muon`, `keras.muon` |
     | only from | `bitsandbytes.adam`, `adamw`, `lion`, each also `...8bit`; `heavyball.adamw` |
@@ -45,7 +47,9 @@ def convert_state(
     What is converted: which average is which, the step count, sums and averages that one of the libraries keeps times
     the learning rate, the axes of kernels, Adafactor's factored axes. What is not part of a state is not: set the
     hyperparameters in the target. Where they stand matters: Keras adds Adam's epsilon before the bias correction and
-    RMSprop's under the root, as optax does unless `eps_in_sqrt=False`.
+    RMSprop's under the root, as optax does unless `eps_in_sqrt=False`. optax's NAdam holds its first decay constant;
+    torch's and Keras' let it grow, and Keras' is torch's with `momentum_decay=1`. torch has no Lion:
+    `lion_pytorch.lion` is that of the package lion-pytorch, whose state timm's has too; to write one takes `like`.
 
     *State.* torch, bitsandbytes: a `state_dict`. optax: a state. Keras: a built optimizer, its `variables`, or what
     `save_own_variables` wrote; the result is for `load_own_variables`.
@@ -115,7 +119,7 @@ def _file(name: str) -> Any:
 def _kept(form: Form, found: Quantities) -> Form:
     """The form without the scales of what is not there."""
     scaled = {quantity: by for quantity, by in form.scaled.items() if quantity in found.values}
-    return Form(form.family, form.keys, form.counts, form.optional, scaled)
+    return dataclasses.replace(form, scaled=scaled)
 
 
 def _scale(found: Quantities, by: Mapping[str, float], *, inverse: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from chainrule.bridges.hub.layouts import Shapes
-from chainrule.bridges.hub.quantities import Form, Quantities, Values
+from chainrule.bridges.hub.quantities import Form, Quantities, Values, product_of_decays
 
 Place = tuple[str, str]
 """A quantity and a parameter."""
@@ -51,7 +51,7 @@ def _layout(
     tries = [set(form.keys) - set(left) for left in _left_out(form)]
     for kept in tries:
         places = list(_places(form, shapes, kept))
-        first = len(arrays) - len(places)
+        first = len(arrays) - len(places) - bool(form.product)
         if first in (1, 2) and all(
             arrays[first + i].shape == shape for i, (_, shape) in enumerate(places)
         ):
@@ -75,7 +75,7 @@ def read(state: Any, form: Form, name: str, source: Shapes | None) -> Quantities
     arrays = _arrays(state, name)
     places, first = _layout(form, name, source, arrays)
     values: dict[str, Values] = {}
-    for (quantity, label), array in zip(places, arrays[first:], strict=True):
+    for (quantity, label), array in zip(places, arrays[first:], strict=False):
         if not (form.family == "adafactor" and quantity == "full" and array.ndim >= 2):
             values.setdefault(quantity, {})[label] = (
                 array  # of matrices the two averages alone count
@@ -116,4 +116,16 @@ def write(found: Quantities, form: Form, name: str, target: Shapes, like: Any) -
         for label in of:
             if (quantity, label) not in places:
                 raise ValueError(f"convert_state: {quantity} of {label!r} has no equal in {name}")
+    if form.product:
+        arrays.append(_product(found, name, like))
     return {str(i): array for i, array in enumerate(arrays)}
+
+
+def _product(found: Quantities, name: str, like: Any) -> np.ndarray[Any, Any]:
+    betas = found.numbers.get("betas")
+    b1 = getattr(like, "beta_1", None if betas is None else betas[0])
+    if b1 is None:
+        raise ValueError(
+            f"convert_state: {name} keeps the product of its decays, which `beta_1` says; give `like=optimizer`"
+        )
+    return np.asarray(product_of_decays(float(b1), 1.0, found.count or 0), np.float32)

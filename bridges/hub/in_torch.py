@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from chainrule.bridges.hub.layouts import Shapes, plain
-from chainrule.bridges.hub.quantities import FORMS, Form, Quantities, Values
+from chainrule.bridges.hub.quantities import FORMS, Form, Quantities, Values, product_of_decays
 from chainrule.bridges.loading import check_layout
 from chainrule.bridges.torch_moments import value_of
 
@@ -15,10 +15,14 @@ _CODES = (
     "__bnb_optimizer_quant_state__"  # under which bitsandbytes saves its moments, in codes or not
 )
 _CODED = ("qmap", "absmax", "new_max", "unorm_vec", "gnorm_vec")
+WRITTEN = ("torch", "lion_pytorch")
+"""Libraries whose state dicts are written, too."""
 _CLASSES = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
+    "adamax": torch.optim.Adamax,
     "sgd": torch.optim.SGD,
     "rmsprop": torch.optim.RMSprop,
     "adafactor": torch.optim.Adafactor,
@@ -54,7 +58,7 @@ def read(state: Mapping[str, Any], form: Form, name: str, source: Shapes | None)
         entry = dict(state["state"].get(key) or {})
         entry |= entry.pop(_CODES, {})
         entry = _of_heavyball(entry, state, names) if name.startswith("heavyball.") else entry
-        known = {*form.keys.values(), form.counts, "step"}
+        known = {*form.keys.values(), form.counts, form.product, "step"}
         for other in entry:
             if other not in known and not other.startswith(_CODED) and entry[other] is not None:
                 raise ValueError(
@@ -112,7 +116,7 @@ def _array(quantity: str, value: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def write(found: Quantities, form: Form, name: str, target: Shapes, like: Any) -> dict[str, Any]:
     """A state dict of torch."""
-    if not name.startswith("torch."):
+    if name.partition(".")[0] not in WRITTEN:
         raise ValueError(
             f"convert_state: nothing is written as {name}, whose codes lose digits; convert to torch.* and let its own "
             "optimizer take the state over"
@@ -124,10 +128,15 @@ def write(found: Quantities, form: Form, name: str, target: Shapes, like: Any) -
             f"convert_state: `like` has the parameters {list(labels.values())[:8]}, `params` has {list(target)[:8]}"
         )
     state: dict[Any, dict[str, Any]] = {}
+    group_of = {key: group for group in groups for key in group["params"]}
     for key, label in labels.items():
         entry: dict[str, Any] = {}
         if form.counts:
             entry[form.counts] = torch.tensor(float(found.count or 0))
+        if form.product:
+            own = group_of[key]
+            decays = float(own["betas"][0]), float(own["momentum_decay"])
+            entry[form.product] = torch.tensor(product_of_decays(*decays, found.count or 0))
         for quantity, field in form.keys.items():
             array = found.values.get(quantity, {}).get(label)
             if array is not None:
@@ -151,14 +160,13 @@ def _groups(found: Quantities, name: str, target: Shapes, like: Any) -> list[dic
         like = like.state_dict() if hasattr(like, "state_dict") else like
         check_layout(like, "convert_state: `like`")
         return [dict(group) for group in like["param_groups"]]
-    if found.rate is None:
+    make = _CLASSES.get(name.partition(".")[2])
+    if found.rate is None or make is None:
         raise ValueError(
             f"convert_state: a state dict of {name} holds hyperparameters, which this state does not say; give "
             "`like=optimizer` or `learning_rate`"
         )
     shapes = [torch.nn.Parameter(torch.zeros(s)) for s in target.values()]
-    defaults = _CLASSES[name.partition(".")[2]](shapes, lr=found.rate).state_dict()["param_groups"][
-        0
-    ]
+    (defaults,) = make(shapes, lr=found.rate).state_dict()["param_groups"]
     known = {k: v for k, v in found.numbers.items() if k in defaults}
     return [{**defaults, **known, "lr": found.rate, "params": list(range(len(target)))}]

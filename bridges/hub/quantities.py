@@ -3,6 +3,7 @@
 | family | quantities |
 |---|---|
 | adam | mu, nu: averages of g and g^2 |
+| adamax | mu; norm: decayed maximum of abs(g) |
 | lion | mu |
 | sgd | trace: the decayed sum of g |
 | rmsprop | nu; mu if centered; trace, of g / sqrt(nu), if there is momentum |
@@ -48,6 +49,7 @@ class Form:
       counts: the name of the step count; None: there is none.
       optional: quantities that it keeps only if asked to.
       scaled: quantity -> what it is there: the quantity times "rate", "-rate", or 1 / (1 - "momentum").
+      product: the name of the product of NAdam's decays, which the count and the hyperparameters say.
     """
 
     family: str
@@ -55,6 +57,7 @@ class Form:
     counts: str | None = None
     optional: frozenset[str] = frozenset()
     scaled: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    product: str | None = None
 
 
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq"}
@@ -65,6 +68,8 @@ _TWO, _ONE = {"mu": "state1", "nu": "state2"}, {"mu": "state1"}
 
 FORMS: dict[str, Form] = {
     **dict.fromkeys(("torch.adam", "torch.adamw", "torch.radam"), Form("adam", _ADAM, "step")),
+    "torch.nadam": Form("adam", _ADAM, "step", product="mu_product"),
+    "torch.adamax": Form("adamax", {"mu": "exp_avg", "norm": "exp_inf"}, "step"),
     "torch.sgd": Form("sgd", {"trace": "momentum_buffer"}),
     "torch.rmsprop": Form("rmsprop", _TORCH_RMS, "step", _RMS),
     "torch.adafactor": Form(
@@ -74,6 +79,7 @@ FORMS: dict[str, Form] = {
     **dict.fromkeys(("bitsandbytes.adam", "bitsandbytes.adamw"), Form("adam", _TWO, "step")),
     **dict.fromkeys(("bitsandbytes.adam8bit", "bitsandbytes.adamw8bit"), Form("adam", _TWO, "step")),
     **dict.fromkeys(("bitsandbytes.lion", "bitsandbytes.lion8bit"), Form("lion", _ONE, "step")),
+    "lion_pytorch.lion": Form("lion", {"mu": "exp_avg"}),
     **dict.fromkeys(
         (f"optax.{name}" for name in ("adam", "adamw", "nadam", "nadamw", "radam")),
         Form("adam", {"mu": "mu", "nu": "nu"}, "count"),
@@ -81,6 +87,7 @@ FORMS: dict[str, Form] = {
     "heavyball.adamw": Form(
         "adam", {"mu": "update_by_adam_exp_avg_0", "nu": "update_by_adam_exp_avg_sq_0"}, "step"
     ),
+    "optax.adamax": Form("adamax", {"mu": "mu", "norm": "nu"}, "count"),
     "optax.lion": Form("lion", {"mu": "mu"}, "count"),
     "optax.sgd": Form("sgd", {"trace": "trace"}),
     "optax.rmsprop": Form(
@@ -93,6 +100,10 @@ FORMS: dict[str, Form] = {
     **dict.fromkeys(
         ("keras.adam", "keras.adamw"), Form("adam", {"mu": "momentum", "nu": "velocity"}, "iteration")
     ),
+    "keras.nadam": Form(
+        "adam", {"mu": "momentum", "nu": "velocity"}, "iteration", product="u_product"
+    ),
+    "keras.adamax": Form("adamax", {"mu": "momentum", "norm": "norm"}, "iteration"),
     "keras.lion": Form("lion", {"mu": "momentum"}, "iteration"),
     "keras.sgd": Form("sgd", {"trace": "momentum"}, "iteration", scaled={"trace": "-rate"}),
     "keras.rmsprop": Form(
@@ -136,3 +147,13 @@ def factors(name: str, form: Form, rate: float | None, momentum: float | None) -
                 "it says nothing; give the `learning_rate` that it was made with"
             )
     return found
+
+
+def product_of_decays(b1: float, decay: float, count: int) -> float:
+    """What the decays of NAdam's first moment multiply to, b1 (1 - 0.96^(decay t) / 2) at step t.
+
+    >>> product_of_decays(0.5, 0.0, 2)
+    0.0625
+    """
+    steps = np.arange(1, count + 1)
+    return float(np.prod(b1 * (1 - 0.5 * 0.96 ** (decay * steps))))

@@ -74,13 +74,14 @@ def _tree(form: str, leaves: dict[str, Any], params: dict[str, Any]) -> Any:
 
 
 def _write(path: pathlib.Path, state: Any, form: str) -> None:
-    if path.suffix != (".pt" if form.startswith("torch.") else ".npz"):
+    is_torch = form.partition(".")[0] in ("torch", "lion_pytorch")
+    if path.suffix != (".pt" if is_torch else ".npz"):
         raise BadFile(
             f"{path}: a state of {form} is written to a .pt file if it is torch's, else to .npz"
         )
     part = path.with_name(f"{path.name}.part")
     with part.open("wb") as file:
-        if form.startswith("torch."):
+        if is_torch:
             import torch
 
             torch.save(state, file)

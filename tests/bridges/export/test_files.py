@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import torch
@@ -16,6 +19,7 @@ import chainrule
 from bounds import gamma
 from chainrule import TorchBridge, chains
 from chainrule.bridges.export import CannotExport, export
+from chainrule.bridges.export.dtypes import dtypes_of
 from chainrule.cli import main
 from exported import SHAPES, assert_same, exported, load, parameters, step, without_kernel
 
@@ -29,7 +33,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-optimizer = module.Exported(model.parameters(), lr=0.01)
+optimizer = module.Stam(model.parameters(), lr=0.01)
 x, y = torch.randn(32, 6), torch.randn(32, 3)
 losses = []
 for _ in range(30):
@@ -41,14 +45,6 @@ for _ in range(30):
 assert losses[-1] < 0.9 * losses[0], losses
 """
 
-RATE = 1e-2
-CASES = {
-    "stam": chains.stam(RATE),
-    "casmo": chains.casmo(RATE),
-    "muon": chains.muon(RATE),
-    "magma": chains.magma(chains.adam(RATE)),
-}
-
 
 @pytest.fixture(scope="module")
 def stam(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,16 +53,10 @@ def stam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.filterwarnings("ignore:export. this chain tells parameters apart by name")
-@pytest.mark.parametrize(
-    "name", ["stam", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "stam")]
-)
-def test_a_file_runs_where_neither_jax_nor_chainrule_can_be_imported(
-    name: str, tmp_path: Path
-) -> None:
-    path = export(CASES[name], [torch.float32], tmp_path / "exported.py")
+def test_a_file_trains_where_neither_jax_nor_chainrule_can_be_imported(stam: Path) -> None:
+    """Other chains, and compiled steps: `test_compiled.py`."""
     done = subprocess.run(
-        [sys.executable, "-c", BLOCKED, str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", BLOCKED, str(stam)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -238,6 +228,67 @@ def test_a_chain_that_goes_by_names_says_that_its_file_does_not(tmp_path: Path) 
     with pytest.warns(UserWarning, match="by shape alone"):
         path = export(routed, [torch.float32], tmp_path / "routed.py")
     assert "by shape alone" in path.read_text()
+
+
+class _Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("params", "dtypes"),
+    [
+        ({"w": jnp.ones(2), "v": np.ones(2, np.float64)}, ["float32", "float64"]),
+        ({"dense": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}}, ["bfloat16"]),
+        ([torch.ones(2), torch.ones(2, dtype=torch.float16)], ["float16", "float32"]),
+        (_Model(), ["bfloat16"]),
+        (_Model().named_parameters(), ["bfloat16"]),
+        (_Model().parameters(), ["bfloat16"]),
+        (dict(_Model().named_parameters()), ["bfloat16"]),
+        (torch.float32, ["float32"]),
+        (jnp.float32, ["float32"]),
+        ([np.dtype("float32"), "float16"], ["float16", "float32"]),
+    ],
+)
+def test_the_dtypes_of_any_tree_of_parameters_are_found(params: Any, dtypes: list[str]) -> None:
+    assert dtypes_of(params) == dtypes
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"a": {"w": np.ones(2, np.int32)}}, TypeError, r"`params`, 'a.w', is int32; expected"),
+        ({"w": 1.0}, TypeError, r"`params`, 'w', is 1.0; expected arrays, tensors or dtypes"),
+        ("flaot32", TypeError, "`params` is 'flaot32'; expected"),
+        ([torch.ones(1, dtype=torch.complex64)], TypeError, "'0', is complex64; .* bfloat16,"),
+        ([("w", torch.ones(1, dtype=torch.int64))], TypeError, "'w', is int64"),
+        ({}, ValueError, "`params` is empty"),
+        (iter(()), ValueError, "`params` is empty"),
+    ],
+)
+def test_what_holds_no_parameters_is_refused(
+    params: Any, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        export(optax.sgd(0.1), params, tmp_path / "exported.py")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "error", "message"),
+    [
+        ("class", "exported.py", ValueError, "must be the name of a class, got 'class'"),
+        ("1st", "exported.py", ValueError, "must be the name of a class, got '1st'"),
+        ("Sgd", "missing/exported.py", FileNotFoundError, "`path` is in .*missing, which is no"),
+    ],
+)
+def test_a_wrong_name_or_place_is_refused_before_any_work(
+    name: str, path: str, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        export(optax.sgd(0.1), "float32", tmp_path / path, name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

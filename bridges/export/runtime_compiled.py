@@ -1,0 +1,117 @@
+"""How an exported optimizer compiles a step: `_step` traced for one list of tensors, through Inductor."""
+
+# pyright: reportPrivateUsage=false, reportUnusedFunction=false
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from chainrule.bridges.export.runtime_checks import _step
+from chainrule.bridges.export.runtime_lists import _Leaf
+
+# ------------------------------------------------------------------------------------------------
+
+
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
+_SCALED: Mapping[str, Callable[..., Tensor]] = {
+    "add": lambda scale, x, y: x + scale * y,
+    "sub": lambda scale, x, y: x - scale * y,
+    "addcmul": lambda scale, x, y, z: x + scale * (y * z),
+    "addcdiv": lambda scale, x, y, z: x + scale * (y / z),
+}
+
+
+class _NumbersStay(TorchFunctionMode):
+    """Numbers stay tensors: a compiled step reads none on the host, so that new ones need no new program.
+
+    Factors of a sum are products of their own: Inductor of torch 2.13 forgets them beside a matrix product.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        del types
+        named = dict(kwargs or {})
+        if func is Tensor.item:
+            return args[0]
+        for key in ("alpha", "value"):
+            if key in named:
+                name = func.__name__
+                new = _SCALED[name.rstrip("_")](named[key], *args)
+                return args[0].copy_(new) if name.endswith("_") else new
+        return func(*args, **named)
+
+
+def _inputs(
+    leaves: Sequence[_Leaf], shared: Mapping[str, Tensor], rates: Mapping[str, Tensor], loss: Tensor
+) -> list[Tensor]:
+    """All tensors of a step in one list."""
+    return [
+        *(leaf.param for leaf in leaves),
+        *(leaf.grad for leaf in leaves),
+        *(x for leaf in leaves for x in leaf.state.values()),
+        *shared.values(),
+        *rates.values(),
+        loss,
+    ]
+
+
+def _compile(
+    owner: str,
+    leaves: Sequence[_Leaf],
+    shared: Mapping[str, Tensor],
+    rates: Mapping[str, Tensor],
+    loss: Tensor,
+) -> Callable[[list[Tensor]], Any]:
+    """The step for tensors of these shapes, all contiguous; it writes in place.
+
+    Raises:
+      RuntimeError: it cannot be traced or compiled.
+    """
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def body(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        params = [next(given) for _ in leaves]
+        grads = [next(given) for _ in leaves]
+        states = [{name: next(given) for name in leaf.state} for leaf in leaves]
+        own = [
+            _Leaf(p, g, s, leaf.kind)
+            for p, g, s, leaf in zip(params, grads, states, leaves, strict=True)
+        ]
+        group = {name: next(given) for name in shared}
+        live = {name: next(given) for name in rates}
+        with _NumbersStay():
+            _step(own, group, live, next(given))
+        return []
+
+    inputs = [x.detach().contiguous() for x in _inputs(leaves, shared, rates, loss)]
+    pure = torch.func.functionalize(body, remove="mutations")
+    try:
+        graph = make_fx(pure, select_decomp_table(), tracing_mode="fake")(*inputs)
+        given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+        with config.patch({"size_asserts": False}):
+            return compile_fx_inner(graph, given)
+    except Exception as error:
+        raise RuntimeError(
+            f"{owner}: this step cannot be compiled: {error}; give `compile=False`"
+        ) from error
+
+
+def _run(program: Callable[[list[Tensor]], Any], tensors: Sequence[Tensor], leaves: int) -> None:
+    """A compiled step. What is not contiguous is copied there, and back unless it is a gradient."""
+    ready = list(tensors)
+    if all(map(Tensor.is_contiguous, tensors)):
+        program(ready)
+        return
+    ready = [x.contiguous() for x in tensors]
+    program(list(ready))
+    for k, (x, new) in enumerate(zip(tensors, ready, strict=True)):
+        if new is not x and not leaves <= k < 2 * leaves:
+            x.copy_(new)

@@ -1,0 +1,169 @@
+"""Exported files with `compile=True`: the eager step within rounding, for every list of parameters."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optax
+import pytest
+import torch
+
+import bounds
+from chainrule import chains
+from chainrule.bridges.export import export
+from exported import exported, parameters, set_gradients, state_of, step
+
+RATE = 1e-2
+SHAPES = ((5,), (8, 4), (4, 6), ())
+CHAINS = {
+    "adam": lambda: chains.adam(RATE, weight_decay=0.1),
+    "stam": lambda: chains.stam(RATE),
+    "casmo": lambda: chains.casmo(RATE),
+    "magma": lambda: chains.magma(chains.adam(RATE)),
+    "muon": lambda: chains.muon(RATE),
+}
+BLOCKED = """
+import sys
+for name in ("jax", "jaxlib", "optax", "chainrule"):
+    sys.modules[name] = None
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("exported", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+start, grads = torch.load(sys.argv[2])
+results = []
+for compile in (True, False):
+    params = [torch.nn.Parameter(x.clone()) for x in start]
+    optimizer = module.Exported(params, compile=compile)
+    for index, own in enumerate(grads):
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.5**index
+        for p, g in zip(params, own):
+            p.grad = g.clone()
+        optimizer.step()
+    results.append(([p.detach() for p in params], [dict(optimizer.state[p]) for p in params]))
+    assert len(optimizer._programs) == compile  # new rates need no new program
+torch.save(results, sys.argv[2])
+"""
+Run = tuple[list[torch.Tensor], dict[Any, torch.Tensor]]
+
+
+def assert_close(one: Run, other: Run, start: list[torch.Tensor]) -> None:
+    """Two ways to round at most ten steps apart: of the movement, of a state's size, and of the numbers themselves."""
+    for p, q, before in zip(one[0], other[0], start, strict=True):
+        moved, size = (x.abs().max().item() for x in (q - before, q))
+        bound = bounds.MOVEMENT["float32"] * moved + bounds.gamma(4) * size
+        assert moved > bound
+        torch.testing.assert_close(p, q, rtol=0, atol=bound)
+    assert one[1].keys() == other[1].keys()
+    for key, x in other[1].items():
+        if x.is_floating_point():
+            bound = bounds.STATE["float32"] * x.abs().max().item()
+            torch.testing.assert_close(one[1][key], x, rtol=0, atol=bound, msg=str(key))
+        else:
+            assert torch.equal(one[1][key], x), key
+
+
+def run_of(optimizer: torch.optim.Optimizer) -> Run:
+    return [p.detach() for g in optimizer.param_groups for p in g["params"]], state_of(optimizer)
+
+
+@pytest.fixture
+def adam(tmp_path: Path) -> Any:
+    return exported(CHAINS["adam"](), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:export. this chain tells parameters apart by name")
+@pytest.mark.parametrize("name", [name for name in CHAINS if name != "adam"])
+def test_a_compiled_step_needs_torch_alone_and_is_the_eager_one_within_rounding(
+    name: str, tmp_path: Path
+) -> None:
+    path = export(CHAINS[name](), [torch.float32], tmp_path / "exported.py")
+    params, grads = parameters(SHAPES), []
+    for seed in range(4):
+        set_gradients(params, seed)
+        grads.append([p.grad for p in params])
+    start = [p.detach() for p in params]
+    torch.save((start, grads), tmp_path / "runs.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(path), str(tmp_path / "runs.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    compiled, eager = (
+        (values, {(i, key): x for i, own in enumerate(states) for key, x in own.items()})
+        for values, states in torch.load(tmp_path / "runs.pt")
+    )
+    assert_close(compiled, eager, start)
+
+
+def test_a_compiled_step_is_the_eager_one_within_rounding(adam: Any) -> None:
+    compiled, eager = adam(parameters(SHAPES), compile=True), adam(parameters(SHAPES))
+    for index in range(4):
+        for optimizer in (compiled, eager):
+            optimizer.param_groups[0]["lr"] = RATE * 0.5**index
+            step(optimizer, index)
+    assert len(compiled._programs) == 1  # new rates need no new program
+    assert_close(run_of(compiled), run_of(eager), parameters(SHAPES))
+
+
+def test_layouts_missing_gradients_copies_and_groups(adam: Any) -> None:
+    pair = []
+    shapes = ((8, 4), (8, 4), (2, 3))
+    for compile in (True, False):
+        params = parameters(shapes)
+        params[0].data = params[0].data.t().contiguous().t()
+        optimizer = adam(
+            [{"params": params[:2]}, {"params": params[2:], "lr": 0.1}], compile=compile
+        )
+        step(optimizer, 0)
+        step(optimizer, 1)
+        params[1].grad = None
+        params[2].grad = torch.ones(()).expand(2, 3)
+        optimizer.step()
+        saved = copy.deepcopy(optimizer)
+        again = pickle.loads(pickle.dumps(optimizer))
+        for other in (saved, again):
+            assert other._compile is compile
+            step(other, 2)
+        step(optimizer, 2)
+        for p, q, r in zip(
+            *(o.param_groups[0]["params"] for o in (optimizer, saved, again)), strict=True
+        ):
+            assert torch.equal(p, q) and torch.equal(p, r)
+        pair.append(optimizer)
+    assert not pair[0].param_groups[0]["params"][0].is_contiguous()
+    assert_close(*map(run_of, pair), parameters(shapes))
+
+
+def test_a_step_that_cannot_be_compiled_says_why_and_writes_nothing(
+    adam: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = adam(parameters(SHAPES), compile=True)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+
+    def reads(*args: Any) -> None:
+        if args[0][0].grad.tolist():
+            raise AssertionError
+
+    monkeypatch.setattr(sys.modules[adam.__module__], "_step", reads)
+    with pytest.raises(
+        RuntimeError, match=r"Exported: this step cannot be compiled: .*compile=False"
+    ):
+        step(optimizer, 0)
+    for key, entry in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(x, before[key][name]) for name, x in entry.items())
+    for p, q in zip(optimizer.param_groups[0]["params"], parameters(SHAPES), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_chain_whose_only_key_is_the_rate_compiles(tmp_path: Path) -> None:
+    sgd = exported(optax.sgd(0.5), tmp_path)([torch.nn.Parameter(torch.ones(2))], compile=True)
+    sgd.param_groups[0]["params"][0].grad = torch.ones(2)
+    sgd.step()
+    assert sgd.param_groups[0]["params"][0].tolist() == [0.5, 0.5]
