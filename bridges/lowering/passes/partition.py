@@ -117,14 +117,14 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
             owners[node] = leaf_of(node)
         else:
             found = {owners[_summed(s)] for s in node.all_input_nodes} - {SHARED}
+            # What is made of the results of a piece apart is no part of it.
+            found = {_MANY if owner in apart else owner for owner in found}
             owners[node] = found.pop() if len(found) == 1 else _MANY if found else SHARED
     for node in reversed(graph.nodes):
         # A scalar from elsewhere, or of its own, that only one leaf reads is computed there.
         readers = {owners[user] for user in node.users}
-        owner = owners[node]
-        from_many = owner == _MANY or (owner in apart and owner is not node and not unpacks(node))
-        is_own = owner == SHARED and "entry" in node.meta
-        if (from_many or is_own) and len(readers) == 1:
+        is_own = owners[node] == SHARED and "entry" in node.meta
+        if (owners[node] == _MANY or is_own) and len(readers) == 1:
             (reader,) = readers
             if reader not in (SHARED, _MANY) and reader not in apart:
                 owners[node] = reader

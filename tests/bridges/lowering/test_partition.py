@@ -46,3 +46,19 @@ def test_a_collective_s_piece_holds_nothing_else():
 def test_leaves_of_all_sizes_share_the_code_behind_a_collective():
     (kind,) = by_kind(sharded_pieces(True)[-1])
     assert len(kind) == 3 and all(piece.updates for piece in kind)
+
+
+def test_the_update_of_a_leaf_without_axes_is_no_part_of_what_unpacks_its_number():
+    """With eight leaves or more; compiled, such a step could not be built."""
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*8 * [(3,)], ())]
+
+    def step(*params):
+        numbers = jax.lax.cumsum(jnp.stack([jnp.sum(p) for p in params]))
+        return tuple(p * numbers[i] for i, p in enumerate(params))
+
+    for compiled in (False, True):
+        program = run(FRONT, StepProgram.of(lower(step, *structs), tuple(range(len(structs)))))
+        program = run(back(program, compiled)[0], program)
+        pieces = [piece for stage in program.stages for piece in stage]
+        (apart,) = [p for p in pieces if p.nodes[0].target is ops.unbind]
+        assert all(n.args[0] is apart.nodes[0] for n in apart.nodes[1:]), apart.nodes
