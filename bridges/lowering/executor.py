@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from chainrule.bridges.lowering.nodes import value_of
 from chainrule.bridges.lowering.release import dissolve, dissolve_with, graphs_in
 from chainrule.bridges.lowering.step_program import StepProgram
 
@@ -104,9 +105,13 @@ class Executor:
             self._calls.insert(
                 0, _Keep([(registers[new], register) for new, register in kept.items()])
             )
-        if left:
-            values = [kept[new] if new in kept else registers[new] for new, _ in left]
-            self._calls.append(_Copy(values, [registers[old] for _, old in left]))
+        # On a GPU a call for several dtypes would be a launch for each tensor.
+        by_dtype: dict[torch.dtype, _Copy] = {}
+        for new, old in left:
+            copy = by_dtype.setdefault(value_of(new).dtype, _Copy([], []))
+            copy.values.append(kept[new] if new in kept else registers[new])
+            copy.targets.append(registers[old])
+        self._calls += by_dtype.values()
         self._calls += moves
         self._brought = registers.contents()
         dissolve([program.graph])

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -26,12 +26,33 @@ Compiled = Callable[[list[Any]], Sequence[Tensor]]
 """Takes the inputs of a piece, and returns its outputs but those that it writes into inputs."""
 
 
+class Lengths(NamedTuple):
+    """The lengths that flat pieces on a device are compiled for; no other's, so that nothing is specialised to them."""
+
+    small: tuple[int, ...]
+    large: tuple[int, ...]
+    large_from: int
+    """From so many elements on, a piece is compiled for all threads or processors."""
+
+
+ON_CPU = Lengths((97, 101), ((1 << 20) + 7, (1 << 20) + 11), 1 << 16)
+ON_GPU = Lengths((4099,), ((1 << 22) + 15,), 1 << 13)
+"""By the length Inductor decides how a sum is made: up to 8192 elements by one block, which takes at most the
+length (and 2048) at a time, else by a block for 8192 elements of it, whatever the number of elements is then."""
+
+
+def lengths_for(piece: Piece) -> Lengths:
+    """The lengths for the device of a piece."""
+    devices = {x.device.type for x in map(value_of, piece.inputs) if isinstance(x, Tensor)}
+    return ON_CPU if devices <= {"cpu"} else ON_GPU
+
+
 def compile_piece(piece: Piece, large: bool) -> tuple[Compiled, Function | None]:
     """The piece through Inductor, with updates as copies into its inputs, which Inductor does in place.
 
     Args:
       piece: one of its kind.
-      large: whether to compile it for all threads.
+      large: whether to compile it for the large of `lengths_for`.
 
     Returns:
       The compiled piece, and the C++ function behind it if it is no more than that.
@@ -50,8 +71,7 @@ def compile_piece(piece: Piece, large: bool) -> tuple[Compiled, Function | None]
             return torch.empty((2,), dtype=fake.dtype, device=fake.device)[1]
         return torch.empty(shape, dtype=fake.dtype, device=fake.device)
 
-    # Lengths that are no other's, so that nothing is specialised to them.
-    lengths = ((1 << 20) + 7, (1 << 20) + 11) if large else (97, 101)
+    lengths = lengths_for(piece).large if large else lengths_for(piece).small
     examples = {length: [example(n, length) for n in piece.inputs] for length in lengths}
     if not any(x.shape == (lengths[0],) for x in examples[lengths[0]]):
         examples = {0: examples[lengths[0]]}

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
-from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece
+from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece, lengths_for
 from chainrule.bridges.lowering.backends.launches import Function
 from chainrule.bridges.lowering.executor import Call, Emitted, Registers
 from chainrule.bridges.lowering.nodes import args_of, first_arg, value_of
@@ -22,8 +22,6 @@ from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
 from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import _kernel
 
-_LARGE = 1 << 16
-"""From this many elements on, a piece is compiled for all threads."""
 _A_THREADS_WORK = 1 << 16
 """So many elements of small pieces are worth a thread."""
 
@@ -102,7 +100,7 @@ def _calls(
 
 def _is_large(piece: Piece) -> bool:
     sizes = [t.numel() for t in map(value_of, piece.inputs) if isinstance(t, Tensor)]
-    return max(sizes, default=0) >= _LARGE
+    return max(sizes, default=0) >= lengths_for(piece).large_from
 
 
 def _is_pure(piece: Piece) -> bool:
