@@ -1,15 +1,17 @@
 """Everything about a CUDA device in one run: correctness, graphs, step times, in torch and in JAX.
 
-    PYTHONPATH=src python benchmarks/gpu.py --json gpu.json       # all, at most eight minutes
-    PYTHONPATH=src python benchmarks/gpu.py --only torch --quick  # a section, shorter
-    python benchmarks/gpu.py --device cpu --quick                 # what makes sense without one
+    PYTHONPATH=src python benchmarks/gpu.py --json gpu.json         # all, at most eight minutes
+    PYTHONPATH=src python benchmarks/gpu.py --only replay,muon      # some of the parts
+    PYTHONPATH=src python benchmarks/gpu.py --device cpu --quick    # what makes sense without one
 
 It needs torch, JAX, optax and NumPy; neither the package nor its compiled kernel need be installed.
-Sections, each in processes of its own, so that one that breaks the device spoils no other:
+Parts, in this order, each in processes of its own, so that one that breaks the device spoils no other:
 
-- correctness: chains through the bridge, eager and compiled, against the CPU, step by step alike;
-- graph: host synchronisations of a step, and its replay as a CUDA graph against the step itself;
-- torch: step times against torch's own optimizers, with memory, launch time and synchronisations;
+- replay: step times of four chains with `compile="reduce-overhead"` against torch's fused AdamW, and their kernels;
+- correctness: every chain through the bridge, eager and with `compile="reduce-overhead"`, against the CPU;
+- muon, large, compile: step times of Muon, on 1.3 billion parameters, and of torch's own compiled AdamW;
+- torch: step times op by op, compiled, and as a graph that the user captures;
+- graph: host synchronisations of a step, and its replay as a user's CUDA graph against the step itself;
 - jax: jitted chains against the CPU, and their step times against `optax.adamw`.
 
 A tolerance is OPERATIONS x (what the float64 result moves when every gradient and parameter moves by
@@ -26,6 +28,7 @@ import gc
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -48,9 +51,19 @@ from shapes import GPT, MATRICES, SMALL
 
 from chainrule import TorchBridge, chain, chains, transforms
 
-SECTIONS = ("correctness", "graph", "torch", "jax")
-SHARE = {"checks": 170, "torch": 210, "jax": 100}
-"""Seconds of each stage; `--budget` scales them. All checks run side by side in the first."""
+STAGES = {
+    ("replay",): 90,
+    ("correctness",): 90,
+    ("muon", "large", "compile"): 130,
+    ("torch",): 70,
+    ("graph", "jax checks"): 70,
+    ("jax",): 40,
+}
+"""What runs at the same time, and its share of the time; what a stage leaves is for those behind it."""
+SECTIONS = ("replay", "correctness", "muon", "large", "compile", "torch", "graph", "jax")
+TIMED = ("replay", "muon", "large", "compile", "torch")
+"""Parts in which the bridge is timed; one after the other, since the device is theirs alone."""
+REPLAYED: dict[str, Any] = {"compile": "reduce-overhead"}
 MARK = "\x1e"
 RATE = 1e-3
 
@@ -276,8 +289,13 @@ def trajectory(
     return optimizer
 
 
+def replays(optimizer: Any) -> int:
+    """How many steps of a bridge were replayed as CUDA graphs."""
+    return sum(map(int, re.findall(r"(\d+) replayed", optimizer.explain())))
+
+
 def check_correctness(case: Case, device: str, report: Callable[..., None]) -> None:
-    """The bridge on the device, eager and compiled, against float64 on the CPU."""
+    """The bridge on the device, eager and replayed, against float64 on the CPU."""
     coded = case.ties > 0  # codes are no numbers
     dtype = np.float64 if case.wide else np.float32
     unit = case.unit if case.wide else 2 * case.unit  # less would round to nothing
@@ -285,16 +303,20 @@ def check_correctness(case: Case, device: str, report: Callable[..., None]) -> N
     moved = values_of(trajectory(case, "cpu", dtype, unit), coded)
     compare = functools.partial(compared, operations=case.operations, ties=case.ties)
     for how, where, options in (
-        ("CPU", "cpu", {}),
+        ("replayed", device, REPLAYED),  # its first steps are those of `compile=True`
         ("eager", device, {}),
-        ("compiled", device, {"compile": True}),
+        ("CPU", "cpu", {}),
     ):
 
         def measure(where: str = where, options: dict[str, Any] = options) -> dict[str, Any]:
             start = time.perf_counter()
-            found = values_of(trajectory(case, where, **options), coded)
+            optimizer = trajectory(case, where, **options)
             seconds = time.perf_counter() - start
-            return {**compare(found, exact, moved), "seconds": seconds}
+            found = compare(values_of(optimizer, coded), exact, moved)
+            if options == REPLAYED and device == "cuda":
+                found["replayed"] = replays(optimizer)
+                found["ok"] &= found["replayed"] > 0 or bool(case.on_host)
+            return {**found, "seconds": seconds}
 
         report(f"{case.name}, {how}", measure)
 
@@ -303,16 +325,16 @@ def check_special(device: str, report: Callable[..., None]) -> None:
     """What is not a chain of float32: other dtypes, rates that change, absent gradients, random rounding."""
     import torch
 
-    def run(where: str, dtype: Any, change: Any = None, **options: Any) -> list[Any]:
+    def run(where: str, dtype: Any, change: Any = None, **options: Any) -> Any:
         arrays, grads = numbers()
         params = torch_params(arrays, where, dtype)
         optimizer = bridge_of(functools.partial(chains.adam, 1e-2), params, **options)
-        for step in range(STEPS):
-            give(params, grads[step])
+        for step in range(4 * STEPS):
+            give(params, grads[step % STEPS])
             if change:
                 change(optimizer, params, step)
             optimizer.step()
-        return values_of(optimizer, params_only=True)
+        return optimizer
 
     def a_rate(optimizer: Any, params: Any, step: int) -> None:
         rate = 1e-2 / (1 + step)
@@ -323,16 +345,32 @@ def check_special(device: str, report: Callable[..., None]) -> None:
         if step % 2:
             params[2].grad = None
 
-    def alike(name: str, dtype: Any, change: Any = None, allow: Any = None, **options: Any) -> None:
-        def measure(compile: bool) -> dict[str, Any]:
-            torch.manual_seed(7)
-            expected = run("cpu", dtype, change, **options)
-            torch.manual_seed(7)
-            found = run(device, dtype, change, compile=compile, **options)
-            return compared(found, expected, expected, **(allow or {}))
+    held: list[Any] = []
 
-        for compile in (False, True):
-            how = "compiled" if compile else "eager"
+    def elsewhere(optimizer: Any, params: Any, step: int) -> None:
+        held.extend(p.grad for p in params)  # so that no memory is used again
+        for p in params:
+            p.grad = p.grad.clone()
+
+    def moved(optimizer: Any, params: Any, step: int) -> None:
+        if step == 2 * STEPS:
+            params[0].data = params[0].data.clone()
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    def alike(name: str, dtype: Any, change: Any = None, allow: Any = None, **options: Any) -> None:
+        def measure(compile: bool | str) -> dict[str, Any]:
+            torch.manual_seed(7)
+            expected = values_of(run("cpu", dtype, change, **options), params_only=True)
+            torch.manual_seed(7)
+            optimizer = run(device, dtype, change, compile=compile, **options)
+            result = values_of(optimizer, params_only=True)
+            found = compared(result, expected, expected, **(allow or {}))
+            if compile and device == "cuda":
+                found["replayed"] = replays(optimizer)
+                found["ok"] &= found["replayed"] > 0
+            return found
+
+        for how, compile in (("replayed", "reduce-overhead"), ("eager", False)):
             report(f"{name}, {how}", functools.partial(measure, compile))
 
     # Rates and bias corrections are float32 whatever the parameters are, which are rounded once a step.
@@ -341,10 +379,18 @@ def check_special(device: str, report: Callable[..., None]) -> None:
     alike("adam, bfloat16", torch.bfloat16, allow={"stored": HALF, **rounded})
     alike("adam, float16", torch.float16, allow={"stored": 2.0**-11, **rounded})
     # A rounding before it decides one in 2^16 of the random ones.
-    ties = OPERATIONS * STEPS * 2.0**-16
+    ties = OPERATIONS * 4 * STEPS * 2.0**-16
     alike("adam, stochastic rounding", torch.bfloat16, allow={"ties": ties}, rounding="stochastic")
     alike("adam, rates that change", torch.float32, a_rate)
     alike("adam, absent gradients", torch.float32, an_absence)
+    alike("adam, gradients elsewhere", torch.float32, elsewhere)
+    alike(
+        "adam, bfloat16, gradients elsewhere",
+        torch.bfloat16,
+        elsewhere,
+        {"stored": HALF, **rounded},
+    )
+    alike("adam, a parameter that moved", torch.float32, moved)
 
 
 # ---- graphs and synchronisations ---------------------------------------------------------------
@@ -475,8 +521,10 @@ class Contender(NamedTuple):
     target: float | None = None
 
 
-def torch_lists(device: str, quick: bool) -> Iterator[tuple[str, Contender, list[Contender]]]:
-    """Name of a list, its yardstick, and what is timed against it."""
+def torch_lists(
+    part: str, device: str, quick: bool
+) -> Iterator[tuple[str, Contender, list[Contender]]]:
+    """Of a part: name of a list, its yardstick, and what is timed against it."""
     import torch
 
     adamw = functools.partial(torch.optim.AdamW, lr=RATE)
@@ -498,44 +546,73 @@ def torch_lists(device: str, quick: bool) -> Iterator[tuple[str, Contender, list
 
     def contenders(*hows: str) -> Iterator[Contender]:
         for how in hows:
-            options = {"compile": "compiled" in how, "graph": "graph" in how}
+            options: dict[str, Any] = {"compile": "compiled" in how, "graph": "graph" in how}
+            options |= REPLAYED if how == "replayed" else {}
             for name, (make, target) in made.items():
                 yield Contender(f"{name}, {how}", bridge(make, **options), target)
+
+    def elsewhere(make: Callable[[], Any]) -> Any:
+        """Steps whose gradients never lie where they lay in the last nine."""
+
+        def step_of(params: list[Any]) -> Callable[[], Any]:
+            step = bridge_of(make, params, **REPLAYED).step
+            sets = [[p.grad for p in params], *([p.grad.clone() for p in params] for _ in range(9))]
+            at = 0
+
+            def run() -> None:
+                nonlocal at
+                at = (at + 1) % len(sets)
+                for p, grad in zip(params, sets[at], strict=True):
+                    p.grad = grad
+                step()
+
+            for _ in range(len(sets)):  # until one graph copies them
+                run()
+            return run
+
+        return step_of
 
     def compiled_torch(params: list[Any]) -> Callable[[], Any]:
         return torch.compile(adamw(params).step, fullgraph=False)
 
-    peers = [
-        Contender("torch foreach", lambda p: adamw(p, foreach=True).step),
-        Contender("torch fused, graph", lambda p: captured(capturable(p, fused=True).step, device)),
-    ]
-    compiled = list(contenders("compiled", "compiled, graph"))
-    eager = list(contenders("eager", "eager, graph"))
-    if quick:
-        yield "tiny", fused, [*peers, compiled[0], compiled[4], *eager[:1]]
-    else:
-        yield "gpt", fused, [*compiled, *peers, *eager]
-        yield "small", fused, [*compiled, *peers, *eager]
-
-    muon = Contender(
-        "torch.optim.Muon", lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.0).step
+    foreach = Contender("torch foreach", lambda p: adamw(p, foreach=True).step)
+    own_graph = Contender(
+        "torch fused, graph", lambda p: captured(capturable(p, fused=True).step, device)
     )
+    lists = ("tiny",) if quick else ("gpt", "small")
+    if part == "replay":
+        copied = Contender("optax.adamw, replayed, copies", elsewhere(made["optax.adamw"][0]))
+        yield lists[0], fused, [*contenders("replayed"), own_graph, copied]
+        for name in lists[1:]:
+            yield name, fused, [*contenders("replayed"), own_graph]
+    elif part == "muon":
+        muon = Contender(
+            "torch.optim.Muon", lambda p: torch.optim.Muon(p, lr=0.02, weight_decay=0.0).step
+        )
 
-    def orthogonal(dtype: str | None) -> Callable[[], Any]:
-        return lambda: chains.muon(0.02, ns_dtype=dtype)
+        def orthogonal(dtype: str | None) -> Callable[[], Any]:
+            return lambda: chains.muon(0.02, ns_dtype=dtype)
 
-    muons = [
-        Contender("chains.muon, bf16, compiled", bridge(orthogonal("bfloat16"), compile=True), 0.7),
-        Contender("chains.muon, bf16, eager", bridge(orthogonal("bfloat16")), 0.7),
-        Contender("chains.muon, f32, eager", bridge(orthogonal(None))),
-    ]
-    for name in ("tiny matrices",) if quick else ("matrices", "wide"):
-        yield name, muon, muons
-    if not quick:
-        yield "1.3B", fused, [*contenders("compiled"), peers[0], *list(contenders("eager"))[:1]]
-    slow = [Contender("torch.compile(AdamW.step)", compiled_torch)]  # a minute, so the last
-    for name in ("tiny",) if quick else ("gpt", "small"):
-        yield name, fused, slow
+        half = orthogonal("bfloat16")
+        muons = [
+            Contender("chains.muon, bf16, replayed", bridge(half, **REPLAYED), 0.7),
+            Contender("chains.muon, bf16, compiled", bridge(half, compile=True), 0.7),
+            Contender("chains.muon, bf16, eager", bridge(half), 0.7),
+            Contender("chains.muon, f32, replayed", bridge(orthogonal(None), **REPLAYED)),
+        ]
+        for name in ("tiny matrices",) if quick else ("matrices", "wide"):
+            yield name, muon, muons
+    elif part == "large":
+        as_it_is = [*contenders("compiled")][:2]
+        yield "tiny" if quick else "1.3B", fused, [*contenders("replayed"), foreach, *as_it_is]
+    elif part == "compile":
+        slow = Contender("torch.compile(AdamW.step)", compiled_torch)
+        for name in lists:
+            yield name, fused, [slow]
+    else:
+        hows = ("compiled",) if quick else ("compiled", "compiled, graph", "eager", "eager, graph")
+        for name in lists:
+            yield name, fused, [foreach, *contenders(*hows)]
 
 
 def torch_arrays(shapes: Sequence[Shape], device: str) -> list[Any]:
@@ -577,7 +654,28 @@ def alternate(
     }
 
 
-def time_torch(device: str, quick: bool, report: Callable[..., None]) -> None:
+def kernels_of(step: Callable[[], Any]) -> dict[str, Any]:
+    """What a step launches on a CUDA device, as the profiler sees it: how many kernels, their time, the longest."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profile.events() or ():
+        if event.device_type.name == "CUDA":
+            times = spent.setdefault(event.name[:60], [0, 0.0])
+            times[0] += 1
+            times[1] += event.time_range.elapsed_us()
+    longest = sorted(spent.items(), key=lambda item: -item[1][1])[:8]
+    return {
+        "kernels": sum(int(count) for count, _ in spent.values()),
+        "kernels ms": sum(us for _, us in spent.values()) / 1e3,
+        "longest": {name: [int(count), round(us, 1)] for name, (count, us) in longest},
+    }
+
+
+def time_torch(part: str, device: str, quick: bool, report: Callable[..., None]) -> None:
     import torch
 
     cuda = device == "cuda"
@@ -587,6 +685,19 @@ def time_torch(device: str, quick: bool, report: Callable[..., None]) -> None:
     def memory() -> int:
         return torch.cuda.memory_allocated() if cuda else 0
 
+    def waits(contender: Contender, step: Callable[[], Any], params: list[Any]) -> Any:
+        """Synchronisations of a step, and where."""
+        if "replayed" in contender.name:
+            return synchronisations(lambda: step, device)
+
+        def warm() -> Callable[[], Any]:
+            step = contender.make(params)
+            step()
+            step()
+            return step
+
+        return synchronisations(warm, device)
+
     def measure(contender: Contender, yardstick: Contender, params: list[Any]) -> dict[str, Any]:
         before = memory()
         start = time.perf_counter()
@@ -594,7 +705,7 @@ def time_torch(device: str, quick: bool, report: Callable[..., None]) -> None:
         step()
         wait()
         first = time.perf_counter() - start
-        for _ in range(2):
+        for _ in range(3):
             step()
         state = memory() - before
         found: dict[str, Any] = {"first s": first, "state MB": state / 1e6}
@@ -603,21 +714,16 @@ def time_torch(device: str, quick: bool, report: Callable[..., None]) -> None:
             step()
             found["peak MB"] = (torch.cuda.max_memory_allocated() - before) / 1e6
         if "torch" not in contender.name and "graph" not in contender.name:
-
-            def warm() -> Callable[[], Any]:
-                step = contender.make(params)
-                step()
-                step()
-                return step
-
-            found["syncs"], found["where"] = synchronisations(warm, device)
+            found["syncs"], found["where"] = waits(contender, step, params)
         other = yardstick.make(params)
         for _ in range(3):
             other()
         found |= alternate(step, other, rounds, wait)
+        if cuda and part in ("replay", "muon"):
+            found |= kernels_of(step)
         return {"ok": not found.get("syncs"), "target": contender.target, **found}
 
-    for name, yardstick, contenders in torch_lists(device, quick):
+    for name, yardstick, contenders in torch_lists(part, device, quick):
         params = torch_arrays(LISTS[name], device)
         for contender in contenders:
             run = functools.partial(measure, contender, yardstick, params)
@@ -830,22 +936,22 @@ def work(args: argparse.Namespace) -> None:
     part, parts = args.part
     if part == 0:
         reporter(section)("environment", lambda: {"ok": True, **environment(section, device)})
-    if section == "checks":
-        mine = cases()[part::parts]
-        for case in mine[: 1 if args.quick else None]:
-            if "correctness" in args.only:
-                check = functools.partial(check_correctness, case, device, reporter("correctness"))
-                guarded(check, case.name, reporter("correctness"))
-            if "graph" in args.only:
-                check_graph(case, device, reporter("graph"))
-        if part == 0 and "correctness" in args.only:
-            check_special(device, reporter("correctness"))
-        if part == 0 and "graph" in args.only:
-            check_rate_in_graph(device, reporter("graph"))
-    elif section == "torch":
-        time_torch(device, args.quick, reporter("torch"))
+    mine = cases()[part::parts][: 1 if args.quick else None]
+    if section == "correctness":
+        if part == parts - 1:  # it has the fewest chains
+            check_special(device, reporter(section))
+        for case in mine:
+            check = functools.partial(check_correctness, case, device, reporter(section))
+            guarded(check, case.name, reporter(section))
+    elif section == "graph":
+        for case in mine:
+            check_graph(case, device, reporter(section))
+        if part == 0:
+            check_rate_in_graph(device, reporter(section))
+    elif section in TIMED:
+        time_torch(section, device, args.quick, reporter(section))
     elif section == "jax":
-        time_jax(args.quick, reporter("jax"))
+        time_jax(args.quick, reporter(section))
     elif section == "jax checks":
         check_jax(ours_of(args), reporter("jax"))
         if part == 0:
@@ -882,13 +988,17 @@ class Parent:
             if self.args.json:
                 Path(self.args.json).write_text(json.dumps(self.records, indent=1))
 
-    def run(self, seconds: float, **parts: int) -> None:
-        """Sections side by side, each in so many processes."""
+    def run(self, sections: Sequence[str], seconds: float, workers: int) -> None:
+        """A stage: checks side by side, each in so many processes; timings one after the other."""
+        end = time.time() + seconds
+        if sections[0] in (*TIMED, "jax"):
+            for i, section in enumerate(sections):
+                self.listen(section, (end - time.time()) / (len(sections) - i), 0, 1)
+            return
+        counts = {s: max(1, workers // 3) if s == "jax checks" else workers for s in sections}
         threads = [
-            threading.Thread(
-                target=self.listen, args=(section.replace("_", " "), seconds, part, count)
-            )
-            for section, count in parts.items()
+            threading.Thread(target=self.listen, args=(section, seconds, part, count))
+            for section, count in counts.items()
             for part in range(count)
         ]
         for thread in threads:
@@ -901,7 +1011,7 @@ class Parent:
         args, start = self.args, time.time()
         command = [sys.executable, __file__, "--work", section, "--device", args.device]
         command += ["--deadline", str(start + seconds), "--part", str(part), str(parts)]
-        command += ["--only", ",".join(args.only), *(["--quick"] if args.quick else [])]
+        command += ["--quick"] if args.quick else []
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(
                 command,
@@ -930,7 +1040,7 @@ def variables(section: str, args: argparse.Namespace) -> dict[str, str]:
     own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONUNBUFFERED": "1"}
     if not section.startswith("jax") or args.device == "cpu":
         own["JAX_PLATFORMS"] = "cpu"
-    if section.endswith("checks"):
+    if section in ("correctness", "graph", "jax checks"):
         own["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
         own["OMP_NUM_THREADS"] = "2"
     return {**os.environ, **own}
@@ -950,7 +1060,7 @@ def shown(record: dict[str, Any]) -> str:
         if "peak MB" in record:
             line += f", peak {record['peak MB']:.0f} MB"
     hidden = {"section", "name", "ok", "ratio", "ms", "host ms", "yardstick", "target", "first s"}
-    hidden |= {"state MB", "peak MB", "yardstick ms"}
+    hidden |= {"state MB", "peak MB", "yardstick ms", "longest"}
     rest = {k: v for k, v in record.items() if k not in hidden and v != ""}
     return line + "".join(
         f"  {k}: {v:.3g}" if isinstance(v, float) else f"  {k}: {v}" for k, v in rest.items()
@@ -1021,16 +1131,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     parent = Parent(args)
     workers = args.workers or min(6, max(1, (os.cpu_count() or 1) // 2))
-    checks = {"checks": workers} if {"correctness", "graph"} & {*args.only} else {}
-    if "jax" in args.only:
-        checks["jax_checks"] = (workers + 2) // 3
-    stages = {"checks": checks} | {
-        name: {name: 1} for name in ("torch", "jax") if name in args.only
-    }
-    stages = {name: parts for name, parts in stages.items() if parts}
-    scale = args.budget / sum(SHARE[name] for name in stages)
-    for name, parts in stages.items():
-        parent.run(SHARE[name] * scale, **parts)
+    chosen = {*args.only, *(["jax checks"] if "jax" in args.only else [])}
+    stages = [
+        (mine, share)
+        for all_of, share in STAGES.items()
+        if (mine := [s for s in all_of if s in chosen])
+    ]
+    end = time.time() + args.budget
+    for i, (names, share) in enumerate(stages):
+        left = share / sum(other for _, other in stages[i:]) * (end - time.time())
+        parent.run(names, left, workers)
     show_table(parent.records)
     sys.exit(any(not r.get("ok", True) for r in parent.records))
 

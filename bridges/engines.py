@@ -10,6 +10,7 @@ from torch import Tensor
 from chainrule.bridges.checks import autocast_off
 from chainrule.bridges.engine_xla import XlaEngine
 from chainrule.bridges.lowering import Lowered, lower_jaxpr
+from chainrule.bridges.lowering.backends.cuda_graph import CAPTURES, CapturedStep
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.lowering.passes.shard import Sharding
 from chainrule.bridges.lowering.pipeline import Step, make_step, sharded
@@ -72,19 +73,23 @@ class Engine(Protocol):
         ...
 
 
-def engine_named(name: str, compile: bool) -> Engine:
-    """`"torch"` or `"xla"`; `compile` is whether Inductor compiles torch's programs."""
+COMPILE = (False, True, "reduce-overhead")
+"""Whether Inductor compiles torch's programs; and CUDA graphs replay them, where there are such graphs."""
+
+
+def engine_named(name: str, compile: bool | str) -> Engine:
+    """`"torch"` or `"xla"`; `compile` is one of `COMPILE`."""
     return XlaEngine() if name == "xla" else TorchEngine(compile)
 
 
 class TorchProgram:
     """A step lowered to torch."""
 
-    def __init__(self, lowered: Lowered, step: Step):
-        self.lowered, self.step = lowered, step
+    def __init__(self, lowered: Lowered, step: Step, captured: CapturedStep | None = None):
+        self.lowered, self.step, self.captured = lowered, step, captured
 
     def ready(self) -> InPlace:
-        return self.step.ready()
+        return self.step.ready() if self.captured is None else self.captured
 
     def agrees(self) -> bool:
         self.step.ready()
@@ -95,7 +100,7 @@ class TorchProgram:
         lines = [f"  {'link':40}{'operations':>12}{'a parameter':>14}"]
         for link, count in Counter(n.meta.get("link") or "(apply updates)" for n in nodes).items():
             lines.append(f"  {link:40}{count:>12,}{count / parameters:>14.1f}")
-        return lines
+        return lines + (self.captured.explained() if self.captured else [])
 
     def passes(self) -> list[str]:
         self.ready()
@@ -103,9 +108,9 @@ class TorchProgram:
 
 
 class TorchEngine:
-    """Lowers to torch, and runs it op by op or through Inductor."""
+    """Lowers to torch, and runs it op by op or through Inductor, also as CUDA graphs."""
 
-    def __init__(self, compile: bool):
+    def __init__(self, compile: bool | str):
         self._compile = compile
 
     def program(
@@ -115,9 +120,19 @@ class TorchEngine:
         device: torch.device,
         sharding: Sharding | None = None,
     ) -> TorchProgram:
-        lowered = _lowered(trace, device, self._compile)
-        made = make_step(lowered, targets, compile=self._compile, sharding=sharding)
-        return TorchProgram(lowered, made)
+        compiled = bool(self._compile)
+        lowered = _lowered(trace, device, compiled)
+        made = make_step(lowered, targets, compile=compiled, sharding=sharding)
+        capture = CAPTURES.get(device.type) if self._compile == "reduce-overhead" else None
+        if capture is None:
+            return TorchProgram(lowered, made)
+        if sharding is not None:
+            raise NotImplementedError(
+                'TorchBridge: compile="reduce-overhead" is for one device, and a parameter is a DTensor; ranks that '
+                "wait for each other are not captured. Use compile=True"
+            )
+        inputs = len(trace.jaxpr.in_avals)
+        return TorchProgram(lowered, made, CapturedStep(made, inputs, targets, capture(device)))
 
     def initial(
         self,

@@ -31,7 +31,7 @@ class Options(NamedTuple):
     """What the user asked for when the bridge was made. Pickles hold it by its path."""
 
     chain: Any
-    compile: bool
+    compile: bool | str
     engine: str
     rounding: str | None
     meant: Meant | None = None

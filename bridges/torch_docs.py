@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 _OF_BRIDGE = {
     "params": "parameters, parameter groups, or `named_parameters()`.",
-    "compile": "run the step through Inductor instead of op by op.",
+    "compile": 'run the step through Inductor instead of op by op; `"reduce-overhead"`: on CUDA as a CUDA graph too.',
     "engine": '`"torch"`, or `"xla"` for chains that hold a primitive without a lowering.',
     "rounding": 'None, round to nearest, or `"stochastic"`, for bfloat16 parameters.',
 }

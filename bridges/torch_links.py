@@ -95,7 +95,9 @@ class Links(TorchBridge):
         for index, step in steps:
             tree = self._tree(index)
             for i, p in enumerate(tree.params):
-                if into and p in into:  # in the place of others is a copy already
+                if p.grad is None:  # its own memory may be among what the chain is given
+                    step.inputs[i] = p.detach().clone()
+                elif into:
                     step.inputs[i] = into[p]
             for name in tree.described.given:
                 step.inputs.extend(

@@ -34,7 +34,7 @@ _WRAP = "to put links around an optimizer of torch write `chainrule.TorchWrap(op
 Maker = Callable[[], optax.GradientTransformation]
 _Parameter = inspect.Parameter
 _OF_BRIDGE = {
-    "compile": _Parameter("compile", _Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+    "compile": _Parameter("compile", _Parameter.KEYWORD_ONLY, default=False, annotation=bool | str),
     "engine": _Parameter("engine", _Parameter.KEYWORD_ONLY, default="torch", annotation=str),
     "rounding": _Parameter("rounding", _Parameter.KEYWORD_ONLY, default=None, annotation=str | None),
 }  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 
 from chainrule.bridges import loading
 from chainrule.bridges.checks import autocast_off, check_order, outside_inference_mode
+from chainrule.bridges.engines import COMPILE
 from chainrule.bridges.explain import explain_group
 from chainrule.bridges.following import Known
 from chainrule.bridges.group_tree import Options
@@ -61,13 +62,20 @@ class TorchBridge(GroupedOptimizer):
     *Sharding.* Parameters may be DTensors (`fully_shard`, tensor parallelism, both): every rank works on its part, and
     the result is that of one process. See docs/scaling.md.
 
+    *CUDA graphs.* With `compile="reduce-overhead"` the first steps are launched as with True; then the step is captured
+    and replayed. Rates, gradients, state and parameters may change as ever: gradients that lie elsewhere than before
+    get a graph of their own, or are copied (once more their memory) where they never lie still; parameters that were
+    replaced, a group or tier that changed, begin anew. `explain()` counts the steps that were replayed and launched.
+    Within a graph that you capture yourself the step becomes a part of it.
+
     *Pickling* needs a chain that can be pickled, which closures cannot: give a function that makes it, such as
     `functools.partial(optax.adamw, 1e-3)`. `copy.deepcopy` and `state_dict` take any chain.
 
     Args:
       chain: a gradient transformation, or a function without arguments that returns one.
       params: parameters, parameter groups, or `named_parameters()`.
-      compile: run the step through Inductor instead of op by op.
+      compile: run the step through Inductor instead of op by op. `"reduce-overhead"`: on CUDA also as a CUDA graph,
+        which the host launches at once (see below); elsewhere as True.
       engine: `"torch"`, or `"xla"`: JAX computes the step on tensors exchanged over DLPack, for chains that hold a
         primitive without a lowering.
       rounding: None, round to nearest, or `"stochastic"`.
@@ -76,7 +84,8 @@ class TorchBridge(GroupedOptimizer):
     Raises:
       ValueError: a key that is no hyperparameter, a value out of bounds, no or repeated parameters, several devices.
       TypeError: complex or FSDP1 parameters, a chain whose state changes shape or that evaluates the loss itself.
-      NotImplementedError: DTensors with `engine="xla"`, or on meshes that are no parts of one.
+      NotImplementedError: DTensors with `engine="xla"`, on CUDA with `compile="reduce-overhead"`, or on meshes that
+        are no parts of one.
       UnsupportedPrimitive: the chain needs `engine="xla"`.
 
     >>> import optax
@@ -95,12 +104,13 @@ class TorchBridge(GroupedOptimizer):
         chain: Any,
         params: Iterable[Any],
         *,
-        compile: bool = False,
+        compile: bool | str = False,
         engine: str = "torch",
         rounding: str | None = None,
         **group_defaults: Any,
     ):
         check_order(chain, params)
+        check_choice("TorchBridge", "compile", compile, COMPILE)
         check_choice("TorchBridge", "engine", engine, ("torch", "xla"))
         check_choice("TorchBridge", "rounding", rounding, (None, "stochastic"))
         if compile and engine == "xla":
@@ -125,6 +135,7 @@ class TorchBridge(GroupedOptimizer):
         Raises:
           RuntimeError: a gradient that is sparse or of another dtype than its parameter; a parameter or an entry of the
             state that is not what it was; parameters on the device `meta` without gradients.
+          RuntimeError: with `compile="reduce-overhead"`, a step that no graph can hold, since it waits for the device.
           ValueError: a hyperparameter out of bounds; no closure for a chain that reads the loss. Nothing has been
             written then. What interrupts a step later (`KeyboardInterrupt`, memory) leaves it half done: the bridge
             then refuses to go on, with a `RuntimeError`, until a state dict is loaded.

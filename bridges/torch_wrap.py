@@ -12,6 +12,7 @@ from chainrule.bridges.checks import autocast_off
 from chainrule.bridges.torch_links import OLD, PARAM, Links, buffers, changing, filtering
 from chainrule.bridges.torch_moments import moments_of, value_of
 from chainrule.bridges.wrapped import check_base, groups_of, of_base, part_of, prefixed
+from chainrule.transforms._checks import check_choice
 
 _NAMES = ("mu", "nu", "trace", "count")
 
@@ -45,7 +46,8 @@ class TorchWrap(torch.optim.Optimizer):
 
     Raises:
       TypeError: `base` is no optimizer.
-      ValueError: neither `before` nor `after`; a base that evaluates the model within its step; a name that is none.
+      ValueError: neither `before` nor `after`; `compile` other than False and True; a base that evaluates the model
+        within its step; a name that is none.
 
     >>> from chainrule import transforms as ct
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
@@ -71,6 +73,9 @@ class TorchWrap(torch.optim.Optimizer):
         engine: str = "torch",
     ):
         check_base(base, before, after)
+        check_choice(
+            "TorchWrap", "compile", compile, (False, True)
+        )  # no graph holds the base's step
         groups = groups_of(base, params)
         known = {**moments_of(base), **(moments or {})}
         known = {name: key for name, key in known.items() if key is not None}

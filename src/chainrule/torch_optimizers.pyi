@@ -42,7 +42,7 @@ class Adam(Named):
         nu_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -70,7 +70,7 @@ class Casmo(Named):
         nu_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -92,7 +92,7 @@ class CasmoSNR(Named):
         nu_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -129,7 +129,7 @@ class Cosmic(Named):
         mask: Any = ...,
         kernel: str = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -149,7 +149,7 @@ class Grokfast(NamedAround):
         start: str = ...,
         state_dtype: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -174,7 +174,7 @@ class Magma(NamedAround):
         seed: Any = ...,
         state_dtype: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -213,7 +213,7 @@ class Muon(Named):
         nu_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -237,7 +237,7 @@ class NAdam(Named):
         nu_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -255,7 +255,7 @@ class Orthograd(NamedAround):
         eps: float = ...,
         rtol: float = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -280,7 +280,7 @@ class Stam(Named):
         nu_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
@@ -304,7 +304,7 @@ class StamLite(Named):
         stat_dtype: Any = ...,
         mask: Any = ...,
         preset: str | None = ...,
-        compile: bool = ...,
+        compile: bool | str = ...,
         engine: str = ...,
         rounding: str | None = ...,
     ) -> None: ...
