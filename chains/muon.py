@@ -35,6 +35,7 @@ from chainrule.transforms import (
     static=(
         "coefficients",
         "ns_steps",
+        "preconditioning",
         "ns_dtype",
         "ns_sharding",
         "dims",
@@ -53,7 +54,8 @@ def muon(
     nesterov: str | None = "lerp",
     debias: bool = False,
     coefficients: Any = "keller_jordan",
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
+    preconditioning: str | None = None,
     ns_eps: float = 1e-7,
     eps_scope: str = "added",
     ns_dtype: Any = None,
@@ -106,7 +108,9 @@ def muon(
       debias: divide the momentum by the weight it has given to gradients (optax.contrib.muon).
       coefficients: of the Newton-Schulz polynomial: a name, three numbers, or three a step
         (`newton_schulz`).
-      ns_steps: number of Newton-Schulz steps, an integer in [1, 100).
+      ns_steps: number of Newton-Schulz steps, an integer in [1, 100); `None`: 4 for `"aol"`, else 5.
+      preconditioning: what a momentum is divided by first: `"frobenius"`, `"schatten"`, `"aol"`; `None`: what its
+        coefficients are made for (`newton_schulz`).
       ns_eps: keeps the division by the norm finite, at least 0.
       eps_scope: `"added"`, divide by |m| + ns_eps; `"clamped"`, by max(|m|, ns_eps) (torch.optim.Muon).
       ns_dtype: dtype of the iteration, default float32 at least; `"bfloat16"` is what
@@ -164,6 +168,7 @@ def muon(
                     newton_schulz(
                         coefficients,
                         ns_steps,
+                        preconditioning=preconditioning,
                         eps=ns_eps,
                         eps_scope=eps_scope,
                         scale=scale,

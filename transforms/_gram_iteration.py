@@ -8,6 +8,11 @@ A, P and their products are polynomials in one Hermitian matrix: they commute an
 the blocks on and above the diagonal are computed. A Gram matrix knows a small singular value s only by
 s^2, with an error of eps; a step multiplies s by its slope a, and the error by a^2. So the Gram matrix
 is formed anew, from X, before that error can reach `_MAX_ERROR`.
+
+The first Gram matrix also says what brings the norm of X to at most one more tightly than its Frobenius norm does:
+
+    "schatten":   X / |A|_F^(1/2)
+    "aol":        row i of X / (sum_j |A_ij|)^(1/2), another matrix than X, with singular vectors of its own
 """
 
 import itertools
@@ -17,8 +22,8 @@ import operator
 import jax
 import jax.numpy as jnp
 
-Triple = tuple[float, float, float]
-"""The coefficients (a, b, c) of a step."""
+from chainrule.transforms._numerics import abs_sq, root, up
+from chainrule.transforms._polar_coefficients import Triple
 
 _MAX_ERROR = 2.0**-12  # that keeping one Gram matrix for several steps may add to a singular value
 # With 8 or 11 bits, to round X after every step costs more than what a Gram matrix loses over two.
@@ -28,21 +33,27 @@ _TILE = 64  # heights of panels are multiples of it, which suits vector register
 _WHOLE = 384  # up to this side a Hermitian matrix is one panel: the products cost less than what cuts and joins them
 _SMALL = 64  # up to this side each step forms its own Gram matrix: fewer calls count for more than fewer operations
 
+SCALINGS = ("frobenius", "schatten", "aol")
+"""What brings norms to at most one: that of X, which it comes with; what its first Gram matrix says."""
 
-def iterate(x: jax.Array, triples: list[Triple], gram: bool | str) -> jax.Array:
+
+def iterate(
+    x: jax.Array, triples: list[Triple], gram: bool | str, scaling: str = "frobenius"
+) -> jax.Array:
     """A step for each triple, on matrices (..., rows, columns) of which none has a norm above one.
 
     Args:
       x: the matrices; the arithmetic is in their dtype.
       triples: the coefficients of each step.
       gram: `True`, one Gram matrix for all steps; `False`, one for each; `"auto"`, what is cheapest.
+      scaling: one of `SCALINGS`.
     """
     if x.size == 0:
         return x
     small, large = sorted(x.shape[-2:])
     done = 0
     for length in _segments(small, large, triples, float(jnp.finfo(x.dtype).eps), gram):
-        x = _segment(x, triples[done : done + length])
+        x = _segment(x, triples[done : done + length], "frobenius" if done else scaling)
         done += length
     return x
 
@@ -79,7 +90,7 @@ def _segments(
     return best[steps][1]
 
 
-def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
+def _segment(x: jax.Array, triples: list[Triple], scaling: str) -> jax.Array:
     """Several steps by way of the Gram matrix of the smaller side, held in panels of rows."""
     tall = x.shape[-2] > x.shape[-1]
     small = x.shape[-1] if tall else x.shape[-2]
@@ -93,6 +104,8 @@ def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
         return _dot(x, whole, -1, -2) if tall else _dot(whole, x, -1, -2)
 
     a = _hermitian(panels, panels, contract=-2 if tall else -1)
+    if scaling != "frobenius":
+        x, a = _scaled(x, a, scaling, tall)
     q: list[jax.Array] = []
     for step, (c0, c1, c2) in enumerate(triples):
         square = _hermitian(a, a)
@@ -107,6 +120,21 @@ def _segment(x: jax.Array, triples: list[Triple]) -> jax.Array:
         if step < len(triples) - 1:
             a = _hermitian(_hermitian(a, p), p)
     return apply(q)
+
+
+def _scaled(
+    x: jax.Array, a: list[jax.Array], scaling: str, tall: bool
+) -> tuple[jax.Array, list[jax.Array]]:
+    """X and its Gram matrix, scaled so that the norm of X is at most one; zeros stay."""
+    if scaling == "schatten":
+        square = sum(jnp.sum(abs_sq(row), axis=(-2, -1), keepdims=True) for row in a)
+        sums = [jnp.broadcast_to(root(square), (*row.shape[:-1], 1)) for row in a]
+    else:
+        sums = [jnp.sum(up(jnp.abs(row)), axis=-1, keepdims=True) for row in a]
+    factors = [(1 / root(jnp.where(s == 0, 1, s))).astype(a[0].real.dtype) for s in sums]
+    column = jnp.concatenate(factors, axis=-2)
+    scaled = [f * row * column.mT for f, row in zip(factors, a, strict=True)]
+    return x * (column.mT if tall else column), scaled
 
 
 def _hermitian(a: list[jax.Array], b: list[jax.Array], contract: int = -1) -> list[jax.Array]:

@@ -21,8 +21,10 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params
-from chainrule.transforms._gram_iteration import Triple, iterate
+from chainrule.transforms._gram_iteration import SCALINGS, iterate
 from chainrule.transforms._numerics import abs_sq, root, up
+from chainrule.transforms._polar_coefficients import COEFFICIENTS as COEFFICIENTS
+from chainrule.transforms._polar_coefficients import PRECONDITIONING, STEPS, Triple
 from chainrule.transforms._protocols import Tree, typed
 from chainrule.transforms._sharding import check_sharding, laid_out, lie_as, parts_of, whole
 from chainrule.transforms._trees import path_name
@@ -30,45 +32,13 @@ from chainrule.transforms._words import checked_words
 
 Axes = tuple[Sequence[int], Sequence[int]]
 
-_POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-)
-COEFFICIENTS: dict[str, tuple[Triple, ...]] = {
-    # The largest slope at zero for which singular values end in about [0.7, 1.2] (Jordan et al.).
-    "keller_jordan": ((3.4445, -4.7750, 2.0315),),
-    # Tuned step by step, from a steep slope to a flat one (Ahn et al., "Dion", 2025; also in optax).
-    "dion": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-    # Each step the best for the interval that the one before leaves, from [1e-3, 1] on; all but the last divided
-    # by 1.01, so that rounding leaves no value outside (Amsel et al., "The Polar Express", 2025, Algorithm 1).
-    "polar_express": (
-        *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS),
-        (1.875, -1.25, 0.375),
-    ),
-    # Newton and Schulz' own: converges to exactly one, from a slope of 1.5.
-    "cubic": ((1.5, -0.5, 0.0),),
-    # Converges to exactly one, from a slope of 1.875 (Higham, "Functions of Matrices", 2008, section 8.3).
-    "classical": ((15 / 8, -10 / 8, 3 / 8),),
-}
-"""Named coefficients (a, b, c), one triple a step; the last one is repeated."""
-
 
 @checked_words
 def newton_schulz(
     coefficients: str | Sequence[float] | Sequence[Sequence[float]] = "keller_jordan",
-    steps: int = 5,
+    steps: int | None = None,
     *,
+    preconditioning: str | None = None,
     eps: jax.typing.ArrayLike = 1e-7,
     eps_scope: str = "added",
     scale: str | None = "spectral",
@@ -91,9 +61,16 @@ def newton_schulz(
     Args:
       coefficients: a name in `COEFFICIENTS`, a triple (a, b, c), or one triple a step, the last of which is
         repeated. After five steps, singular values in [1e-3, 1] are off from one by at most 0.53
-        (`"keller_jordan"`, `"dion"`), 0.15 (`"polar_express"`), 0.98 (`"classical"`) and 0.99 (`"cubic"`);
-        after eight, by at most 0.32, 0.022, 1e-10, 0.85 and 0.975.
-      steps: number of steps, an integer in [1, 100).
+        (`"keller_jordan"`, `"dion"`), 0.15 (`"polar_express"`), 0.11 (`"cans"`), 0.98 (`"classical"`) and
+        0.99 (`"cubic"`); after eight, by at most 0.32, 0.022, 1e-10, 1e-10, 0.85 and 0.975. Recommended:
+        `"polar_express"`, which takes the default's time and comes nearer to one on every spectrum that `chainrule
+        bench newton_schulz` has, in bfloat16 too. The default is what published runs of Muon use, and whether training
+        gains by the difference is not shown. `"cans"` has no margin for rounding: float32 only.
+      steps: number of steps, an integer in [1, 100); `None`: 4 for `"aol"`, else 5.
+      preconditioning: what X_0 is divided by: `"frobenius"`, the Frobenius norm of G; `"schatten"`, its Schatten
+        4-norm, nearer to the largest singular value; `"aol"`, each row (column of a tall G) by a number of its own,
+        which brings singular values nearer to one another, and orthogonalises another matrix than G; `None`: `"aol"`
+        for coefficients `"aol"`, else `"frobenius"`. As in optax.contrib.muon.
       eps: keeps the division by the norm finite, at least 0.
       eps_scope: `"added"`, divide by |G| + eps; `"clamped"`, by max(|G|, eps) (torch.optim.Muon).
       scale: s of the shape: `"spectral"`, sqrt(max(1, out / in)) (Jordan et al.); `"rms"`,
@@ -124,7 +101,8 @@ def newton_schulz(
       A `optax.GradientTransformation`.
 
     Raises:
-      ValueError: an argument outside its range; a leaf of fewer than two axes; axes that a leaf does not have.
+      ValueError: an argument outside its range; coefficients `"cans"` with a `dtype` of half precision; a leaf of fewer
+        than two axes; axes that a leaf does not have.
       TypeError: a leaf that is not floating point or complex; `steps` that are no integer; `sharding` that has no mesh.
 
     >>> tx = newton_schulz(steps=10, coefficients="classical")
@@ -137,8 +115,15 @@ def newton_schulz(
       Jordan et al., https://kellerjordan.github.io/posts/muon/
       Liu et al., "Muon is Scalable for LLM Training", https://arxiv.org/abs/2502.16982
       Amsel et al., "The Polar Express", https://arxiv.org/abs/2505.16932
+      Grishina et al., "Accelerating Newton-Schulz Iteration" (CANS), https://arxiv.org/abs/2506.10935
+      Boissin et al., "Turbo-Muon" (AOL), https://arxiv.org/abs/2512.04632
     """
+    if steps is None:
+        steps = STEPS.get(str(coefficients), 5)
+    if preconditioning is None:
+        preconditioning = PRECONDITIONING.get(str(coefficients), "frobenius")
     check_bounds("newton_schulz", steps=steps, eps=eps, scale_factor=scale_factor)
+    check_choice("newton_schulz", "preconditioning", preconditioning, SCALINGS)
     check_choice("newton_schulz", "eps_scope", eps_scope, ("added", "clamped"))
     check_choice("newton_schulz", "scale", scale, ("spectral", "rms", None))
     check_choice("newton_schulz", "gram", gram, (False, True, "auto"))
@@ -151,6 +136,11 @@ def newton_schulz(
     if sharding is not None:
         check_sharding("newton_schulz", sharding)
     triples = _triples(coefficients, operator.index(steps))
+    if coefficients == "cans" and dtype is not None and jnp.finfo(dtype).eps > 2**-20:
+        raise ValueError(
+            'newton_schulz: coefficients "cans" have no margin for rounding, and diverge in '
+            f'{jnp.dtype(dtype).name}; use "polar_express", which have, or dtype=None'
+        )
 
     def shape_factor(shape: tuple[int, ...], rows: int, cols: int) -> float:
         if scale is None:
@@ -168,7 +158,7 @@ def newton_schulz(
         norm = root(jnp.sum(abs_sq(x), axis=(-2, -1), keepdims=True))
         divisor = norm + eps if eps_scope == "added" else jnp.maximum(norm, eps)
         x = x / jnp.where(norm == 0, 1, divisor).astype(x.dtype)
-        x = up(iterate(x, triples, gram))
+        x = up(iterate(x, triples, gram, preconditioning))
         return x * jnp.sum(matrices.conj() * x, axis=(-2, -1), keepdims=True) if dual_norm else x
 
     def new_leaves(paths: Sequence[Any], leaves: Sequence[jax.Array]) -> list[jax.Array]:

@@ -5,9 +5,10 @@ sum of the whole tensor that it waits for itself. What only some of a piece's ow
 stays in registers, but for products of matrices, sorts and the like, which read and write memory.
 """
 
+import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,8 @@ from chainrule.bridges.lowering.nodes import args_of, function_of, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
-from chainrule.bridges.lowering.passes.partition import Piece, partition
+from chainrule.bridges.lowering.passes.overwrite import overwrite
+from chainrule.bridges.lowering.passes.partition import Piece, is_apart, partition
 from chainrule.bridges.lowering.passes.rematerialise import rematerialise
 from chainrule.bridges.lowering.passes.scalarise import scalarise
 from chainrule.bridges.lowering.passes.shard import Sharding
@@ -56,6 +58,8 @@ class Traffic(NamedTuple):
     collectives: tuple[Collective, ...]
     uncounted: tuple[str, ...]
     """Functions whose operations are not counted: decompositions, sorts, control flow."""
+    stages: tuple[tuple[int, int], ...]
+    """Bytes read and written in each stage, then by copies at the end, then in the kernel after the program."""
 
 
 def traffic(lowered: Lowered, targets: Sequence[int], sharding: Sharding | None = None) -> Traffic:
@@ -76,16 +80,37 @@ def traffic(lowered: Lowered, targets: Sequence[int], sharding: Sharding | None 
     collectives = tuple(_collectives(program.graph, sharding and sharding.mesh))
     uncounted: set[str] = set()
     operations = sum(_operations(node, uncounted) for node in program.graph.nodes)
-    for each in (take_kernel_moves, scalarise, rematerialise, partition):
+    for each in (take_kernel_moves, scalarise, rematerialise, partition, overwrite):
         program = each(program)
-    read, written = _moved(program)
-    for piece in (piece for stage in program.stages for piece in stage):
-        more, new = _passes(piece)
-        read, written = read + more, written + new
-    return Traffic(read, written, operations, collectives, tuple(sorted(uncounted)))
+    stages = [_sum(map(_passes, stage)) for stage in program.stages]
+    stages += [_copied(program), _moved(program)]
+    read, written = _sum(stages)
+    return Traffic(read, written, operations, collectives, tuple(sorted(uncounted)), tuple(stages))
 
 
 # ---- memory ------------------------------------------------------------------------------------
+
+
+def _sum(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    read = written = 0
+    for more, new in pairs:
+        read, written = read + more, written + new
+    return read, written
+
+
+def _copied(program: StepProgram) -> tuple[int, int]:
+    """Results that no piece writes where they belong: the executor copies them at the end."""
+    in_place = {
+        (piece.outputs[i], old)
+        for piece in itertools.chain(*program.stages)
+        if not any(map(is_apart, piece.nodes))
+        for i, old in piece.updates
+    }
+    left = [pair for pair in program.updates if pair[0] is not pair[1] and pair not in in_place]
+    # An input that another result hands on is kept first.
+    times = [1 + (new.op == "placeholder") for new, _ in left]
+    sizes = [(_size(value_of(new)), _size(value_of(old))) for new, old in left]
+    return _sum((n * new, n * old) for n, (new, old) in zip(times, sizes, strict=True))
 
 
 def _size(value: Any) -> int:
@@ -137,6 +162,10 @@ def _passes(piece: Piece) -> tuple[int, int]:
         level[node] = max(
             (level[s] + info(s).reduces for s in node.all_input_nodes if s in inside), default=0
         )
+    for node in reversed(piece.nodes):  # in the pass that needs it
+        if info(node).elementwise:
+            level[node] = min((level[u] for u in node.users if u in inside), default=level[node])
+    for node in piece.nodes:
         for source in node.all_input_nodes:
             read_by(source, level[node] if _is_stream(node) else node)
     read = sum(_size(value_of(source)) * len(by) for source, by in readers.items())

@@ -27,12 +27,15 @@ app.add_typer(tables, name="bench", invoke_without_command=True)
 BENCHES = {
     "jax": "jitted steps of each chain against optax.adamw",
     "muon": "Muon against optax.contrib.muon and torch.optim.Muon",
+    "newton_schulz": "how near to orthonormal each preset comes, against steps and time",
     "torch": "TorchBridge against torch's own optimizers",
     "native": "the compiled kernel against XLA and torch's fused AdamW",
     "keras": "KerasBridge against Keras' own optimizers",
     "export": "exported files against the bridge",
     "wrap": "TorchWrap against the optimizer inside",
     "sharded": "TorchBridge on two ranks",
+    "traffic": "bytes that compiled steps read and write, stage by stage",
+    "import_time": "import chainrule against import optax",
 }
 """The speed tables -> what each compares; `benchmarks/speed/` has a script for each."""
 
@@ -345,10 +348,9 @@ def bench(context: typer.Context) -> None:
 
 def _run_table(context: typer.Context) -> None:
     folder = pathlib.Path(chainrule.__file__).resolve().parents[2] / "benchmarks" / "speed"
-    script = folder / (
-        "native.py" if context.info_name == "native" else f"{context.info_name}_step.py"
-    )
-    if not script.is_file():
+    names = (f"{context.info_name}.py", f"{context.info_name}_step.py")
+    script = next((folder / name for name in names if (folder / name).is_file()), None)
+    if script is None:
         raise _failed(
             "bench",
             "the benchmarks are in the source tree, not in the wheel; clone the repository, then `pip install -e .` "

@@ -17,6 +17,19 @@ COEFFICIENTS = {
         (2.8366, -3.0525, 1.2012),
     ],
     "cubic": [(1.5, -0.5, 0.0)] * 5,
+    "cans": [
+        (8.47032880384807, -25.10807470666187, 18.62927559911801),
+        (4.1828341832939415, -3.108701109889242, 0.5806066813500493),
+        (3.9618572789616002, -2.9540637463593775, 0.5629761179538961),
+        (3.2865862170279674, -2.464720134531287, 0.5073576938614553),
+        (2.2737499944340436, -1.644660367908073, 0.4161909274978865),
+    ],
+    "aol": [
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ],
     "polar_express": [
         (a / 1.01, b / 1.01**3, c / 1.01**5)
         for a, b, c in (
@@ -51,22 +64,37 @@ def ema_momentum(decay: float = 0.95, nesterov: str | None = "lerp", debias: boo
     return elementwise(tensor)
 
 
+def preconditioned(x: np.ndarray, how: str) -> np.ndarray:
+    """Turbo-Muon's factor for each row, or the Schatten 4-norm."""
+    if how == "aol" and x.shape[0] > x.shape[1]:
+        return preconditioned(x.T, how).T
+    if how == "aol":
+        sums = np.abs(x @ x.conj().T).sum(axis=1, keepdims=True)
+        return x / np.sqrt(np.where(sums == 0, 1, sums))
+    fourth = np.sum(np.linalg.svd(x, compute_uv=False) ** 4) ** 0.25
+    return x / fourth if fourth else x
+
+
 def orthogonalized(
     g: np.ndarray,
     coefficients="keller_jordan",
-    steps: int = 5,
+    steps: int | None = None,
     eps: float = 1e-7,
     eps_scope: str = "added",
+    preconditioning: str | None = None,
 ) -> np.ndarray:
     """The step's odd polynomial moves singular values and leaves singular vectors alone."""
     if isinstance(coefficients, str):
         triples = COEFFICIENTS[coefficients][:steps]
     else:
-        triples = [coefficients] * steps
+        triples = [coefficients] * (5 if steps is None else steps)
     norm = np.linalg.norm(g)
-    left, s, right = np.linalg.svd(g, full_matrices=False)
     if norm > 0:
-        s = s / (norm + eps if eps_scope == "added" else max(norm, eps))
+        g = g / (norm + eps if eps_scope == "added" else max(norm, eps))
+    preconditioning = preconditioning or ("aol" if coefficients == "aol" else "frobenius")
+    if preconditioning != "frobenius":
+        g = preconditioned(g, preconditioning)
+    left, s, right = np.linalg.svd(g, full_matrices=False)
     for a, b, c in triples:
         s = a * s + b * s**3 + c * s**5
     return left @ np.diag(s) @ right
@@ -74,7 +102,7 @@ def orthogonalized(
 
 def newton_schulz(
     coefficients="keller_jordan",
-    steps: int = 5,
+    steps: int | None = None,
     eps: float = 1e-7,
     eps_scope: str = "added",
     scale: str | None = "spectral",
@@ -83,6 +111,7 @@ def newton_schulz(
     dims: str = "batched",
     dual_norm: bool = False,
     gram: bool | str = "auto",
+    preconditioning: str | None = None,
 ) -> Step:
     del gram  # how, not what
 
@@ -95,7 +124,7 @@ def newton_schulz(
         rows, cols = matrix.shape[-2:]
         out = np.empty_like(matrix)
         for index in np.ndindex(matrix.shape[:-2]):
-            o = orthogonalized(matrix[index], coefficients, steps, eps, eps_scope)
+            o = orthogonalized(matrix[index], coefficients, steps, eps, eps_scope, preconditioning)
             out[index] = o * np.sum(o * matrix[index]) if dual_norm else o
         n_out, n_in = {"in_out": (cols, rows), "out_in": (rows, cols)}.get(str(scale_axes), (0, 0))
         if not isinstance(scale_axes, str):
@@ -114,7 +143,7 @@ def muon_direction(
     beta: float = 0.95,
     nesterov: str | None = "lerp",
     debias: bool = False,
-    ns_steps: int = 5,
+    ns_steps: int | None = None,
     adam_lr_ratio: float = 0.015,
     adam_b1: float = 0.9,
     adam_b2: float = 0.95,
