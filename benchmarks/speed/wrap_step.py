@@ -76,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("lists", nargs="*", help="of gpt and small; default both")
     parser.add_argument("--rounds", type=int, default=15, help="rounds counted (default 15)")
+    parser.add_argument("--json", type=Path, help="also keep the rows there")
     args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
     for listed in args.lists or ("gpt", "small"):
         inner = 20 if listed == "small" else 1
-        show_steps(f"around AdamW, {listed}", LISTS[listed], contenders(), args.rounds, inner)
+        table = f"around-adamw-{listed}"
+        show_steps(table, LISTS[listed], contenders(), inner, args.rounds, args.json)
 
 
 if __name__ == "__main__":

@@ -162,16 +162,16 @@ class Exported(torch.optim.Optimizer):
         members = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
         leaves: list[_Leaf] = []
         for p in _ordered(group, members):
-            kind = _kind(owner, p)
+            kind, state = _kind(owner, p), self.state[p]
             _check_grad(owner, p)
-            if any(name not in self.state[p] for name in _LEAF_STATE[kind]):
+            if not all(map(state.__contains__, _LEAF_STATE[kind])):
                 leaf = _Leaf(p, p, {}, kind)  # it joins with its first gradient
                 _start([leaf], {})
-                self.state[p].update(leaf.state)
+                state.update(leaf.state)
             if p.grad is not None:
-                leaves.append(_Leaf(p, p.grad, self.state[p], kind))
+                leaves.append(_Leaf(p, p.grad, state, kind))
             else:
-                kept = {name: x.clone() for name, x in self.state[p].items()}
+                kept = {name: x.clone() for name, x in state.items()}
                 leaves.append(_Leaf(p.clone(), torch.zeros_like(p), kept, kind))
         return leaves
 

@@ -15,6 +15,8 @@ from chainrule.bridges.export.runtime_lists import _Leaf
 # ------------------------------------------------------------------------------------------------
 
 
+_THREADED = 1 << 13
+"""So many elements are worth more than one thread."""
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 _SCALED: Mapping[str, Callable[..., Tensor]] = {
     "add": lambda scale, x, y: x + scale * y,
@@ -96,7 +98,8 @@ def _compile(
     try:
         graph = make_fx(pure, select_decomp_table(), tracing_mode="fake")(*inputs)
         given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
-        with config.patch({"size_asserts": False}):
+        chunk = max(1, _THREADED // torch.get_num_threads())
+        with config.patch({"size_asserts": False, "cpp.min_chunk_size": chunk}):
             return compile_fx_inner(graph, given)
     except Exception as error:
         raise RuntimeError(
