@@ -137,7 +137,27 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
                 owner, before = where[source]
                 rank = max(rank, before + (owner not in (SHARED, owners[node])))
         where[node] = owners[node], rank
+    _join_ranks(where, {SHARED, _MANY, *apart})
     return {node: place for node, place in where.items() if node.op != "output"}
+
+
+def _join_ranks(where: dict[fx.Node, tuple[Any, int]], no_leaves: set[Any]) -> None:
+    """Raises what a leaf computes for itself alone to the rank at which it needs that.
+
+    A statistic of a leaf does not wait for random draws, but the step that reads both does. In one piece, step follows
+    statistic leaf by leaf, and finds in the cache what that has read.
+    """
+    groups: dict[Any, dict[int, list[fx.Node]]] = {}
+    for node, (owner, rank) in where.items():
+        if node.op == "call_function" and owner not in no_leaves:
+            groups.setdefault(owner, {}).setdefault(rank, []).append(node)
+    for owner, ranks in groups.items():
+        later, *others = sorted(ranks, reverse=True)
+        for rank in others:
+            users = {u for node in ranks[rank] for u in node.users if u.op != "output"}
+            if any(where[u][0] != owner for u in users):
+                later = rank
+            where.update(dict.fromkeys(ranks[rank], (owner, later)))
 
 
 def _summed(node: fx.Node) -> fx.Node:
