@@ -1,5 +1,7 @@
 """The two ways a lowered program updates its inputs, against running it plainly and copying."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,6 +200,13 @@ def test_no_tensor_is_carried_between_stages(name):
     for piece in (*sums, *steps):
         tensors = [n for n in piece.inputs if value_of(n).ndim > 0]
         assert all(n.op == "placeholder" for n in tensors)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_statistics_that_wait_for_the_draws_of_their_step(monkeypatch, compile):
+    """From nine leaves on each has its own scalars, and a statistic is a piece with the step that also reads a draw."""
+    monkeypatch.setattr(sys.modules[__name__], "SHAPES", {f"{i}": (4, 3) for i in range(9)})
+    assert_same_steps(lambda: chains.magma(optax.adamw(1e-2)), compile=compile)
 
 
 def test_alike_leaves_are_one_kind():
