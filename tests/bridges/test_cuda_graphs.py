@@ -39,21 +39,28 @@ def tensor_at(address: int, like: tuple[torch.dtype, torch.Size, tuple[int, ...]
 
 
 class OnCpu:
-    """Records which addresses a step is to run at."""
+    """Records which addresses a step is to run at. Its memory, as CUDA's, is gone with the last of what it made."""
 
     def __init__(self, device: Any = None):
         self.device = device
         self.underway = False
         self.failure: Exception | None = None
+        self.made: list[weakref.ref[Any]] = []
 
     def is_underway(self) -> bool:
         return self.underway
 
-    def __call__(self, run: Any, inputs: Sequence[Tensor]) -> Callable[[], None]:
+    def __call__(self, run: Any, inputs: Sequence[Tensor], *, afresh: bool) -> Callable[[], None]:
+        assert afresh == all(made() is None for made in self.made)
         if self.failure:
             raise self.failure
         spots = [(x.data_ptr(), (x.dtype, x.shape, x.stride())) for x in inputs]
-        return lambda: run([tensor_at(*spot) for spot in spots])
+
+        def replay() -> None:
+            run([tensor_at(*spot) for spot in spots])
+
+        self.made.append(weakref.ref(replay))
+        return replay
 
 
 # ---- one step ------------------------------------------------------------------------------
@@ -171,6 +178,38 @@ def test_a_parameter_that_moved_has_other_graphs() -> None:
     assert old.equal(before)
     assert run.counts() == (2, 4, 2 * WARM)
     assert "1 kept of 2 captured" in run.step.explained()[0]
+
+
+def test_what_lies_elsewhere_in_the_same_tensor_is_noticed() -> None:
+    """A parameter, of whatever shape, and an entry of the state that is no scalar."""
+
+    def run(inputs: Sequence[Tensor]) -> None:
+        p, q, m, g = inputs
+        for x in (p, q, m):
+            x.add_(g)
+
+    start = torch.zeros(3, 3)
+    p, q, m = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(())), start.clone()
+    step, grad, expected = CapturedStep(run, 4, [0, 1, 2], OnCpu()), torch.ones(()), 0.0
+
+    def changes() -> Iterator[None]:
+        yield
+        p.data = p.data.clone()
+        yield
+        q.data = q.data.clone()
+        yield
+        m.data = m.data.clone()
+        yield
+        p.data = p.data.t()  # at the same address
+        yield
+
+    with torch.no_grad():
+        for times, _ in enumerate(changes(), 1):
+            for _ in range(WARM + 2):
+                step([p, q, m, grad])
+                expected += 1
+            assert all(bool((x == expected).all()) for x in (p, q, m))
+            assert (step.captured, step.replayed) == (times, 2 * times)
 
 
 def test_a_graph_holds_no_gradient() -> None:

@@ -7,6 +7,7 @@ they are copied. Whatever else changes from step to step (rates, the loss) is in
 """
 
 import contextlib
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
@@ -32,13 +33,19 @@ class Capture(Protocol):
         """Whether something is being recorded already, by whoever it is."""
         ...
 
-    def __call__(self, run: InPlace, inputs: Sequence[Tensor]) -> Callable[[], None]:
-        """What runs `run(inputs)` again, at the same addresses; nothing has run, and no input is held."""
+    def __call__(
+        self, run: InPlace, inputs: Sequence[Tensor], *, afresh: bool
+    ) -> Callable[[], None]:
+        """What runs `run(inputs)` again, at the same addresses; nothing has run, and no input is held.
+
+        `afresh`: none of what it made before is there any more.
+        """
         ...
 
 
 class CudaCapture:
-    """Captures on one device. The graphs share their memory, since they run one after the other."""
+    """Captures on one device. The graphs share their memory, since they run one after the other; it goes with the last.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -48,11 +55,14 @@ class CudaCapture:
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
-    def __call__(self, run: InPlace, inputs: Sequence[Tensor]) -> Callable[[], None]:
+    def __call__(
+        self, run: InPlace, inputs: Sequence[Tensor], *, afresh: bool
+    ) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # `torch.cuda.graph` would empty the allocator's cache too, and so move the next gradients elsewhere.
         with torch.cuda.device(self._device), collector_paused():
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if afresh:
+                self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.stream(torch.cuda.Stream()):
                 # Other threads, such as a data loader's, may allocate meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -75,7 +85,21 @@ CAPTURES: dict[str, Callable[[torch.device], Capture]] = {"cuda": CudaCapture}
 """By the type of a device."""
 
 _Places = tuple[Any, ...]
-"""Address and strides of tensors."""
+"""Addresses of tensors, with their strides where some are not contiguous."""
+
+
+def _places(tensors: Sequence[Tensor]) -> _Places:
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    if all(map(Tensor.is_contiguous, tensors)):
+        return addresses
+    return addresses, tuple(map(Tensor.stride, tensors))
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    """`itemgetter`, which returns no tuple for a single position."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda xs: [xs[i] for i in positions]
 
 
 class CapturedStep:
@@ -94,14 +118,20 @@ class CapturedStep:
           capture: for the device of the inputs.
         """
         self._run, self._capture = run, capture
-        self._written = sorted(set(written))
-        self._read = sorted({*range(inputs)} - {*self._written})
+        own = sorted(set(written))
+        self._read = sorted({*range(inputs)} - {*own})
+        self._pick_written, self._pick_read = _picker(own), _picker(self._read)
         self.captured = self.replayed = self.launched = 0
         self._forget(())
 
-    def _forget(self, homes: _Places) -> None:
-        """Drops all graphs; the next are for these places of what is written."""
-        self._homes = homes
+    def _forget(self, written: Sequence[Tensor]) -> None:
+        """Drops all graphs; the next are for these tensors where they lie."""
+        self._held = written
+        # A chain has up to ten scalars for each parameter. Who moves the state by hand does not move these alone.
+        self._pick_moving = _picker(
+            [i for i, x in enumerate(written) if x.ndim or x.requires_grad]
+        )
+        self._homes = _places(self._pick_moving(written))
         self._graphs: dict[_Places, InPlace] = {}
         self._copying: InPlace | None = None
         self._recent: deque[_Places] = deque(maxlen=MOST)
@@ -118,11 +148,11 @@ class CapturedStep:
         """
         if self._capture.is_underway():  # it becomes a part of the user's graph
             return self._run
-        places = [*zip(map(Tensor.data_ptr, inputs), map(Tensor.stride, inputs), strict=True)]
-        homes = tuple(map(places.__getitem__, self._written))
-        if homes != self._homes:
-            self._forget(homes)
-        found = self._graph(tuple(map(places.__getitem__, self._read)), inputs)
+        written = self._pick_written(inputs)
+        stays = len(written) == len(self._held) and all(map(operator.is_, written, self._held))
+        if not stays or _places(self._pick_moving(written)) != self._homes:
+            self._forget(written)
+        found = self._graph(_places(self._pick_read(inputs)), inputs)
         self.replayed += found is not None
         self.launched += found is None
         return found or self._run
@@ -160,7 +190,8 @@ class CapturedStep:
 
     def _made(self, inputs: Sequence[Tensor]) -> Callable[[], None]:
         try:
-            replay = self._capture(self._run, inputs)
+            afresh = not self._graphs and self._copying is None
+            replay = self._capture(self._run, inputs, afresh=afresh)
         except RuntimeError as error:
             raise RuntimeError(
                 'TorchBridge: this step cannot be captured as a CUDA graph, as compile="reduce-overhead" asks; make '
