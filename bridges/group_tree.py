@@ -1,6 +1,7 @@
 """One parameter group as a chain sees it: a tree of parameters, one state, one program."""
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from chainrule.bridges.engines import Engine, Program, engine_named
 from chainrule.bridges.hyperparameters import Hyperparameters, fill, key_of, shortest
 from chainrule.bridges.lowering import to_torch, torch_dtype
 from chainrule.bridges.lowering.arrays import physical_shape
+from chainrule.bridges.lowering.backends.cuda_graph import picker
 from chainrule.bridges.lowering.executor import InPlace
 from chainrule.bridges.lowering.program import collector_paused
 from chainrule.bridges.meant import Meant
@@ -97,7 +99,7 @@ class GroupTree:
         self._lay_out()
         # The tiers' step count: its tensor, the version that was read, the number.
         self._steps: tuple[Tensor, int, int] | None = None
-        self._checked: list[int] = []
+        self._checked: Sequence[Tensor] = ()
         self._bind(self.params, params[0])
         self._put_on(one_device(params))
 
@@ -116,16 +118,18 @@ class GroupTree:
 
     def _bind(self, params: Sequence[Tensor], head: Tensor) -> None:
         self.params, self.head = list(params), head
-        settable = set(self.live.values())
-        self.homes = [
-            None
-            if i in settable
-            else (self.head if slot.owner is None else self.params[slot.owner], slot.name)
-            for i, slot in enumerate(self.described.slots)
-        ]
-        self.keepers = list(dict.fromkeys(home[0] for home in self.homes if home))
-        index = {p: i for i, p in enumerate(self.keepers)}
-        self._entries = [home and (index[home[0]], home[1]) for home in self.homes]
+        settable, slots = set(self.live.values()), self.described.slots
+        keepers = (self.head if s.owner is None else self.params[s.owner] for s in slots)
+        homes = zip(keepers, (s.name for s in slots), strict=True)
+        self.homes = [None if i in settable else home for i, home in enumerate(homes)]
+        own: dict[Tensor, list[str]] = {}
+        for p, name in filter(None, self.homes):
+            own.setdefault(p, []).append(name)
+        self.keepers, self._entries = list(own), list(map(picker, own.values()))
+        entries = ((p, name) for p, names in own.items() for name in names)
+        position: dict[Any, int] = {x: i for i, x in enumerate((*entries, *self.live.values()))}
+        self._order = [position[home or i] for i, home in enumerate(self.homes)]
+        """Of the leaves among the entries of one keeper after the other, then the live scalars."""
 
     def bound_to(
         self, params: Sequence[Tensor], head: Tensor, labels: Sequence[str]
@@ -204,12 +208,11 @@ class GroupTree:
         Raises:
           KeyError: the optimizer's lacks one.
         """
-        # A parameter's hash is a call: one for each, not for each leaf.
+        # There may be a thousand, and the time of each is the host's: one call for all of a parameter.
         kept = [state.get(p, {}) for p in self.keepers]
-        leaves: list[Any] = [kept[e[0]][e[1]] if e else None for e in self._entries]
-        for key, leaf in self.live.items():
-            leaves[leaf] = self.hyperparameters.tensors[key]
-        return leaves
+        found = [x for entries, own in zip(self._entries, kept, strict=True) for x in entries(own)]
+        found += map(self.hyperparameters.tensors.__getitem__, self.live)
+        return list(map(found.__getitem__, self._order))
 
     def store(self, state: State, leaves: Sequence[Tensor]) -> None:
         """Writes the leaves of the chain's state into the optimizer's."""
@@ -240,12 +243,11 @@ class GroupTree:
 
         A program relies on what it was compiled for. The entries are the same tensors in most steps.
         """
-        found = list(map(id, leaves))
-        if found == self._checked:
+        if len(leaves) == len(self._checked) and all(map(operator.is_, leaves, self._checked)):
             return
         if misfit := self.misfit(leaves):
             raise RuntimeError(f"{owner}: {misfit}")
-        self._checked = found
+        self._checked = leaves
 
     # ---- tiers -----------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ What a backend did not write in place is copied at the end, and an input that an
 anything is written.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +68,32 @@ class Emitted(NamedTuple):
     """Results that the calls write into inputs, with these."""
     graphs: Sequence[fx.Graph] = ()
     """Graphs that live as long as the calls."""
+
+
+BRANCHES: ContextVar[Callable[[Sequence[Callable[[], None]]], None] | None] = ContextVar(
+    "BRANCHES", default=None
+)
+"""Runs functions that do not depend on each other at the same time, where that can be; None: one after the other."""
+
+
+class Together:
+    """Calls that do not depend on each other.
+
+    They may be on different streams of a device, between a fork and a join. Memory that is free there is used again by
+    what follows on its own stream, so none may be freed while another reads it: what calls read of each other the
+    step's memory holds until its end, and what a call makes for itself stays on its stream.
+    """
+
+    def __init__(self, calls: Sequence[Call]):
+        self._calls = calls
+
+    def __call__(self, memory: list[Any]) -> None:
+        run = BRANCHES.get()
+        if run is not None:
+            run([functools.partial(call, memory) for call in self._calls])
+            return
+        for call in self._calls:
+            call(memory)
 
 
 class _Keep(NamedTuple):

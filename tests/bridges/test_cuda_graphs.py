@@ -4,12 +4,13 @@ The capture below replays a step at the addresses that it was recorded with, as 
 tensors. `benchmarks/gpu.py` checks the same on a device.
 """
 
+import contextlib
 import copy
 import ctypes
 import gc
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import optax
@@ -22,8 +23,16 @@ from torch import Tensor, nn
 from chainrule import TorchBridge, TorchWrap, chains
 from chainrule.bridges import engines
 from chainrule.bridges.lowering.backends import cuda_graph
-from chainrule.bridges.lowering.backends.cuda_graph import MOST, PATIENCE, WARM, CapturedStep
+from chainrule.bridges.lowering.backends.cuda_graph import (
+    MOST,
+    PATIENCE,
+    WARM,
+    CapturedStep,
+    branches,
+)
+from chainrule.bridges.lowering.executor import BRANCHES, Together
 from chainrule.bridges.lowering.pipeline import make_step
+from chainrule.bridges.lowering.step_program import StepProgram
 
 RATE = 0.5
 
@@ -236,6 +245,87 @@ def test_a_step_that_cannot_be_captured_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"compile=True.*not permitted when stream is capturing"):
         run()
     assert run.p.equal(run.want)
+
+
+# ---- branches ------------------------------------------------------------------------------
+
+
+class Device:
+    """One stream is the current one."""
+
+    def __init__(self) -> None:
+        self.current = self.main = Stream()
+
+    @contextlib.contextmanager
+    def on(self, stream: Any) -> Generator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+class Stream:
+    """How far it is; an event is a time."""
+
+    def __init__(self) -> None:
+        self.time = 0
+
+    def record_event(self) -> int:
+        return self.time
+
+    def wait_event(self, event: int) -> None:
+        self.time = max(self.time, event)
+
+
+def test_calls_of_a_stage_are_beside_each_other_and_stages_after_each_other() -> None:
+    device, others = Device(), [Stream() for _ in range(3)]
+    spans: dict[str, tuple[Any, int, int]] = {}
+
+    def call(name: str, length: int) -> Callable[[list[Any]], None]:
+        def run(memory: list[Any]) -> None:
+            assert memory == ["memory"]
+            start, device.current.time = device.current.time, device.current.time + length
+            spans[name] = device.current, start, device.current.time
+
+        return run
+
+    stages = [
+        Together([call(f"{stage}{i}", 8 - i) for i in range(count)])
+        for stage, count in (("a", 7), ("b", 1), ("c", 2))
+    ]
+    with branches(device.main, others, device.on):
+        for stage in stages:
+            stage(["memory"])
+    assert device.current is device.main and BRANCHES.get() is None
+    for i in range(7):  # one stream for every third
+        assert spans[f"a{i}"][0] is others[i % 3]
+    assert [spans[f"a{i}"][1] for i in range(7)] == [0, 0, 0, 8, 7, 6, 13]
+    assert spans["b0"] == (device.main, 15, 23)  # after the last of before
+    assert {spans[f"c{i}"][:2] for i in range(2)} == {(others[0], 23), (others[1], 23)}
+    assert device.main.time == 31
+    spans.clear()
+    stages[0](["memory"])  # outside, one after the other
+    assert {span[0] for span in spans.values()} == {device.main}
+
+
+def test_a_stage_of_compiled_calls_can_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of a stage, as for a GPU, backwards: none reads or overwrites what another makes or reads."""
+    make = lambda: chains.stam(0.1)  # noqa: E731
+    want = train(make, True)[1]
+    monkeypatch.setattr(StepProgram, "on_cpu", False)
+    counts: list[int] = []
+
+    def backwards(calls: Sequence[Callable[[], None]]) -> None:
+        counts.append(len(calls))
+        for call in reversed(calls):
+            call()
+
+    token = BRANCHES.set(backwards)
+    try:
+        got = train(make, True)[1]
+    finally:
+        BRANCHES.reset(token)
+    assert max(counts) > 1
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 # ---- bridges -------------------------------------------------------------------------------

@@ -9,17 +9,19 @@ they are copied. Whatever else changes from step to step (rates, the loss) is in
 import contextlib
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from chainrule.bridges.lowering.executor import InPlace, write
+from chainrule.bridges.lowering.executor import BRANCHES, InPlace, write
 from chainrule.bridges.lowering.program import collector_paused
 
 WARM = 2
 """So many steps are launched first: they compile, load code and allocate, which no graph may."""
+STREAMS = 8
+"""On so many streams are calls that do not depend on each other."""
 MOST = 4
 """So many graphs are kept for places of the gradients, and so many of the last places are remembered."""
 PATIENCE, LAST = 8, 32
@@ -43,13 +45,48 @@ class Capture(Protocol):
         ...
 
 
-class CudaCapture:
-    """Captures on one device. The graphs share their memory, since they run one after the other; it goes with the last.
+@contextlib.contextmanager
+def branches(main: Any, others: Sequence[Any], on: Callable[[Any], Any]) -> Generator[None]:
+    """A context in which calls that do not depend on each other are on streams beside `main`, and join it after.
+
+    Most kernels of a step are for small tensors: to start one takes longer than to run it, and a graph starts those of
+    its branches at the same time.
+
+    Args:
+      main: the current stream.
+      others: those beside it.
+      on: makes a context in which a stream is the current one.
     """
+
+    def run(calls: Sequence[Callable[[], None]]) -> None:
+        if len(calls) < 2:
+            for call in calls:
+                call()
+            return
+        fork = main.record_event()
+        used = [*zip(others, range(len(calls)), strict=False)]
+        for stream, first in used:
+            stream.wait_event(fork)
+            with on(stream):
+                for call in calls[first :: len(others)]:
+                    call()
+        for stream, _ in used:
+            main.wait_event(stream.record_event())
+
+    token = BRANCHES.set(run)
+    try:
+        yield
+    finally:
+        BRANCHES.reset(token)
+
+
+class CudaCapture:
+    """Captures on one device. The graphs share memory, since they run one after the other; it goes with the last."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool: Any = None
+        self._streams: list[Any] = []
 
     def is_underway(self) -> bool:
         with torch.cuda.device(self._device):
@@ -63,7 +100,10 @@ class CudaCapture:
         with torch.cuda.device(self._device), collector_paused():
             if afresh:
                 self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.stream(torch.cuda.Stream()):
+            # The same streams for all graphs, because each that multiplies matrices keeps memory for that.
+            self._streams = self._streams or [torch.cuda.Stream() for _ in range(1 + STREAMS)]
+            main, *others = self._streams
+            with torch.cuda.stream(main), branches(main, others, torch.cuda.stream):
                 # Other threads, such as a data loader's, may allocate meanwhile.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -95,11 +135,9 @@ def _places(tensors: Sequence[Tensor]) -> _Places:
     return addresses, tuple(map(Tensor.stride, tensors))
 
 
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    """`itemgetter`, which returns no tuple for a single position."""
-    if len(positions) > 1:
-        return operator.itemgetter(*positions)
-    return lambda xs: [xs[i] for i in positions]
+def picker(keys: Sequence[Any]) -> Callable[[Any], Sequence[Any]]:
+    """`itemgetter`, but for the tuple that it does not return for a single key."""
+    return operator.itemgetter(*keys) if len(keys) > 1 else lambda xs: tuple(xs[k] for k in keys)
 
 
 class CapturedStep:
@@ -120,7 +158,7 @@ class CapturedStep:
         self._run, self._capture = run, capture
         own = sorted(set(written))
         self._read = sorted({*range(inputs)} - {*own})
-        self._pick_written, self._pick_read = _picker(own), _picker(self._read)
+        self._pick_written, self._pick_read = picker(own), picker(self._read)
         self.captured = self.replayed = self.launched = 0
         self._forget(())
 
@@ -128,9 +166,7 @@ class CapturedStep:
         """Drops all graphs; the next are for these tensors where they lie."""
         self._held = written
         # A chain has up to ten scalars for each parameter. Who moves the state by hand does not move these alone.
-        self._pick_moving = _picker(
-            [i for i, x in enumerate(written) if x.ndim or x.requires_grad]
-        )
+        self._pick_moving = picker([i for i, x in enumerate(written) if x.ndim or x.requires_grad])
         self._homes = _places(self._pick_moving(written))
         self._graphs: dict[_Places, InPlace] = {}
         self._copying: InPlace | None = None

@@ -6,6 +6,7 @@ without Dynamo's guards: the bridge has checked shapes, dtypes and devices. Para
 Inductor keeps what it compiled on disk, so another process starts warm.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece, lengths_for
 from chainrule.bridges.lowering.backends.launches import Function
-from chainrule.bridges.lowering.executor import Call, Emitted, Registers
+from chainrule.bridges.lowering.executor import Call, Emitted, Registers, Together
 from chainrule.bridges.lowering.nodes import args_of, first_arg, value_of
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -36,13 +37,20 @@ def inductor_calls(program: StepProgram, registers: Registers) -> Emitted:
         for i, old in piece.updates
     }
     homes = _homes(program, registers)
-    calls = [
-        call
+    stages = [
+        [call for kind in by_kind(stage) for call in _calls(kind, registers, homes)]
         for stage in program.stages
-        for kind in by_kind(stage)
-        for call in _calls(kind, registers, homes)
     ]
+    if program.on_cpu:
+        return Emitted(list(itertools.chain.from_iterable(stages)), written)
+    # The largest first, so that none of them is left when the others are done.
+    calls: list[Call] = [Together(sorted(stage, key=_size, reverse=True)) for stage in stages]
     return Emitted(calls, written)
+
+
+def _size(call: Call) -> int:
+    """Elements of its largest input."""
+    return call.size if isinstance(call, _CompiledCall) else 0
 
 
 def _homes(program: StepProgram, registers: Registers) -> dict[fx.Node, Tensor]:
