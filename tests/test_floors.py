@@ -1,6 +1,8 @@
 """Who may import whom: the floors of `docs/architecture.md`, read from the source."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +70,12 @@ def test_what_jax_may_take_away_is_imported_where_the_rest_works_without_it() ->
         found = [n for n in imports(path) if n.startswith(("jax.experimental", "jax._src"))]
         only_here = ["jax.experimental.jax2tf"] if path.name == "keras_on_tensorflow.py" else []
         assert found == only_here, f"{path.name} imports {found}"
+
+
+def test_import_chainrule_leaves_what_only_a_step_needs() -> None:
+    """`jax.extend` imports Pallas, a tenth of optax's own time."""
+    code = "import sys, optax; before = {*sys.modules}; import chainrule; print(*{*sys.modules} - before)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"jax.extend", "torch", "keras", "chainrule.native.primitives"}
+    assert "chainrule.chains" in found.stdout.split()
+    assert not heavy & {*found.stdout.split()}

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from chainrule.native import xla
 from chainrule.transforms.quantized_state import Quantized
 
 _State = TypeVar("_State", bound=Any)
@@ -26,6 +25,8 @@ def blended_step(
       state: the moments before this step; first moments may be in codes.
       numbers: arguments of `chainrule.native.xla.tier2`.
     """
+    from chainrule.native import xla
+
     trees = {"updates": updates, "mu": state.mu, "mu_long": state.mu_long, "nu": state.nu}
     structure = jax.tree.structure(updates)  # tensors in codes are subtrees beside their gradients
     old = {name: structure.flatten_up_to(tree) for name, tree in trees.items() if tree is not None}

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, require
 from chainrule.transforms._numerics import increment, up
 from chainrule.transforms._protocols import Tree, typed
@@ -113,6 +112,8 @@ def gradient_gate(
 
     def statistics(gradients: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Of the gradients: the mean magnitude, and the mean of variance over squared mean magnitude."""
+        from chainrule.native import primitives
+
         (table,) = primitives.statistics.bind(*gradients, kernel=kernel)
         mean_abs, _, variance, _ = table.T
         return jnp.mean(mean_abs), jnp.mean(variance / (mean_abs**2 + _EPS))

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.native import primitives
 from chainrule.transforms._checks import check_bounds, check_choice, check_params, require
 from chainrule.transforms._numerics import ema, increment, up
 from chainrule.transforms._protocols import Tree, typed
@@ -70,6 +69,8 @@ def scale_by_gradient_magnitude(
 
     def mean_magnitude(g: jax.Array) -> jax.Array:
         # Of the finite entries: one that is not would stay in the EMA for ever.
+        from chainrule.native import primitives
+
         (total,) = primitives.sums.bind(jnp.float32(1), g, kind="magnitude", batch=0, kernel=kernel)
         return total.reshape(()) / max(g.size, 1)
 

@@ -5,18 +5,20 @@ import importlib.util
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from chainrule.bridges.step.description import Description, describe
 from chainrule.bridges.step.function import as_transformation
 from chainrule.bridges.step.slots import slots
 from chainrule.models import Structs, structs_of
 from chainrule.transforms._checks import check_choice
 from chainrule.transforms._protocols import is_state
+
+if TYPE_CHECKING:
+    from chainrule.bridges.step.description import Description
 
 DIMENSIONS = ("dp", "fsdp", "tp")
 
@@ -340,6 +342,8 @@ def _moved(
     local: int,
 ) -> dict[str, Any]:
     """What a step moves and computes, by the names of a plan's attributes."""
+    from chainrule.bridges.step.description import describe
+
     described = describe(chain, structs)
     if importlib.util.find_spec("torch") is not None:
         from chainrule.bridges.traffic import of_step
@@ -358,7 +362,7 @@ def _moved(
     return _least(described, state, local)
 
 
-def _least(described: Description, state: int, local: int) -> dict[str, Any]:
+def _least(described: "Description", state: int, local: int) -> dict[str, Any]:
     from chainrule.native.operations import operations_of
 
     uncounted: set[str] = set()
