@@ -97,14 +97,54 @@ def _compile(
     pure = torch.func.functionalize(body, remove="mutations")
     try:
         graph = make_fx(pure, select_decomp_table(), tracing_mode="fake")(*inputs)
-        given = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+        numbers = _numbers_apart(graph.graph)
+        graph.recompile()
         chunk = max(1, _THREADED // torch.get_num_threads())
         with config.patch({"size_asserts": False, "cpp.min_chunk_size": chunk}):
-            return compile_fx_inner(graph, given)
+            compiled = [
+                compile_fx_inner(g, [n.meta["val"] for n in g.graph.find_nodes(op="placeholder")])
+                for g in (torch.fx.GraphModule(graph, numbers), graph)
+            ]
     except Exception as error:
         raise RuntimeError(
             f"{owner}: this step cannot be compiled: {error}; give `compile=False`"
         ) from error
+
+    def program(tensors: list[Tensor]) -> None:
+        given = compiled[0](list(tensors))
+        compiled[1]([*tensors, *given])
+
+    return program
+
+
+def _numbers_apart(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """Takes what is computed of numbers alone out of a graph, which gets the results as inputs.
+
+    Inductor would compute them again for each vector of each tensor.
+    """
+    numbers, copies, apart = torch.fx.Graph(), {}, set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        is_number = isinstance(value, Tensor) and value.ndim == 0 and node.all_input_nodes
+        is_own = is_number and all(
+            x in copies and not x.meta["val"].ndim for x in node.all_input_nodes
+        )
+        if node.op == "call_function" and is_own and not node.target._schema.is_mutable:
+            apart.add(node)
+        if node.op == "placeholder" or node in apart:
+            copies[node] = numbers.node_copy(node, copies.__getitem__)
+    read = [node for node in graph.nodes if node in apart and not apart.issuperset(node.users)]
+    numbers.output([copies[node] for node in read])
+    last = graph.find_nodes(op="placeholder")[-1]
+    for index, node in enumerate(read):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"number_{index}")
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last, lambda user: user not in apart)
+    for node in reversed(list(graph.nodes)):
+        if node in apart:
+            graph.erase_node(node)
+    return numbers
 
 
 def _run(program: Callable[[list[Tensor]], Any], tensors: Sequence[Tensor], leaves: int) -> None:
