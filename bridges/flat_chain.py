@@ -145,7 +145,7 @@ class FlatChain:
             v
             for eqn in jaxpr.eqns
             if eqn.primitive.name
-            != "shard_alike"  # a moment lies as its parameter, whatever that is
+            != "chainrule_alike"  # a moment lies as its parameter, whatever that is
             for v in eqn.invars
             if not isinstance(v, jax.extend.core.Literal)
         }

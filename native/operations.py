@@ -40,7 +40,14 @@ _FREE = {
         "random_wrap",
         "random_unwrap",
     ),
-    *("dynamic_update_slice", "stop_gradient", "shard_alike", "rev", "random_bits", "threefry2x32"),
+    *(
+        "dynamic_update_slice",
+        "stop_gradient",
+        "chainrule_alike",
+        "rev",
+        "random_bits",
+        "threefry2x32",
+    ),
 }
 
 

@@ -138,7 +138,10 @@ def _operation(
         return results, [0] * len(results)
 
     def on_cpu(ctx, *operands, **params):
-        fits = _on_one_device(ctx) and operation.runs_in_kernel(ctx.avals_in, params)
+        # A program that is exported runs where the kernel may not be.
+        exported = ctx.module_context.lowering_parameters.for_export
+        here = on_one_device(ctx) and not exported
+        fits = here and operation.runs_in_kernel(ctx.avals_in, params)
         return mlir.lower_fun(in_kernel if fits else form)(ctx, *operands, **params)
 
     def compiled(*operands, **params):
@@ -154,16 +157,22 @@ def _operation(
     return primitive
 
 
+def in_front(operands: Sequence[Any], axes: Sequence[int | None]) -> list[jax.Array]:
+    """The operands of a batching rule, all with the mapped axis first."""
+    (size,) = {x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None}
+    return [
+        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
+        for x, a in zip(operands, axes, strict=True)
+    ]
+
+
 @functools.cache
 def _jitted(primitive: core.Primitive, **params: Any) -> Callable[..., Any]:
     return jax.jit(lambda *operands: primitive.bind(*operands, **params))
 
 
-def _on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
-    """Whether a call sees whole arrays, and here: XLA would gather the operands of a foreign call that are sharded, and
-    a program that is exported runs where the kernel may not be."""
-    if ctx.module_context.lowering_parameters.for_export:
-        return False
+def on_one_device(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether a call sees whole arrays: XLA would gather the operands of a foreign call that are sharded."""
     axes = ctx.module_context.axis_context
     if isinstance(axes, mlir.ShardingContext):
         return axes.num_devices == 1
@@ -221,12 +230,7 @@ def _sums_in_kernel(c, *tensors, kind, **_) -> list[jax.Array]:
 
 
 def _sums_batch(operands, axes, *, batch, **params):
-    ((size, *_),) = {(x.shape[a],) for x, a in zip(operands, axes, strict=True) if a is not None}
-    moved = [
-        jnp.broadcast_to(x, (size, *x.shape)) if a is None else jnp.moveaxis(x, a, 0)
-        for x, a in zip(operands, axes, strict=True)
-    ]
-    results = sums.bind(*moved, batch=batch + 1, **params)
+    results = sums.bind(*in_front(operands, axes), batch=batch + 1, **params)
     return results, [0] * len(results)
 
 

@@ -244,7 +244,7 @@ STRUCTURAL: dict[str, Rule] = {
     "scatter-max": _scatter("amax"),
     "scatter-min": _scatter("amin"),
     "scatter-mul": _scatter("prod"),
-    "shard_alike": lambda b, eqn, x, y: (x, y),
+    "chainrule_alike": lambda b, eqn, x, like: x,
     "slice": _slice,
     "sort": _sort,
     "split": _split,

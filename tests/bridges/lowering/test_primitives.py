@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from jax import lax
-from jax.experimental.shard_alike import shard_alike
 from jax.extend import core
 from torch import Tensor, fx
 
@@ -26,6 +25,7 @@ from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.rules import TABLE
 from chainrule.bridges.lowering.rules.elementwise import ELEMENTWISE
 from chainrule.native.primitives import OPERATIONS
+from chainrule.transforms._sharding import alike
 
 INF, NAN = np.inf, np.nan
 INT = np.iinfo(np.int32)
@@ -355,7 +355,7 @@ CASES: list[tuple[Any, ...]] = [
     (lambda x: jax.checkpoint(jnp.sin)(x), (matrix(3),)),
     (lambda x: jax.named_call(jnp.sin, name="sine")(x), (matrix(3),)),
     (lambda x: lax.optimization_barrier((x, x + 1)), (matrix(3),)),
-    (lambda x: shard_alike(x, 2 * x), (matrix(3),)),
+    (lambda x: alike(x, 2 * x), (matrix(3),)),
     (lambda x: lax.stop_gradient(x) * 2, (matrix(3),)),
     (lambda x: jnp.array(x, copy=True) + jax.device_put(x), (matrix(3),)),
     (lambda x: _custom(x), (matrix(3),)),
