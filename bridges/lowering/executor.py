@@ -31,6 +31,7 @@ class Registers:
         self._register = {node: i for i, node in enumerate(program.inputs)}
         self._given = len(self._register) - len(program.buffers)
         self._brought: list[Any] = [*program.buffers]
+        self._fixed: set[int] = set()
         for node in program.graph.find_nodes(op="get_attr"):
             self._register[node] = self._new(program.attributes[str(node.target)])
 
@@ -47,9 +48,14 @@ class Registers:
         """What `node` makes is found where `old` was: it is written into its memory."""
         self._register[node] = self[old]
 
-    def bring(self, node: fx.Node, content: Tensor) -> None:
-        """What `node` makes is in this memory at every step."""
-        self._brought[self[node] - self._given] = content
+    def bring(self, register: int, content: Tensor) -> None:
+        """What a node makes whose register this is lies in this memory at every step."""
+        self._brought[register - self._given] = content
+        self._fixed.add(register)
+
+    def brought(self, register: int) -> Tensor | None:
+        """Where what a register holds lies at every step; None: it changes."""
+        return self._brought[register - self._given] if register in self._fixed else None
 
     def free(self) -> int:
         """A register that is no node's."""

@@ -7,7 +7,7 @@ Inductor keeps what it compiled on disk, so another process starts warm.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.compile import Compiled, compile_piece, lengths_for
 from chainrule.bridges.lowering.backends.launches import Function
+from chainrule.bridges.lowering.backends.reduced import Reduced, entries_of, vector_for
 from chainrule.bridges.lowering.executor import Call, Emitted, Registers, Together
 from chainrule.bridges.lowering.nodes import args_of, first_arg, value_of
 from chainrule.bridges.lowering.passes.partition import Piece, by_kind, is_apart
@@ -54,13 +55,17 @@ def _size(call: Call) -> int:
 
 
 def _homes(program: StepProgram, registers: Registers) -> dict[fx.Node, Tensor]:
-    """Scalars that compiled pieces make as entries of the vector that they are stacked to; to stack them is no call."""
+    """Scalars that compiled pieces make as entries of the vector that they are stacked to, or sent in, and the vectors
+    for the nodes that do so; to stack them is no call.
+    """
     pieces = [piece for stage in program.stages for piece in stage]
     made = {n for piece in pieces if _compiles(piece) for n in piece.outputs}
     made -= {piece.outputs[i] for piece in pieces for i, _ in piece.updates}
     homes: dict[fx.Node, Tensor] = {}
     for piece in pieces:
         node = piece.nodes[0]
+        if node.target is ops.all_reduce and program.on_cpu:
+            homes |= _sent(node, made - {*homes})
         if not _is_stack(piece) or not program.on_cpu:
             continue
         entries = list(args_of(node)[0])
@@ -68,8 +73,16 @@ def _homes(program: StepProgram, registers: Registers) -> dict[fx.Node, Tensor]:
             fake = value_of(node)
             vector = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
             homes |= {entry: vector[i] for i, entry in enumerate(entries)} | {node: vector}
-            registers.bring(node, vector)
+            registers.bring(registers[node], vector)
     return homes
+
+
+def _sent(node: fx.Node, made: Collection[fx.Node]) -> dict[fx.Node, Tensor]:
+    """The vector that an all-reduce sends, and its entries for the scalars among `made`."""
+    xs: list[fx.Node] = args_of(node)[0]
+    vector = vector_for(xs)
+    pairs = zip(xs, entries_of(vector, xs), strict=True)
+    return {x: entry for x, entry in pairs if x in made and not entry.ndim} | {node: vector}
 
 
 def _is_stack(piece: Piece) -> bool:
@@ -91,7 +104,7 @@ def _calls(
 ) -> list[Call]:
     """A call for each piece of one kind, or one for all of them."""
     if not _compiles(pieces[0]):
-        return [_plain(p, registers) for p in pieces if p.nodes[0] not in homes]
+        return [_plain(p, registers, homes) for p in pieces if not _is_made(p, homes)]
     calls: list[Call] = []
     for large in (False, True):
         alike = [piece for piece in pieces if _is_large(piece) == large]
@@ -102,7 +115,8 @@ def _calls(
         if function is None or len(compiled) == 1:
             calls += compiled
         else:
-            calls.append(_Launched(function, compiled, not large and _is_pure(alike[0])))
+            pure = not large and _is_pure(alike[0])
+            calls.append(_Launched(function, compiled, registers, pure))
     return calls
 
 
@@ -116,9 +130,17 @@ def _is_pure(piece: Piece) -> bool:
     return not any(n.target in (ops.int_div, ops.int_rem) for n in piece.nodes)
 
 
-def _plain(piece: Piece, registers: Registers) -> Call:
+def _is_made(piece: Piece, homes: Mapping[fx.Node, Tensor]) -> bool:
+    """Whether it is a vector that others write the entries of."""
+    return _is_stack(piece) and piece.nodes[0] in homes
+
+
+def _plain(piece: Piece, registers: Registers, homes: Mapping[fx.Node, Tensor]) -> Call:
     """A piece that runs as it is."""
-    if piece.nodes[0].target is ops.unbind:
+    node = piece.nodes[0]
+    if node.target is ops.all_reduce and node in homes:
+        return Reduced(piece, registers, homes[node], homes)
+    if node.target is ops.unbind:
         return _Unbind(piece, registers)
     return _Call(piece, registers)
 
@@ -132,7 +154,7 @@ class _Unbind:
         self.source = registers[source]
         self.vector = torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
         for node in piece.outputs:
-            registers.bring(node, self.vector[args_of(node)[1]])
+            registers.bring(registers[node], self.vector[args_of(node)[1]])
 
     def __call__(self, memory: list[Any]) -> None:
         self.vector.copy_(memory[self.source])
@@ -194,17 +216,24 @@ class _Launched:
     steps, since nothing reads them after its step.
     """
 
-    def __init__(self, function: Function, calls: Sequence[_CompiledCall], parallel: bool):
+    def __init__(
+        self,
+        function: Function,
+        calls: Sequence[_CompiledCall],
+        registers: Registers,
+        parallel: bool,
+    ):
         self.function, self.calls = function, calls
         self.work = sum(call.size for call in calls) if parallel else 0
-        self.scalars: dict[int, Tensor] = {}
         self.results: dict[int, Tensor] = {}
-        """By the register that gets it each step: the same scalar, or a new tensor like this one."""
-        self.kept = [self._scalars(call) for call in calls]
-        self.registers = sorted({r for call in calls for r in (*call.inputs, *self._made(call))})
+        """By the register that gets a new tensor each step, one like it."""
+        self.kept = [self._scalars(call, registers) for call in calls]
+        every = {r: registers.brought(r) for call in calls for r in call.inputs}
+        self.fixed = {r: memory for r, memory in every.items() if memory is not None}
+        self.registers = sorted({*every, *self.results} - {*self.fixed})
         self.contiguous: list[bool] = []
 
-    def _scalars(self, call: _CompiledCall) -> dict[int, Tensor]:
+    def _scalars(self, call: _CompiledCall, registers: Registers) -> dict[int, Tensor]:
         """The function's buffers that are scalars; those that are results are handed out."""
         made = dict(zip(self.function.results, call.outputs, strict=True))
         kept = {}
@@ -215,11 +244,9 @@ class _Launched:
             home = call.homes.get(made[i][0]) if i in made else None
             kept[i] = torch.empty((), dtype=dtype, device="cpu") if home is None else home
             if i in made:
-                self.scalars[made[i][0]] = kept[i]
+                call.homes[made[i][0]] = kept[i]
+                registers.bring(made[i][0], kept[i])
         return kept
-
-    def _made(self, call: _CompiledCall) -> list[int]:
-        return [register for register, _ in call.outputs if register in self.results]
 
     def _sort(self, contiguous: list[bool]) -> None:
         """Which calls are in the loop, given which of the registers hold contiguous tensors."""
@@ -228,31 +255,38 @@ class _Launched:
         numbers: list[int] = []
         self.apart: list[_CompiledCall] = []
         for call, kept in zip(self.calls, self.kept, strict=True):
-            if not all(contiguous[position[r]] for r in call.inputs):
+            if not all(contiguous[position[r]] for r in call.inputs if r in position):
                 self.apart.append(call)
                 continue
             made = dict(zip(self.function.results, (r for r, _ in call.outputs), strict=True))
             row = []
             for kind, which in self.function.arguments:
-                if kind == "input":
+                if kind == "input" and call.inputs[which] in position:
                     row.append(position[call.inputs[which]])
                 elif kind == "buffer" and which not in kept:
                     row.append(position[made[which]])
                 else:
                     row.append(len(position) + len(numbers))
-                    number = {"size": call.size, "number": which}
-                    numbers.append(kept[which].data_ptr() if kind == "buffer" else number[kind])
+                    numbers.append(self._number(kind, which, call, kept))
             rows.append(row)
         self.launches = _kernel.Launches(self.function.address, rows, numbers, len(position))
         self.contiguous = contiguous
+
+    def _number(
+        self, kind: str, which: int, call: _CompiledCall, kept: Mapping[int, Tensor]
+    ) -> int:
+        """An argument that is the same at every step."""
+        if kind == "input":
+            return self.fixed[call.inputs[which]].data_ptr()
+        if kind == "buffer":
+            return kept[which].data_ptr()
+        return call.size if kind == "size" else which
 
     def threads(self) -> int:
         """On how many threads to run."""
         return max(1, min(torch.get_num_threads(), self.work // _A_THREADS_WORK))
 
     def __call__(self, memory: list[Any]) -> None:
-        for register, scalar in self.scalars.items():
-            memory[register] = scalar
         for register, like in self.results.items():
             memory[register] = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         tensors = list(map(memory.__getitem__, self.registers))

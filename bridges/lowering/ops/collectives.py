@@ -28,17 +28,21 @@ def all_reduce(
     `after` is a result of the collective that comes before it on every rank.
     """
     del after
-    (dtype,) = {x.dtype for x in xs}
     # Two calls for all scalars, of which there are hundreds; one each costs a small step more than the message.
     scalars, others = [x for x in xs if x.ndim == 0], [x for x in xs if x.ndim]
     parts = [torch.stack(scalars)] if scalars else []
     flat = torch.cat([*parts, *(x.reshape(-1) for x in others)])
-    flat = flat.to(torch.uint8) if dtype is torch.bool else flat
-    op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[kind]
-    dist.all_reduce(flat, op, group=_group(group))
-    first, *rest = flat.to(dtype).split([len(scalars), *(x.numel() for x in others)])
+    all_reduce_(flat, kind, group)
+    first, *rest = flat.split([len(scalars), *(x.numel() for x in others)])
     summed, reshaped = iter(first.unbind()), map(Tensor.view_as, rest, others)
     return [next(reshaped if x.ndim else summed) for x in xs]
+
+
+def all_reduce_(flat: Tensor, kind: str, group: str) -> None:
+    """The sum, maximum or minimum of a tensor over the ranks of a group, in place."""
+    op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[kind]
+    numbers = flat.view(torch.uint8) if flat.dtype is torch.bool else flat
+    dist.all_reduce(numbers, op, group=_group(group))
 
 
 def all_gather(
