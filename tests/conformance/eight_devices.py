@@ -127,9 +127,10 @@ def check_steps(name, shapes, expected, rtol, layout, axes):
     if not name.startswith("optax."):  # whose moments jit puts whole on one device
         init = jax.jit(tx.init).lower(params).compile()
         lie_alike(init(params), params)
-        # Whatever it makes is a part of the state: no whole moment that is cut afterwards.
+        # No moment is made whole and then cut: there is room for a device's part of one, and for what decides.
         assert not re.search("all-|collective", init.as_text())
-        assert init.memory_analysis().temp_size_in_bytes == 0
+        largest = max(p.addressable_shards[0].data.nbytes for p in jax.tree.leaves(params))
+        assert init.memory_analysis().temp_size_in_bytes < 2 * largest
     step = None
     for seed, updates_alone in zip((1, 2), expected, strict=True):
         grads = placed(random_tree(shapes, seed), layout, mesh)
