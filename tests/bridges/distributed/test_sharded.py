@@ -56,6 +56,7 @@ def test_training_is_as_on_one_process(tmp_path):
 @pytest.mark.long
 def test_compiled_and_rounded_training_is_as_on_one_process(tmp_path):
     run("compiled,rounded", 4, tmp_path)
+    run("compiled_by_two", 2, tmp_path)
 
 
 @pytest.mark.slow
