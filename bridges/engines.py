@@ -121,7 +121,7 @@ class TorchEngine:
         sharding: Sharding | None = None,
     ) -> TorchProgram:
         compiled = bool(self._compile)
-        lowered = _lowered(trace, device, compiled)
+        lowered = _lowered(trace, device, compiled, sharding is not None)
         made = make_step(lowered, targets, compile=compiled, sharding=sharding)
         capture = CAPTURES.get(device.type) if self._compile == "reduce-overhead" else None
         if capture is None:
@@ -141,7 +141,7 @@ class TorchEngine:
         device: torch.device,
         sharding: Sharding | None = None,
     ) -> list[Tensor]:
-        lowered = _lowered(init, device, compiled=False)
+        lowered = _lowered(init, device, False, sharding is not None)
         run = lowered if sharding is None else sharded(lowered, sharding)
         with autocast_off(params):
             leaves = list(run(*params))
@@ -150,8 +150,8 @@ class TorchEngine:
         return leaves
 
 
-def _lowered(trace: Trace, device: torch.device, compiled: bool) -> Lowered:
+def _lowered(trace: Trace, device: torch.device, compiled: bool, sharded: bool) -> Lowered:
     with x64_if_wide(trace.inputs):
-        lowered = lower_jaxpr(trace.jaxpr, device=device, compiled=compiled)
+        lowered = lower_jaxpr(trace.jaxpr, device=device, compiled=compiled, sharded=sharded)
     dissolve_with(lowered, lowered.graphs)
     return lowered

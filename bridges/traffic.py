@@ -25,7 +25,9 @@ def of_step(
     """
     trace = described.trace(True)
     with x64_if_wide(trace.inputs):
-        lowered = lower_jaxpr(trace.jaxpr, device=torch.device("cpu"), compiled=True)
+        lowered = lower_jaxpr(
+            trace.jaxpr, device=torch.device("cpu"), compiled=True, sharded=bool(sizes)
+        )
     if not sizes:
         return traffic(lowered, described.targets)
     shapes = [aval.shape for aval in trace.jaxpr.in_avals]

@@ -162,17 +162,17 @@ def sums(kind: str, c: jax.Array, xs: Arrays, ys: Arrays) -> list[jax.Array]:
 
 
 def statistics(gradients: Arrays) -> list[jax.Array]:
-    """A row of mean |g|, mean g^2, variance and max |g| for each gradient; zeros for an empty one."""
+    """Mean |g|, mean g^2, variance and max |g|, each a vector with an entry a gradient; zeros for an empty one."""
 
-    def row(g: jax.Array) -> jax.Array:
+    def row(g: jax.Array) -> Sequence[jax.Array]:
         if g.size == 0:
-            return jnp.zeros(4, jnp.float32)
+            return [jnp.zeros((), jnp.float32)] * 4
         g = up(g)
         size = jnp.abs(g)
-        four = jnp.mean(size), jnp.mean(abs_sq(g)), jnp.mean(abs_sq(g - jnp.mean(g))), jnp.max(size)
-        return jnp.stack(four).astype(jnp.float32)
+        return jnp.mean(size), jnp.mean(abs_sq(g)), jnp.mean(abs_sq(g - jnp.mean(g))), jnp.max(size)
 
-    return [jnp.stack([row(g) for g in gradients])]
+    columns = zip(*map(row, gradients), strict=True)
+    return [jnp.stack(column).astype(jnp.float32) for column in columns]
 
 
 # ---- tensors in codes ------------------------------------------------------------------------

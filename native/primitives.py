@@ -249,11 +249,12 @@ sums = _operation(
 
 
 def _statistics_results(*gradients, **_) -> list[Result]:
-    return [((len(gradients), 4), jnp.float32)]
+    return [((len(gradients),), jnp.float32)] * 4
 
 
 def _statistics_in_kernel(*gradients, **_) -> list[jax.Array]:
-    return _call("chainrule_statistics", _statistics_results(*gradients), gradients, {})
+    (table,) = _call("chainrule_statistics", [((len(gradients), 4), jnp.float32)], gradients, {})
+    return [table[:, k] for k in range(4)]
 
 
 statistics = _operation(
@@ -262,7 +263,7 @@ statistics = _operation(
     lambda *gradients, kernel: forms.statistics(gradients),
     _statistics_in_kernel,
 )
-"""Operands: the gradients. Result: a row of mean abs(g), mean g^2, variance and max abs(g) for each."""
+"""Operands: the gradients. Results: mean abs(g), mean g^2, variance and max abs(g), each of all tensors as a vector."""
 
 
 # ---- codes -----------------------------------------------------------------------------------
@@ -457,3 +458,45 @@ def _tier1_results(*operands, **_) -> list[Result]:
 tier1 = _operation("chainrule_tier1", _tier1_results, _tier1_form, _tier1_in_kernel)
 """Operands: the numbers, the magnitudes, the gradients, and the parameters if `has_parameters`. Results: the new
 magnitudes, then the updates."""
+
+
+# ---- layouts ---------------------------------------------------------------------------------
+
+alike = core.Primitive("chainrule_alike")
+"""Operands x and another of its shape; the result is x, on the devices where that is. No call of the kernel. A primitive,
+so that programs are the same on one device and on eight, and whoever reads them knows what is meant."""
+
+
+def _chosen(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A choice between `x` and `x`, which XLA lays out as what decides; the barrier keeps it from being folded."""
+    one, other = jax.lax.optimization_barrier((like == like, x))
+    return jax.lax.select(one, x, other)
+
+
+def _alike_abstract(x: ShapedArray, like: ShapedArray) -> ShapedArray:
+    if x.sharding.mesh.empty:
+        return x
+    # On a mesh a result's type tells what it varies over, and the form knows.
+    (out,) = jax.make_jaxpr(_chosen)(x, like).out_avals
+    return out
+
+
+def _alike_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    return alike.bind(*primals), tangents[0]
+
+
+def _alike_batch(operands: Sequence[Any], axes: Sequence[int | None]) -> tuple[jax.Array, int]:
+    return alike.bind(*in_front(operands, axes)), 0
+
+
+def _alike_lowered(ctx: mlir.LoweringRuleContext, x: Any, like: Any) -> Sequence[Any]:
+    if on_one_device(ctx):
+        return [x]
+    return mlir.lower_fun(_chosen, multiple_results=False)(ctx, x, like)
+
+
+alike.def_impl(lambda x, like: jax.device_put(x, jnp.asarray(like).sharding))
+alike.def_abstract_eval(_alike_abstract)
+ad.primitive_jvps[alike] = _alike_jvp
+batching.primitive_batchers[alike] = _alike_batch
+mlir.register_lowering(alike, _alike_lowered)

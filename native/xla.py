@@ -364,8 +364,8 @@ def statistics(gradients: Tensors, *, kernel: str = "native") -> jax.Array:
     _check("native.xla.statistics", "gradients", gradients, gradients, kernel)
     if not gradients:
         return jnp.zeros((0, 4), jnp.float32)
-    (table,) = primitives.statistics.bind(*gradients, kernel=kernel)
-    return table
+    columns = primitives.statistics.bind(*gradients, kernel=kernel)
+    return jnp.stack(columns, axis=1)
 
 
 def sums(

@@ -22,6 +22,7 @@ from chainrule.expression import chain_of
 from chainrule.models import structs_of
 from chainrule.native.operations import operations_of
 from chainrule.plan import plan
+from registry import in_tiers
 
 SHAPES = {"embedding": (300, 64), "block/kernel": (64, 256), "block/bias": (256,), "scale": ()}
 CHAINS = {
@@ -189,6 +190,40 @@ def test_collectives(text, kinds, mesh):
     found = plan(chain_of(text), BIG, mesh=mesh)
     assert [kind for kind, _, _ in found.collectives] == kinds
     assert found.sent <= 2 * 100 and found.devices == 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "chains.stam()",
+        "chains.casmo()",
+        "chains.magma(optax.adamw(1e-3))",
+        "optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))",
+    ],
+)
+def test_ranks_tell_each_other_less_than_a_kilobyte_of_ten_million_parameters(text):
+    width, inner = 448, 1216
+    layer = {
+        **{f"attention/{name}": (width, width) for name in "qkvo"},
+        "mlp/gate": (width, inner),
+        "mlp/up": (width, inner),
+        "mlp/down": (inner, width),
+        "before": (width,),
+        "between": (width,),
+    }
+    model = {f"{i}/{name}": shape for i in range(4) for name, shape in layer.items()}
+    found = plan(chain_of(text), {"embedding": (1024, width), **model}, mesh="fsdp=8")
+    assert found.parameters > 10e6
+    ((kind, size, devices),) = found.collectives
+    assert (kind, devices) == ("all_reduce", 8) and 0 < size < 1000
+
+
+def test_the_gate_of_cosmic_is_measured_on_parts():
+    """In two sums: the variance needs the mean. Nothing as large as a gradient is told."""
+    for chain in (chains.cosmic(), in_tiers(chains.cosmic())):
+        found = plan(chain, BIG, mesh="fsdp=8")
+        assert [kind for kind, _, _ in found.collectives] == ["all_reduce"] * 2
+        assert found.sent <= 2 * 100
 
 
 def test_the_first_device_owns_muon_s_only_matrix():

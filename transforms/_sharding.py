@@ -1,17 +1,11 @@
 """How arrays lie on a mesh of devices, where that is not left to XLA."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.core import ShapedArray, Tracer
-from jax.extend import core
-from jax.interpreters import ad, batching, mlir
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
-
-from chainrule.native.primitives import in_front, on_one_device
 
 
 def check_sharding(owner: str, sharding: Any) -> None:
@@ -62,50 +56,14 @@ def lie_as(like: jax.Array, x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, own) if own != _type_of(x) else x
 
 
-_alike = core.Primitive("chainrule_alike")
-"""Operands x and another of its shape; the result is x. A primitive, so that programs are the same on one device and on
-eight, and whoever reads them knows what is meant."""
-
-
 def alike(like: Any, x: jax.Array) -> jax.Array:
     """`x`, of the shape of `like`, on the devices where that is: inside `jit` a constant would be whole on each.
 
     >>> alike(jax.numpy.ones(2), jax.numpy.zeros(2)).tolist()
     [0.0, 0.0]
     """
-    return _alike.bind(x, like) if isinstance(like, Tracer) else x
-
-
-def _chosen(x: jax.Array, like: jax.Array) -> jax.Array:
-    """A choice between `x` and `x`, which XLA lays out as what decides; the barrier keeps it from being folded."""
-    one, other = jax.lax.optimization_barrier((like == like, x))
-    return jax.lax.select(one, x, other)
-
-
-def _abstract(x: ShapedArray, like: ShapedArray) -> ShapedArray:
-    if x.sharding.mesh.empty:
+    if not isinstance(like, Tracer):
         return x
-    # On a mesh a result's type tells what it varies over, and the form knows.
-    (out,) = jax.make_jaxpr(_chosen)(x, like).out_avals
-    return out
+    from chainrule.native import primitives  # whose import takes as long as optax's
 
-
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
-    return _alike.bind(*primals), tangents[0]
-
-
-def _batch(operands: Sequence[Any], axes: Sequence[int | None]) -> tuple[jax.Array, int]:
-    return _alike.bind(*in_front(operands, axes)), 0
-
-
-def _lowered(ctx: mlir.LoweringRuleContext, x: Any, like: Any) -> Sequence[Any]:
-    if on_one_device(ctx):
-        return [x]
-    return mlir.lower_fun(_chosen, multiple_results=False)(ctx, x, like)
-
-
-_alike.def_impl(lambda x, like: jax.device_put(x, jnp.asarray(like).sharding))
-_alike.def_abstract_eval(_abstract)
-ad.primitive_jvps[_alike] = _jvp
-batching.primitive_batchers[_alike] = _batch
-mlir.register_lowering(_alike, _lowered)
+    return primitives.alike.bind(x, like)

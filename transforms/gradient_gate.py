@@ -114,8 +114,7 @@ def gradient_gate(
         """Of the gradients: the mean magnitude, and the mean of variance over squared mean magnitude."""
         from chainrule.native import primitives
 
-        (table,) = primitives.statistics.bind(*gradients, kernel=kernel)
-        mean_abs, _, variance, _ = table.T
+        mean_abs, _, variance, _ = primitives.statistics.bind(*gradients, kernel=kernel)
         return jnp.mean(mean_abs), jnp.mean(variance / (mean_abs**2 + _EPS))
 
     def measure(

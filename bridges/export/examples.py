@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import Lowered
-from chainrule.bridges.lowering.builder import Builder, Equation, Shared, Value, build
+from chainrule.bridges.lowering.builder import Builder, Equation, Shared, Target, Value, build
 from chainrule.bridges.lowering.nodes import first_arg, inputs_of, results_of, return_
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.fuse import fuse
@@ -117,7 +117,7 @@ def _lowered(trace: Trace) -> Lowered:
     """A trace as a graph without the kernel."""
     table = TABLE | dict.fromkeys(OPERATIONS, _form)
     with x64_if_wide(trace.inputs):
-        shared = Shared(table, frozenset(ELEMENTWISE), _CPU, False, {}, {}, {})
+        shared = Shared(table, frozenset(ELEMENTWISE), _CPU, Target(_CPU.type, False), {}, {}, {})
         graph, attributes = build(trace.jaxpr, shared)
     return Lowered(graph, attributes, (), {}, _CPU)
 

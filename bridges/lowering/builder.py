@@ -56,6 +56,7 @@ class Target(NamedTuple):
 
     device: str  # the type of the device
     compiled: bool  # by a compiler that fuses operations, instead of one by one
+    sharded: bool = False  # on parts of tensors, which several ranks have
 
 
 class Shared(NamedTuple):
@@ -64,7 +65,7 @@ class Shared(NamedTuple):
     table: dict[str, Rule]
     elementwise: frozenset[str]
     device: torch.device
-    compiled: bool
+    target: Target
     live: dict[core.Jaxpr, list[Equation]]
     subgraphs: dict[Any, fx.GraphModule]
     folded: dict[Any, Scalar]
@@ -76,7 +77,7 @@ class Builder:
     def __init__(self, shared: Shared):
         self.shared = shared
         self.device = shared.device
-        self.target = Target(shared.device.type, shared.compiled)
+        self.target = shared.target
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.place = Place("", "")

@@ -13,7 +13,7 @@ import torch
 from jax.extend import core
 from torch import Tensor, fx
 
-from chainrule.bridges.lowering.builder import Shared, build
+from chainrule.bridges.lowering.builder import Shared, Target, build
 from chainrule.bridges.lowering.nodes import inputs_of, results_of
 from chainrule.bridges.lowering.release import graphs_in
 from chainrule.bridges.lowering.rules import TABLE
@@ -101,6 +101,7 @@ def lower_jaxpr(
     *,
     device: torch.device | str = "cpu",
     compiled: bool = False,
+    sharded: bool = False,
 ) -> Lowered:
     """Translate a jaxpr to a ``torch.fx`` graph, as `lower` does.
 
@@ -108,13 +109,15 @@ def lower_jaxpr(
       jaxpr: of flat arrays; traced under ``jax.enable_x64`` if it holds 64-bit values, which must still be on.
       names: what to call the inputs.
       device, compiled: see `lower`.
+      sharded: whether it is to be run on parts of tensors, which decides so too.
 
     Raises:
         UnsupportedPrimitive: a primitive has no lowering; run the chain with ``engine="xla"``.
     """
     device = torch.device(device)
     with collector_paused():
-        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, compiled, {}, {}, {})
+        target = Target(device.type, compiled, sharded)
+        shared = Shared(TABLE, frozenset(ELEMENTWISE), device, target, {}, {}, {})
         graph, attributes = build(jaxpr, shared, names)
     inputs = {n: i for i, n in enumerate(inputs_of(graph))}
     passthrough = {i: inputs[n] for i, n in enumerate(results_of(graph)) if n in inputs}

@@ -63,7 +63,7 @@ def _statistics(_: Params, operands: Sequence[Tensor]) -> list[Tensor]:
     gradients = [t.contiguous() for t in operands]  # held while the kernel reads them
     table = _kernel.statistics(buffers(gradients, "gradients"))
     with np.errstate(over="ignore"):  # infinite in float32, as in XLA
-        return [torch.from_numpy(table.astype(np.float32))]
+        return list(torch.from_numpy(table.astype(np.float32)).unbind(1))
 
 
 def _sums(params: Params, operands: Sequence[Any]) -> list[Tensor]:

@@ -21,6 +21,7 @@ from chainrule.bridges.lowering.nodes import (
     value_of,
 )
 from chainrule.native import forms
+from chainrule.native.primitives import step_of
 
 if TYPE_CHECKING:
     from chainrule.bridges.lowering.passes.shard import Sharder
@@ -171,12 +172,12 @@ def _dot(s: "Sharder", old: fx.Node) -> bool:
 
 
 def _kernel_call(s: "Sharder", old: fx.Node) -> bool:
-    """The kernel's sums are additive; its other calls want whole tensors."""
+    """The kernel's sums are additive, and a step of tier 2 is entry by entry; other calls want whole tensors."""
     name, params, operands = args_of(old)
-    if name != "chainrule_sums":
-        return False
+    if name == "chainrule_tier2":
+        return _tier2(s, old)
     given = dict(params)
-    if given["batch"]:
+    if name != "chainrule_sums" or given["batch"]:
         return False
     c, *tensors = operands
     count = len(tensors) if given["kind"] in forms.OF_ONE else len(tensors) // 2
@@ -198,6 +199,23 @@ def _kernel_call(s: "Sharder", old: fx.Node) -> bool:
             part = _held(s, user, part, holds)
         s.axes[user] = (None,)
         s.new[user] = s.collective(user, ops.all_reduce, ([part], "sum", s.mesh.everyone), (None,))
+    return True
+
+
+def _tier2(s: "Sharder", old: fx.Node) -> bool:
+    name, params, operands = args_of(old)
+    step = step_of(dict(params)["roles"], operands)
+    axes, own = [], []
+    for tensors in zip(*step.roles.values(), strict=True):  # of one parameter
+        axes.append(layouts.merged([s.axes[n] for n in tensors]))
+        own.append([s.part(n, axes[-1]) for n in tensors])
+    flat = [x for role in zip(*own, strict=True) for x in role]
+    numbers = [s.all_of(x) if isinstance(x, fx.Node) else x for x in step.numbers.values()]
+    made = s.emit(old, ops.kernel_call, name, params, [*numbers, *flat])
+    s.new[old], s.axes[old] = made, ()
+    for user in old.users:
+        k = args_of(user)[1]
+        s.keep(user, s.emit(user, operator.getitem, made, k), axes[k % len(axes)])
     return True
 
 

@@ -15,6 +15,9 @@ from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Target, 
 from chainrule.bridges.lowering.ops.kernel import CALLS, NUMBERS, Params
 from chainrule.native.primitives import OPERATIONS
 
+ON_PARTS = {"chainrule_sums", "chainrule_tier2"}
+"""What the kernel can do where ranks have parts of tensors: sums are additive, and tier 2 is entry by entry."""
+
 
 def runs_in_kernel(eqn: Equation, target: Target) -> bool:
     """Whether a bridge leaves an equation to the kernel: on the CPU, but for sums that a compiler fuses.
@@ -22,7 +25,7 @@ def runs_in_kernel(eqn: Equation, target: Target) -> bool:
     The sums of magnitudes stay, because the kernel makes all the rest of the step that reads them.
     """
     name, params = eqn.primitive.name, eqn.params
-    if name not in CALLS or target.device != "cpu":
+    if name not in (ON_PARTS if target.sharded else CALLS) or target.device != "cpu":
         return False
     if not OPERATIONS[name].fits([v.aval for v in eqn.invars], params):
         return False

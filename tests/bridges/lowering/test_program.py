@@ -23,7 +23,7 @@ from chainrule.bridges.lowering import (
     torch_dtype,
 )
 from chainrule.bridges.lowering import program as program_module
-from chainrule.bridges.lowering.builder import Shared, build
+from chainrule.bridges.lowering.builder import Shared, Target, build
 from chainrule.bridges.lowering.rules import TABLE
 from chainrule.bridges.lowering.rules.elementwise import ELEMENTWISE
 
@@ -330,8 +330,8 @@ def test_lowering_time_is_linear_in_the_leaves() -> None:
         for _ in range(3):
             start = time.process_time()
             with program_module.collector_paused():
-                device = torch.device("cpu")
-                build(jaxpr, Shared(TABLE, frozenset(ELEMENTWISE), device, False, {}, {}, {}))
+                device, target = torch.device("cpu"), Target("cpu", False)
+                build(jaxpr, Shared(TABLE, frozenset(ELEMENTWISE), device, target, {}, {}, {}))
             times.append(time.process_time() - start)
         return min(times)
 
