@@ -463,8 +463,8 @@ magnitudes, then the updates."""
 # ---- layouts ---------------------------------------------------------------------------------
 
 alike = core.Primitive("chainrule_alike")
-"""Operands x and another of its shape; the result is x, on the devices where that is. No call of the kernel. A primitive,
-so that programs are the same on one device and on eight, and whoever reads them knows what is meant."""
+"""Operands x and another of its shape; the result is x, on the devices where that is. No call of the kernel, but a
+primitive, so that programs are the same on one device and on eight, and whoever reads them knows what is meant."""
 
 
 def _chosen(x: jax.Array, like: jax.Array) -> jax.Array:
