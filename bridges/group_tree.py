@@ -249,8 +249,6 @@ class GroupTree:
             raise RuntimeError(f"{owner}: {misfit}")
         self._checked = leaves
 
-    # ---- tiers -----------------------------------------------------------------------------
-
     def is_due(self, state: State) -> bool:
         """Whether the policy of the chain's tiers may move parameters before the next update.
 

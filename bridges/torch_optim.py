@@ -62,11 +62,8 @@ class TorchBridge(GroupedOptimizer):
     *Sharding.* Parameters may be DTensors (`fully_shard`, tensor parallelism, both): every rank works on its part, and
     the result is that of one process. See docs/scaling.md.
 
-    *CUDA graphs.* With `compile="reduce-overhead"` the first steps are launched as with True; then the step is captured
-    and replayed. Rates, gradients, state and parameters may change as ever: gradients that lie elsewhere than before
-    get a graph of their own, or are copied (once more their memory) where they never lie still; parameters that were
-    replaced, a group or tier that changed, begin anew. `explain()` counts the steps that were replayed and launched.
-    Within a graph that you capture yourself the step becomes a part of it.
+    *CUDA graphs.* With `compile="reduce-overhead"` the step is captured and replayed; rates, gradients, state and
+    parameters may change as ever. `explain()` counts steps replayed and launched; see docs/guide/gpu.md.
 
     *Pickling* needs a chain that can be pickled, which closures cannot: give a function that makes it, such as
     `functools.partial(optax.adamw, 1e-3)`. `copy.deepcopy` and `state_dict` take any chain.
@@ -75,7 +72,7 @@ class TorchBridge(GroupedOptimizer):
       chain: a gradient transformation, or a function without arguments that returns one.
       params: parameters, parameter groups, or `named_parameters()`.
       compile: run the step through Inductor instead of op by op. `"reduce-overhead"`: on CUDA also as a CUDA graph,
-        which the host launches at once (see below); elsewhere as True.
+        which the host launches at once; elsewhere as True.
       engine: `"torch"`, or `"xla"`: JAX computes the step on tensors exchanged over DLPack, for chains that hold a
         primitive without a lowering.
       rounding: None, round to nearest, or `"stochastic"`.
@@ -119,8 +116,6 @@ class TorchBridge(GroupedOptimizer):
         options = Options(chain, compile, engine, rounding, meant)
         super().__init__(options, params, dict(group_defaults))
         meant.check(p for group in self.param_groups for p in group["params"])
-
-    # ---- the step --------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -173,8 +168,6 @@ class TorchBridge(GroupedOptimizer):
                     self._groups[index] = self._groups[index].stepped(self.state)
             self._torn = False
 
-    # ---- saving and loading ----------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`: tensors and numbers only, for any way of saving."""
         self._follow()
@@ -225,8 +218,6 @@ class TorchBridge(GroupedOptimizer):
         self._torn = False
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    # ---- one state, two runtimes -----------------------------------------------------------
 
     def jax_state(self) -> Any:
         """The chain's state as JAX arrays, with which the same chain goes on in JAX.
@@ -285,8 +276,6 @@ class TorchBridge(GroupedOptimizer):
         with self._writing():
             loading.carry_out(copies)
         self._is_loaded()
-
-    # ---- looking inside --------------------------------------------------------------------
 
     def metrics(self) -> Any:
         """What the chain knows of the run: `chainrule.metrics` of its state, as torch tensors.

@@ -73,9 +73,8 @@ class TorchWrap(torch.optim.Optimizer):
         engine: str = "torch",
     ):
         check_base(base, before, after)
-        check_choice(
-            "TorchWrap", "compile", compile, (False, True)
-        )  # no graph holds the base's step
+        # No graph holds the base's step.
+        check_choice("TorchWrap", "compile", compile, (False, True))
         groups = groups_of(base, params)
         known = {**moments_of(base), **(moments or {})}
         known = {name: key for name, key in known.items() if key is not None}
@@ -142,8 +141,6 @@ class TorchWrap(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As that of the base."""
         self.base.zero_grad(set_to_none)
-
-    # ---- the step --------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -244,8 +241,6 @@ class TorchWrap(torch.optim.Optimizer):
         groups = [group["params"] for group in self.param_groups]
         return [p, *next(params for params in groups if any(q is p for q in params))]
 
-    # ---- saving and loading ----------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """That of the base, with the links' entries beside its own under `before.` and `after.`."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
@@ -291,8 +286,6 @@ class TorchWrap(torch.optim.Optimizer):
                     links.load_state_dict(before[role])
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    # ---- looking inside --------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Any]:
         """What the links know of the run, by `"before"` and `"after"`: `TorchBridge.metrics` of each."""
