@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chainrule.transforms._checks import check_bounds, check_choice, check_params
 from chainrule.transforms._gram_iteration import SCALINGS, iterate
+from chainrule.transforms._matrix_axes import as_leaf, matrices_of, matrix_axes
 from chainrule.transforms._numerics import abs_sq, root, up
 from chainrule.transforms._polar_coefficients import COEFFICIENTS as COEFFICIENTS
 from chainrule.transforms._polar_coefficients import PRECONDITIONING, STEPS, Triple
@@ -163,22 +164,22 @@ def newton_schulz(
 
     def new_leaves(paths: Sequence[Any], leaves: Sequence[jax.Array]) -> list[jax.Array]:
         axes = [
-            _matrix_axes(path_name(p), g.shape, dims) for p, g in zip(paths, leaves, strict=True)
+            matrix_axes(path_name(p), g.shape, dims) for p, g in zip(paths, leaves, strict=True)
         ]
-        matrices = [_matrices(whole(g), *a) for g, a in zip(leaves, axes, strict=True)]
+        matrices = [matrices_of(whole(g), *a) for g, a in zip(leaves, axes, strict=True)]
         if sharding is None:
             found = list(map(orthogonalized, matrices))
         else:
             found = _in_stacks(orthogonalized, matrices, sharding)
         return [
-            lie_as(g, _leaf(x * (shape_factor(g.shape, *x.shape[-2:]) * scale_factor), g, *a))
+            lie_as(g, as_leaf(x * (shape_factor(g.shape, *x.shape[-2:]) * scale_factor), g, *a))
             for g, a, x in zip(leaves, axes, found, strict=True)
         ]
 
     def init(params: Tree) -> optax.EmptyState:
         check_params("newton_schulz", params)
         jax.tree_util.tree_map_with_path(
-            lambda path, p: _matrix_axes(path_name(path), jnp.shape(p), dims), params
+            lambda path, p: matrix_axes(path_name(path), jnp.shape(p), dims), params
         )
         return optax.EmptyState()
 
@@ -208,53 +209,6 @@ def _triples(coefficients: Any, steps: int) -> list[Triple]:
             f"numbers a step, got {coefficients!r}"
         )
     return [nested[min(step, len(nested) - 1)] for step in range(steps)]
-
-
-def _matrix_axes(name: str, shape: tuple[int, ...], dims: Any) -> tuple[list[int], list[int]]:
-    """The axes of a leaf that are the rows and the columns of its matrices; the others are batched."""
-    ndim = len(shape)
-    if ndim < 2:
-        raise ValueError(
-            f"newton_schulz: {name!r} has shape {shape}, expected at least the two axes of a matrix; "
-            "send vectors and scalars elsewhere, as `chains.muon`, `optax.partition` or `optax.masked` do"
-        )
-    if callable(dims):
-        dims = dims(name, shape)
-    if isinstance(dims, str):
-        check_choice("newton_schulz", "dims", dims, ("batched", "hwio", "oihw"))
-        axes = list(range(ndim))
-        return {
-            "batched": (axes[-2:-1], axes[-1:]),
-            "hwio": (axes[:-1], axes[-1:]),
-            "oihw": (axes[:1], axes[1:]),
-        }[dims]
-    rows, cols = ([operator.index(axis) for axis in group] for group in dims)
-    both = [axis % ndim for axis in (*rows, *cols) if -ndim <= axis < ndim]
-    if len(set(both)) != len(rows) + len(cols) or not rows or not cols:
-        raise ValueError(
-            f"newton_schulz: `dims` must name different axes of {name!r}, of shape {shape}, for rows "
-            f"and columns, got {dims!r}"
-        )
-    return both[: len(rows)], both[len(rows) :]
-
-
-def _order(g: jax.Array, rows: Sequence[int], cols: Sequence[int]) -> list[int]:
-    return [axis for axis in range(g.ndim) if axis not in (*rows, *cols)] + [*rows, *cols]
-
-
-def _matrices(g: jax.Array, rows: Sequence[int], cols: Sequence[int]) -> jax.Array:
-    """The matrices of a leaf, (..., rows, columns)."""
-    order = _order(g, rows, cols)
-    sizes = [math.prod(g.shape[axis] for axis in group) for group in (rows, cols)]
-    batch = [g.shape[axis] for axis in order[: -len(rows) - len(cols)]]
-    return up(g).transpose(order).reshape(*batch, *sizes)
-
-
-def _leaf(x: jax.Array, g: jax.Array, rows: Sequence[int], cols: Sequence[int]) -> jax.Array:
-    """Its matrices as the leaf `g` has them."""
-    order = _order(g, rows, cols)
-    back = [order.index(axis) for axis in range(g.ndim)]
-    return x.reshape([g.shape[axis] for axis in order]).transpose(back).astype(g.dtype)
 
 
 def _in_stacks(
