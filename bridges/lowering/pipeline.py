@@ -33,7 +33,7 @@ from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
 from chainrule.bridges.lowering.passes.merge_collectives import merge_collectives
 from chainrule.bridges.lowering.passes.overwrite import overwrite
-from chainrule.bridges.lowering.passes.partition import partition
+from chainrule.bridges.lowering.passes.partition import copy_constants, partition
 from chainrule.bridges.lowering.passes.rematerialise import rematerialise
 from chainrule.bridges.lowering.passes.scalarise import scalarise
 from chainrule.bridges.lowering.passes.shard import Sharding, shard
@@ -63,10 +63,10 @@ def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]
     if compiled:  # Inductor takes seconds to import
         from chainrule.bridges.lowering.backends.inductor import inductor_calls
 
-        return (scalarise, rematerialise, partition, overwrite), inductor_calls
+        return (scalarise, copy_constants, rematerialise, partition, overwrite), inductor_calls
     # On a device a pass over memory costs less than a launch.
     carried = (rematerialise,) if program.on_cpu else ()
-    return (fuse, *carried, partition), foreach_calls
+    return (fuse, copy_constants, *carried, partition), foreach_calls
 
 
 def run(passes: Sequence[Pass], program: StepProgram) -> StepProgram:

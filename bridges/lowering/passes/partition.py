@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.nodes import args_of, first_arg, is_array, value_of
+from chainrule.bridges.lowering.nodes import args_of, first_arg, is_array, mark_like, value_of
 from chainrule.bridges.lowering.op_info import info, readers
 from chainrule.bridges.lowering.passes.signature import flat_shape, signature
 from chainrule.bridges.lowering.step_program import StepProgram
@@ -57,6 +57,32 @@ def partition(program: StepProgram) -> StepProgram:
     for nodes in groups.values():
         stages.setdefault(stage_of[nodes[0]], []).append(_piece(nodes, old_of, stage_of))
     program.stages = tuple(tuple(pieces) for _, pieces in sorted(stages.items()))
+    return program
+
+
+def copy_constants(program: StepProgram) -> StepProgram:
+    """Before: arrays made of constants alone are shared. After, but for a CPU: each node that reads one makes its own.
+
+    An identity matrix that many leaves add would make one piece of them all. To make it again is part of the kernel
+    that reads it; pieces run at the same time. (On a CPU they do not, and each operation is a pass over memory.)
+    """
+    if program.on_cpu:
+        return program
+    graph = program.graph
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        known = all(s in constant or s.op == "get_attr" for s in node.all_input_nodes)
+        if node.op == "call_function" and known and is_array(value_of(node)) and not is_apart(node):
+            constant.add(node)
+    for node in reversed(graph.nodes):
+        if node not in constant:
+            continue
+        for user in [user for user in node.users if user.op != "output"]:
+            with graph.inserting_before(user):
+                new = mark_like(graph.node_copy(node), node, value_of(node))
+            user.replace_input_with(node, new)
+        if not node.users:
+            graph.erase_node(node)
     return program
 
 

@@ -62,3 +62,20 @@ def test_the_update_of_a_leaf_without_axes_is_no_part_of_what_unpacks_its_number
         pieces = [piece for stage in program.stages for piece in stage]
         (apart,) = [p for p in pieces if p.nodes[0].target is ops.unbind]
         assert all(n.args[0] is apart.nodes[0] for n in apart.nodes[1:]), apart.nodes
+
+
+def test_a_constant_that_many_leaves_read_ties_them_together_on_a_cpu_only():
+    """Such as the identity matrix of Newton-Schulz steps."""
+    structs = [jax.ShapeDtypeStruct((3, 3), jnp.float32)] * 4
+
+    def step(*params):
+        return tuple(p @ (2.0 * jnp.eye(3) + p @ p) + jnp.eye(3) for p in params)
+
+    for device, count in (("cpu", 1), ("meta", 4)):  # what is no CPU is taken for a GPU
+        for compiled in (False, True):
+            lowered = lower(step, *structs, device=device, compiled=compiled)
+            program = run(FRONT, StepProgram.of(lowered, tuple(range(4))))
+            program = run(back(program, compiled)[0], program)
+            (stage,) = program.stages
+            assert len(stage) == count
+            assert len(list(by_kind(stage))) == 1
