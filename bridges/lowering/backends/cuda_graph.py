@@ -8,6 +8,7 @@ they are copied. Whatever else changes from step to step (rates, the loss) is in
 
 import contextlib
 import operator
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
@@ -20,8 +21,8 @@ from chainrule.bridges.lowering.program import collector_paused
 
 WARM = 2
 """So many steps are launched first: they compile, load code and allocate, which no graph may."""
-STREAMS = 8
-"""On so many streams are calls that do not depend on each other."""
+STREAMS = int(os.environ.get("CHAINRULE_CUDA_STREAMS", "1"))
+"""On so many streams are calls that do not depend on each other. One, until more were checked and timed on a device."""
 MOST = 4
 """So many graphs are kept for places of the gradients, and so many of the last places are remembered."""
 PATIENCE, LAST = 8, 32
