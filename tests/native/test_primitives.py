@@ -126,7 +126,7 @@ def test_a_chain_s_jaxpr_shows_the_primitives():
     from chainrule import chains
 
     text = str(jax.make_jaxpr(chains.stam().init)(jnp.ones(3)))
-    assert "chainrule" not in text
+    assert "chainrule_alike" in text and "chainrule_sums" not in text
     tx, p = chains.stam(), jnp.ones(3)
     text = str(jax.make_jaxpr(tx.update)(p, tx.init(p), p))
     assert "chainrule_sums" in text and "ffi_call" not in text

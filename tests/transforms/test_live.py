@@ -298,7 +298,7 @@ def test_the_tools_of_optax_find_an_injected_number_once(make, settings, static)
 
 
 def test_an_injected_number_that_is_structure_is_an_error():
-    tx = optax.inject_hyperparams(chains.muon)(learning_rate=0.5)
+    tx = optax.inject_hyperparams(chains.muon)(learning_rate=0.5, ns_steps=5)
     message = r"muon: `ns_steps` is structure.*`chainrule\.set_hyperparams`.*static_args=\(.*'ns_steps'.*'routing'"
     with pytest.raises(TypeError, match=message):
         tx.init(PARAMS)
