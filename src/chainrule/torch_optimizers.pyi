@@ -10,29 +10,302 @@ from chainrule.bridges.torch_named import Named, NamedAround
 from chainrule.transforms import TierPolicy
 from chainrule.transforms.routing import RoutingPlan
 
-
-__all__ = ['Adam', 'Casmo', 'CasmoSNR', 'Cosmic', 'Grokfast', 'Magma', 'Muon', 'NAdam', 'Orthograd', 'Stam', 'StamLite', 'register_timm']
+__all__ = [
+    "Adam",
+    "Casmo",
+    "CasmoSNR",
+    "Cosmic",
+    "Grokfast",
+    "Magma",
+    "Muon",
+    "NAdam",
+    "Orthograd",
+    "Stam",
+    "StamLite",
+    "register_timm",
+]
 
 class Adam(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., betas: tuple[float, float | None] = ..., weight_decay: float | None = ..., *, eps: float = ..., eps_root: float = ..., caution: str | None = ..., debias: bool = ..., eps_scope: str = ..., mu_dtype: Any = ..., nu_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        betas: tuple[float, float | None] = ...,
+        weight_decay: float | None = ...,
+        *,
+        eps: float = ...,
+        eps_root: float = ...,
+        caution: str | None = ...,
+        debias: bool = ...,
+        eps_scope: str = ...,
+        mu_dtype: Any = ...,
+        nu_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Casmo(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., betas: tuple[float, float | None] = ..., weight_decay: float | None = ..., *, eps: float = ..., tau_init_steps: int | None = ..., tau_clip_range: tuple[float, float] | None = ..., c_min: float = ..., granularity: str = ..., agar_clamp_factor: float | None = ..., center: str = ..., debias: bool = ..., agar_eps: float | None = ..., adapt_c_min: bool = ..., shared_calibration: bool = ..., mu_dtype: Any = ..., nu_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        betas: tuple[float, float | None] = ...,
+        weight_decay: float | None = ...,
+        *,
+        eps: float = ...,
+        tau_init_steps: int | None = ...,
+        tau_clip_range: tuple[float, float] | None = ...,
+        c_min: float = ...,
+        granularity: str = ...,
+        agar_clamp_factor: float | None = ...,
+        center: str = ...,
+        debias: bool = ...,
+        agar_eps: float | None = ...,
+        adapt_c_min: bool = ...,
+        shared_calibration: bool = ...,
+        mu_dtype: Any = ...,
+        nu_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class CasmoSNR(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., betas: tuple[float, float | None] = ..., weight_decay: float | None = ..., *, eps: float = ..., c_min: float = ..., robustness: float = ..., rel_floor: float = ..., deviation: str = ..., mu_dtype: Any = ..., nu_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        betas: tuple[float, float | None] = ...,
+        weight_decay: float | None = ...,
+        *,
+        eps: float = ...,
+        c_min: float = ...,
+        robustness: float = ...,
+        rel_floor: float = ...,
+        deviation: str = ...,
+        mu_dtype: Any = ...,
+        nu_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Cosmic(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., betas: tuple[float, float | None] = ..., weight_decay: float | None = ..., *, eps: float = ..., b1_long: float = ..., tiered: bool = ..., policy: TierPolicy | None = ..., gate_tier_max: int = ..., gate_min_scale: float = ..., gate_warmup_steps: int = ..., gate_update_interval: int = ..., tier_scale: Sequence[float] = ..., min_lr_scale: float = ..., blend_by: str = ..., decay: str = ..., start: str = ..., debias: str = ..., clock: str = ..., keep_long: bool = ..., bits: int | None = ..., block: int | None = ..., smaller: str = ..., state_rounding: str = ..., state_dtype: Any = ..., mask: Any = ..., kernel: str = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        betas: tuple[float, float | None] = ...,
+        weight_decay: float | None = ...,
+        *,
+        eps: float = ...,
+        b1_long: float = ...,
+        tiered: bool = ...,
+        policy: TierPolicy | None = ...,
+        gate_tier_max: int = ...,
+        gate_min_scale: float = ...,
+        gate_warmup_steps: int = ...,
+        gate_update_interval: int = ...,
+        tier_scale: Sequence[float] = ...,
+        min_lr_scale: float = ...,
+        blend_by: str = ...,
+        decay: str = ...,
+        start: str = ...,
+        debias: str = ...,
+        clock: str = ...,
+        keep_long: bool = ...,
+        bits: int | None = ...,
+        block: int | None = ...,
+        smaller: str = ...,
+        state_rounding: str = ...,
+        state_dtype: Any = ...,
+        mask: Any = ...,
+        kernel: str = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Grokfast(NamedAround):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] | None = ..., betas: tuple[float, float | None] | None = ..., weight_decay: float | None = ..., *, base: Any = ..., base_arguments: dict[str, Any] | None = ..., alpha: float = ..., lamb: float = ..., start: str = ..., state_dtype: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] | None = ...,
+        betas: tuple[float, float | None] | None = ...,
+        weight_decay: float | None = ...,
+        *,
+        base: Any = ...,
+        base_arguments: dict[str, Any] | None = ...,
+        alpha: float = ...,
+        lamb: float = ...,
+        start: str = ...,
+        state_dtype: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Magma(NamedAround):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] | None = ..., betas: tuple[float, float | None] | None = ..., weight_decay: float | None = ..., *, base: Any = ..., base_arguments: dict[str, Any] | None = ..., mask_prob: float = ..., tau: float = ..., alignment_ema: float = ..., momentum_beta: float = ..., moment: str = ..., init_alignment: float = ..., exclude: Any = ..., seed: Any = ..., state_dtype: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] | None = ...,
+        betas: tuple[float, float | None] | None = ...,
+        weight_decay: float | None = ...,
+        *,
+        base: Any = ...,
+        base_arguments: dict[str, Any] | None = ...,
+        mask_prob: float = ...,
+        tau: float = ...,
+        alignment_ema: float = ...,
+        momentum_beta: float = ...,
+        moment: str = ...,
+        init_alignment: float = ...,
+        exclude: Any = ...,
+        seed: Any = ...,
+        state_dtype: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Muon(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., weight_decay: float | None = ..., *, model: Module | None = ..., exclude: Any = ..., adam_betas: tuple[float, float] = ..., momentum: float = ..., nesterov: str | None = ..., debias: bool = ..., coefficients: Any = ..., ns_steps: int | None = ..., preconditioning: str | None = ..., ns_eps: float = ..., eps_scope: str = ..., ns_dtype: Any = ..., gram: bool | str = ..., ns_sharding: Any = ..., dims: Any = ..., scale: str | None = ..., scale_factor: float = ..., scale_axes: Any = ..., dual_norm: bool = ..., caution: str | None = ..., adam_lr_ratio: float = ..., adam_eps: float = ..., adam_weight_decay: float | None = ..., use_nadam: bool | str = ..., mu_dtype: Any = ..., nu_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        weight_decay: float | None = ...,
+        *,
+        model: Module | None = ...,
+        exclude: Any = ...,
+        adam_betas: tuple[float, float] = ...,
+        momentum: float = ...,
+        nesterov: str | None = ...,
+        debias: bool = ...,
+        coefficients: Any = ...,
+        ns_steps: int | None = ...,
+        preconditioning: str | None = ...,
+        ns_eps: float = ...,
+        eps_scope: str = ...,
+        ns_dtype: Any = ...,
+        gram: bool | str = ...,
+        ns_sharding: Any = ...,
+        dims: Any = ...,
+        scale: str | None = ...,
+        scale_factor: float = ...,
+        scale_axes: Any = ...,
+        dual_norm: bool = ...,
+        caution: str | None = ...,
+        adam_lr_ratio: float = ...,
+        adam_eps: float = ...,
+        adam_weight_decay: float | None = ...,
+        use_nadam: bool | str = ...,
+        mu_dtype: Any = ...,
+        nu_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
     def plan(self) -> RoutingPlan: ...
+
 class NAdam(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., betas: tuple[float, float | None] = ..., weight_decay: float | None = ..., *, eps: float = ..., eps_root: float = ..., nesterov: bool | str = ..., caution: str | None = ..., debias: bool = ..., eps_scope: str = ..., mu_dtype: Any = ..., nu_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        betas: tuple[float, float | None] = ...,
+        weight_decay: float | None = ...,
+        *,
+        eps: float = ...,
+        eps_root: float = ...,
+        nesterov: bool | str = ...,
+        caution: str | None = ...,
+        debias: bool = ...,
+        eps_scope: str = ...,
+        mu_dtype: Any = ...,
+        nu_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Orthograd(NamedAround):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] | None = ..., betas: tuple[float, float | None] | None = ..., weight_decay: float | None = ..., *, base: Any = ..., base_arguments: dict[str, Any] | None = ..., eps: float = ..., rtol: float = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] | None = ...,
+        betas: tuple[float, float | None] | None = ...,
+        weight_decay: float | None = ...,
+        *,
+        base: Any = ...,
+        base_arguments: dict[str, Any] | None = ...,
+        eps: float = ...,
+        rtol: float = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class Stam(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., betas: tuple[float, float | None] = ..., weight_decay: float | None = ..., *, eps: float = ..., adapt_strength: float = ..., tau_decay: float = ..., fallback_threshold: float = ..., debias: bool = ..., debias_eps: float = ..., nonfinite: str = ..., max_abs: float | None = ..., state_dtype: Any = ..., nu_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        betas: tuple[float, float | None] = ...,
+        weight_decay: float | None = ...,
+        *,
+        eps: float = ...,
+        adapt_strength: float = ...,
+        tau_decay: float = ...,
+        fallback_threshold: float = ...,
+        debias: bool = ...,
+        debias_eps: float = ...,
+        nonfinite: str = ...,
+        max_abs: float | None = ...,
+        state_dtype: Any = ...,
+        nu_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
+
 class StamLite(Named):
-    def __init__(self, params: Any, lr: float | Callable[..., Any] = ..., weight_decay: float | None = ..., *, b1_base: float = ..., eps: float = ..., adapt_strength: float = ..., moment_decay: float = ..., b1_update_interval: int = ..., debias_eps: float = ..., nonfinite: str = ..., max_abs: float | None = ..., state_dtype: Any = ..., stat_dtype: Any = ..., mask: Any = ..., preset: str | None = ..., compile: bool | str = ..., engine: str = ..., rounding: str | None = ...) -> None: ...
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Callable[..., Any] = ...,
+        weight_decay: float | None = ...,
+        *,
+        b1_base: float = ...,
+        eps: float = ...,
+        adapt_strength: float = ...,
+        moment_decay: float = ...,
+        b1_update_interval: int = ...,
+        debias_eps: float = ...,
+        nonfinite: str = ...,
+        max_abs: float | None = ...,
+        state_dtype: Any = ...,
+        stat_dtype: Any = ...,
+        mask: Any = ...,
+        preset: str | None = ...,
+        compile: bool | str = ...,
+        engine: str = ...,
+        rounding: str | None = ...,
+    ) -> None: ...
