@@ -57,6 +57,8 @@ def _ours() -> Iterator[tuple[str, Link]]:
         if case.name == "compensated":
             continue  # one more link changes all draws; then `FAR_IF_COMPILED` of the tests was drawn
         for index, setting in enumerate(case.settings):
+            if setting.get("coefficients") in ("aol", "cans"):
+                continue  # likewise
             yield f"{case.name}-{index}", Link(functools.partial(case.make, setting), True)
     # Without the link that they need beside them: a neighbour may be the one.
     for case in ATOMS:
