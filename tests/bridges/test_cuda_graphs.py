@@ -309,7 +309,10 @@ def test_calls_of_a_stage_are_beside_each_other_and_stages_after_each_other() ->
 
 def test_a_stage_of_compiled_calls_can_run_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calls of a stage, as for a GPU, backwards: none reads or overwrites what another makes or reads."""
-    make = lambda: chains.stam(0.1)  # noqa: E731
+
+    def make() -> Any:
+        return chains.stam(0.1)
+
     want = train(make, True)[1]
     from chainrule.bridges.lowering.backends import inductor
 
@@ -416,7 +419,9 @@ CHANGES = [None, rates, absences, one_absence, replacements, a_cleared_state]
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__ if c else "nothing")
 def test_replayed_steps_are_the_steps(graphs: list[OnCpu], change: Any) -> None:
-    make = lambda: chains.magma(chains.adam(0.1))  # noqa: E731 -- draws random numbers, counts steps
+    def make() -> Any:
+        return chains.magma(chains.adam(0.1))  # draws random numbers, counts steps
+
     bridge, got = train(make, "reduce-overhead", change)
     assert graphs
     torch.testing.assert_close(got, train(make, True, change)[1], rtol=0, atol=0)
@@ -517,7 +522,9 @@ def test_a_failed_capture_leaves_a_bridge_that_goes_on(graphs: list[OnCpu]) -> N
 
 
 def test_a_compiled_step_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = lambda: optax.sgd(0.1, momentum=0.9)  # noqa: E731
+    def make() -> Any:
+        return optax.sgd(0.1, momentum=0.9)
+
     want = train(make, True)[1]
     monkeypatch.setitem(cuda_graph.CAPTURES, "cpu", OnCpu)
     bridge, got = train(make, "reduce-overhead")
@@ -526,7 +533,9 @@ def test_a_compiled_step_is_replayed_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_on_a_cpu_it_means_to_compile() -> None:
-    make = lambda: optax.sgd(0.1, momentum=0.9)  # noqa: E731
+    def make() -> Any:
+        return optax.sgd(0.1, momentum=0.9)
+
     bridge, got = train(make, "reduce-overhead")
     torch.testing.assert_close(got, train(make, True)[1], rtol=0, atol=0)
     assert "CUDA graph" not in bridge.explain()
