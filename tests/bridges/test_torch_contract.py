@@ -745,7 +745,7 @@ def test_metrics_and_explain() -> None:
     after = passes.index("pass") + 1
     assert passes[after:] == [
         *("infer_values", "join_measures", "take_kernel_moves"),
-        *("fuse", "rematerialise", "partition", "foreach_calls"),
+        *("fuse", "copy_constants", "rematerialise", "partition", "foreach_calls"),
     ]
     bridge.add_param_group({"params": [("extra", nn.Parameter(torch.ones(2)))]})
     assert len(bridge.metrics()) == 2
