@@ -20,9 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from tests.bridges.distributed.ranks import CHAINS, TOLERANCE, collectives, run_scenarios, whole
+from tests.bridges.distributed.ranks import (
+    CHAINS,
+    TOLERANCE,
+    check_same_on_ranks,
+    collectives,
+    run_scenarios,
+    whole,
+)
 
-from chainrule import TorchBridge
+from chainrule import TorchBridge, transforms
 from optax_cases import NAMED
 
 SHAPES = {"wide": (5, 6), "tall": (7, 3), "vector": (5,)}
@@ -85,7 +92,8 @@ class Placed:
                 for rank, rows in enumerate(grad.chunk(ranks)):
                     rows.mul_(rank not in without)
             here = range(ranks) if self.mesh is None else [dist.get_rank()]
-            self.params[name].grad = None if without.issuperset(here) else grad
+            p = self.params[name]
+            p.grad = None if without.issuperset(here) else grad.to(p.dtype)
         # A closure, because some chains read the loss.
         optimizer.step(lambda: 2.0 * 0.8**number + 0.1)
 
@@ -189,6 +197,69 @@ def missing() -> None:
             for number, lack in enumerate(steps):
                 placed.step(optimizer, number + 2, lack)
         check_close(name, many.values(), alone.values())
+
+
+def gradients() -> None:
+    """In another layout than their parameters': partial sums and means, whole, cut along another axis."""
+    for sizes, names in (((4,), ("all",)), ((2, 2), ("outer", "inner"))):
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        ways = [
+            [Partial()] * mesh.ndim,
+            [Partial("avg"), Replicate()][: mesh.ndim],
+            [Replicate()] * mesh.ndim,
+            [Partial(), Shard(0)][-mesh.ndim :],
+            [Shard(-1), Partial()][: mesh.ndim],
+        ]
+        for name in ("clip_by_global_norm", "muon"):
+            alone, many = Placed(None), Placed(mesh)
+            alone.trained(CHAINS[name])
+            optimizer = TorchBridge(CHAINS[name](), many.params.items())
+            for number in range(STEPS):
+                for key, grad in given(number + 100, SHAPES).items():
+                    many.params[key].grad = partial(grad, mesh, ways[number % len(ways)])
+                optimizer.step()
+            what = f"{name} on {mesh}"
+            check_close(what, many.values(), alone.values())
+            check_same_on_ranks(what, dict(zip(SHAPES, many.values(), strict=True)))
+
+
+def partial(whole: torch.Tensor, mesh: DeviceMesh, way: list[Any]) -> DTensor:
+    """A tensor of which ranks hold different summands: n times itself, and -1 times, which is exact."""
+    way = [Shard(w.dim % whole.ndim) if isinstance(w, Shard) else w for w in way]
+    cut = [w if isinstance(w, Shard) else Replicate() for w in way]
+    own = distribute_tensor(whole, mesh, cut).to_local()
+    for dim, placement in enumerate(way):
+        if isinstance(placement, Partial):
+            size = mesh.size(dim)
+            own = own * (-1 if mesh.get_local_rank(dim) else size)
+            own = own * (size if placement.reduce_op == "avg" else 1)
+    return DTensor.from_local(
+        own, mesh, way, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def kahan() -> None:
+    """bfloat16 weights under `compensated`, with what that keeps, are those of one process.
+
+    Sums in another order move what is kept by one unit in its last place in a step, 2^-17 of a weight, and rarely.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    for name in ("adamw", "stam"):
+        chain = optax.chain(CHAINS[name](), optax.scale(0.1), transforms.compensated())
+        sums = []
+        for placed in (Placed(None), Placed(mesh)):
+            for key, p in placed.params.items():
+                placed.params[key] = torch.nn.Parameter(p.detach().bfloat16())
+            optimizer = placed.trained(lambda chain=chain: chain)
+            lost = [optimizer.state[p]["lost"] for p in placed.params.values()]
+            for p, rest in zip(placed.params.values(), lost, strict=True):
+                assert rest.dtype is torch.bfloat16 and whole(rest).any(), f"{name} lost nothing"
+                assert getattr(rest, "placements", None) == getattr(p, "placements", None), name
+            pairs = zip(placed.values(), map(whole, lost), strict=True)
+            sums.append([p.float() + rest.float() for p, rest in pairs])
+        alone, many = sums
+        check_close(f"{name}, compensated", many, alone)
+        check_same_on_ranks(f"{name}, compensated", dict(zip(SHAPES, many, strict=True)))
 
 
 def zero() -> None:

@@ -34,6 +34,7 @@ from chainrule import TorchBridge, chains
 # Sums of a few hundred products in another order, through six steps of a rate of at most 0.1.
 TOLERANCE = 5e-5
 
+CASMO_BY_PARAMETER = 'casmo(granularity="parameter")'
 CHAINS: dict[str, Callable[[], Any]] = {
     "adamw": lambda: optax.adamw(1e-2),
     "lion": lambda: optax.lion(1e-2),
@@ -44,7 +45,7 @@ CHAINS: dict[str, Callable[[], Any]] = {
     "stam": lambda: chains.stam(1e-2),
     "stam_lite": lambda: chains.stam_lite(1e-2),
     "casmo": lambda: chains.casmo(1e-2),
-    'casmo(granularity="parameter")': lambda: chains.casmo(1e-2, granularity="parameter"),
+    CASMO_BY_PARAMETER: lambda: chains.casmo(1e-2, granularity="parameter"),
     "casmo_snr": lambda: chains.casmo_snr(1e-2),
     "magma": lambda: chains.magma(optax.adamw(1e-2)),
     "muon": lambda: chains.muon(1e-2),
@@ -53,7 +54,13 @@ CHAINS: dict[str, Callable[[], Any]] = {
     "orthograd": lambda: chains.orthograd(optax.sgd(0.1)),
     "quantized_state": lambda: optax.chain(_quantized_adam(), optax.scale_by_learning_rate(1e-2)),
 }
+"""Those of the table for `ZeroRedundancyOptimizer`."""
 
+TRAINED = CHAINS | {
+    "clip_by_global_norm, adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(1e-2)
+    ),
+}
 
 COLLECTIVES = {
     **dict.fromkeys(("adamw", "lion", "noisy_sgd", "nadam"), 0),
@@ -70,6 +77,12 @@ COMPILED = {
     "TP": ["clip_by_global_norm"],
 }
 """What is compiled on which mesh. Its pieces are the same on all, and each costs every rank the compiler's time."""
+
+COMPILED_BY_TWO = {
+    "FSDP2": ["lion", "lamb", "adafactor", "stam_lite", "nadam", "cosmic", CASMO_BY_PARAMETER],
+    "DDP": ["lion", "lamb", "adafactor", "stam", "muon"],
+}
+"""The same for two ranks, because each rank compiles for itself."""
 
 
 def _quantized_adam() -> Any:
@@ -96,8 +109,8 @@ def layouts(ranks: int) -> Iterator[tuple[str, torch.nn.Module]]:
     made = model()
     fully_shard(made, mesh=init_device_mesh("cpu", (ranks,)))
     yield "FSDP2", made
+    yield "DDP", DistributedDataParallel(model())
     if ranks == 4:
-        yield "DDP", DistributedDataParallel(model())
         made = model()
         fully_shard(made, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
         yield "HSDP", made
@@ -161,12 +174,13 @@ def collectives(optimizer: TorchBridge) -> int:
 
 def _train(names: list[str], only: str = "", **options: Any) -> None:
     for name in names:
+        make = TRAINED[name]
         reference = model()
-        trained(CHAINS[name], reference)
+        trained(make, reference)
         for kind, net in layouts(dist.get_world_size()):
             if only not in ("", kind):
                 continue
-            optimizer = trained(CHAINS[name], net, **options)
+            optimizer = trained(make, net, **options)
             check_same(f"{name}, {kind}", net, reference)
             allowed = COLLECTIVES.get(name, 1)
             allowed += 4 if allowed and kind in ("HSDP", "TP+FSDP2") else 0
@@ -178,19 +192,19 @@ def _train(names: list[str], only: str = "", **options: Any) -> None:
 
 
 def eager() -> None:
-    _train(list(CHAINS))
+    _train(list(TRAINED))
 
 
 def compiled() -> None:
-    """Chains that communicate, on every kind of mesh of four ranks."""
-    for kind, names in COMPILED.items():
+    """Chains that communicate, on every kind of mesh of four ranks; others, and under DDP, on two."""
+    listed = COMPILED if dist.get_world_size() == 4 else COMPILED_BY_TWO
+    for kind, names in listed.items():
         _train(names, only=kind, compile=True)
 
 
-def compiled_by_two() -> None:
-    """Others; two ranks compile them, because each compiles for itself."""
-    names = ["adamw", "lion", "lamb", "adafactor", "stam_lite", "nadam", "cosmic"]
-    _train([*names, 'casmo(granularity="parameter")'], compile=True)
+def compiled_shortly() -> None:
+    for kind in ("FSDP2", "DDP"):
+        _train(["adamw", "clip_by_global_norm, adamw"], only=kind, compile=True)
 
 
 def rounded() -> None:

@@ -48,7 +48,7 @@ def test_two_ranks_go_on_when_parameters_are_exchanged(tmp_path):
 def test_training_is_as_on_one_process(tmp_path):
     """And what four ranks saved, two and one load."""
     run("eager,frozen,save", 4, tmp_path)
-    run("in_jax,refused,emptied,load", 2, tmp_path)
+    run("in_jax,refused,emptied,compiled_shortly,load", 2, tmp_path)
     run("load", 1, tmp_path)
 
 
@@ -61,5 +61,5 @@ def test_compiled_and_rounded_training_is_as_on_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_parameters_laid_out_by_hand_are_as_on_one_process(tmp_path):
-    run("optax_chains,owners,meshes,missing,refused", 4, tmp_path, PLACED)
+    run("optax_chains,owners,meshes,missing,gradients,kahan,refused", 4, tmp_path, PLACED)
     run("owners,zero", 2, tmp_path, PLACED)
