@@ -20,7 +20,7 @@ import optax
 import chainrule
 from chainrule import chains
 from chainrule.models import Structs, structs_of
-from chainrule.plan import Plan, size_text
+from chainrule.planning import Plan, size_text
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "scaling.md"
 MODELS = {"llama-1b": 16, "llama-8b": 32, "llama-70b": 80}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from chainrule import chains, transforms
 from chainrule.logs import JsonFormatter
-from chainrule.plan import Plan, plan
 from chainrule.transforms import (
     TierPolicy,
     apply_updates,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from chainrule.bridges.torch_optim import TorchBridge
     from chainrule.bridges.torch_routing import torch_routing
     from chainrule.bridges.torch_wrap import TorchWrap
+    from chainrule.planning import Plan, plan
 
 __version__ = "0.2.0"
 
@@ -61,13 +61,15 @@ __all__ = [
 
 _HOMES = {
     "KerasBridge": "chainrule.bridges.keras_optimizer",
+    "Plan": "chainrule.planning",
     "TorchBridge": "chainrule.bridges.torch_optim",
     "TorchWrap": "chainrule.bridges.torch_wrap",
     "convert_state": "chainrule.bridges.hub",
     "export": "chainrule.bridges.export",
+    "plan": "chainrule.planning",
     "torch_routing": "chainrule.bridges.torch_routing",
 }
-"""What needs torch or keras, which are extras: imported when it is asked for, not before."""
+"""What is imported when it is asked for, not before: most of it needs torch or keras, which are extras."""
 
 
 def __getattr__(name: str) -> Any:

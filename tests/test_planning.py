@@ -21,7 +21,7 @@ from chainrule.cli import main
 from chainrule.expression import chain_of
 from chainrule.models import structs_of
 from chainrule.native.operations import operations_of
-from chainrule.plan import plan
+from chainrule.planning import plan
 from registry import in_tiers
 
 SHAPES = {"embedding": (300, 64), "block/kernel": (64, 256), "block/bias": (256,), "scale": ()}
