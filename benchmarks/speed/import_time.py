@@ -3,8 +3,8 @@
     python benchmarks/speed/import_time.py [--rounds 15] [--modules 12]
 
 Each import is a process of its own; the two take turns. Times are of the import alone, without the interpreter's start,
-and of modules whose bytecode lies in a cache, as after an installation: with PYTHONDONTWRITEBYTECODE a checkout would be
-compiled at each import, and the packages beside it not. A table follows of what `import chainrule` spends longest on
+and of modules whose bytecode lies in a cache, as when installed: with PYTHONDONTWRITEBYTECODE a checkout would be
+compiled at each import, the packages beside it not. A table follows of what `import chainrule` spends longest on
 beyond what optax had imported (`python -X importtime`).
 """
 
