@@ -2,15 +2,19 @@
 
     python benchmarks/speed/sharded_step.py                # every table
     python benchmarks/speed/sharded_step.py stam muon      # some of them
+    python benchmarks/speed/sharded_step.py --json results/sharded.json    # and keeps their rows
 
-Two processes of one thread each, over gloo on this machine, hold the halves of every tensor, as
-`fully_shard` leaves them. "bare" is the chain on the halves as plain tensors: it communicates nothing,
-and what it computes of a whole tensor is wrong. Contenders take turns on the same gradients; a turn
-begins when both ranks are there and lasts until the slower one is done. A ratio is the median over
-rounds of the time against the yardstick's in the same round.
+Two processes of one thread each, over gloo on this machine, hold the halves of every tensor, as `fully_shard`
+leaves them. "bare" is the chain on the halves as plain tensors: it communicates nothing, and what it computes
+of a whole tensor is wrong. "bare + all-reduces" is that step, then the all-reduces of the one on DTensors, on
+as many bytes: the least that it can take, and what "to least" compares with; they are timed alone, too.
+Contenders take turns on the same gradients; a turn begins when both ranks are there and lasts until the slower
+one is done. A ratio is the median over rounds of the time against the yardstick's in the same round. Where the
+package `dion` is installed (from its repository, microsoft/dion), its Muon takes part.
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import statistics
@@ -23,6 +27,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import optax
 import torch
@@ -31,16 +36,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shapes import LISTS, MATRICES, SMALL
+from results import keep, row
+from shapes import LISTS, SMALL
 
 from chainrule import TorchBridge, chains
 
 RATE, RANKS = 1e-3, 2
+ALONE, THEN = "all-reduces alone", " + all-reduces"
 
 
 class Contender(NamedTuple):
     name: str
-    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+    make: Callable[[list[torch.nn.Parameter]], Any]
+    """Of parameters something with a `step`."""
     yardstick: str
     target: float | None = None
     sharded: bool = True
@@ -49,17 +57,43 @@ class Contender(NamedTuple):
 
 def pair(name: str, chain: Any, target: float) -> list[Contender]:
     """A chain on DTensors and on bare shards, eager and compiled."""
-    return [
-        Contender(
-            f"{name}, {how}{bare}",
-            partial(bridge, chain, compile),
-            f"{name}, {how}, bare",
-            limit,
-            not bare,
-        )
-        for compile, how in ((False, "eager"), (True, "compiled"))
-        for bare, limit in ((", bare", None), ("", target))
-    ]
+    rows = []
+    for compile, how in ((False, "eager"), (True, "compiled")):
+        own = f"{name}, {how}"
+        make = partial(bridge, chain, compile)
+        rows.append(Contender(f"{own}, bare", make, f"{own}, bare", sharded=False))
+        if name != "optax.adamw":  # which tells nobody anything
+            floor = partial(AllReduces, chain, compile)
+            rows.append(Contender(f"{own}, bare{THEN}", floor, f"{own}, bare"))
+        rows.append(Contender(own, make, f"{own}, bare", target))
+    if len(rows) > 4:
+        rows.append(Contender(ALONE, partial(AllReduces, chain, None), rows[0].name))
+    return rows
+
+
+class AllReduces:
+    """The all-reduces of a chain's step, on as many bytes, each behind a step on bare shards; or alone."""
+
+    def __init__(self, chain: Any, compile: bool | None, params: list[torch.nn.Parameter]) -> None:
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as seen:
+            TorchBridge(chain, params).step()
+        self.sent = [torch.zeros_like(call.args[0]) for call in seen.call_args_list]
+        self.bare = None
+        if compile is not None:
+            own = [torch.nn.Parameter(local(p)) for p in params]
+            for p, like in zip(own, params, strict=True):
+                p.grad = local(like.grad)
+            self.bare = TorchBridge(chain, own, compile=compile)
+
+    def step(self) -> None:
+        if self.bare is not None:
+            self.bare.step()
+        for x in self.sent:
+            dist.all_reduce(x)
+
+
+def local(tensor: Any) -> torch.Tensor:
+    return tensor.detach().to_local()
 
 
 def bridge(chain: Any, compile: bool, params: list[torch.nn.Parameter]) -> TorchBridge:
@@ -92,7 +126,15 @@ def tables() -> dict[str, list[Contender]]:
             for compile, how in ((False, "eager"), (True, "compiled"))
         ),
     ]
+    if importlib.util.find_spec("dion"):
+        found["muon"].append(Contender("dion.Muon", _dion, "torch.optim.Muon"))
     return found
+
+
+def _dion(params: list[torch.nn.Parameter]) -> Any:
+    from dion import Muon  # pyright: ignore[reportMissingImports]
+
+    return Muon(params, params[0].device_mesh, lr=0.02, weight_decay=0.0, nesterov=True)  # pyright: ignore
 
 
 def half(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -136,14 +178,10 @@ def turn(step: Callable[[], Any], inner: int) -> float:
     return seconds.item()
 
 
-def show(
-    title: str,
-    shapes: Sequence[tuple[int, ...]],
-    contenders: Sequence[Contender],
-    rounds: int,
-    inner: int,
-) -> None:
-    """Times `rounds` turns of `inner` steps each; the first rank prints."""
+def show(table: str, name: str, contenders: Sequence[Contender], args: argparse.Namespace) -> None:
+    """Times rounds of turns; the first rank prints."""
+    shapes = LISTS[name]
+    inner = 20 if shapes is SMALL else 1
     mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("shard",))
     generator = torch.Generator().manual_seed(dist.get_rank())
     grads = [torch.empty(half(shape)).normal_(0, 1e-2, generator=generator) for shape in shapes]
@@ -152,22 +190,37 @@ def show(
         for c in contenders
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 2):
-        for name, step in steps.items():
+    for round_ in range(args.rounds + 2):
+        for contender, step in steps.items():
             seconds = turn(step, inner)
             if round_ >= 2:  # compiled, and the memory touched
-                times[name].append(seconds)
+                times[contender].append(seconds)
     if dist.get_rank() > 0:
         return
     count = sum(map(math.prod, shapes))
-    print(f"\n{title}: {len(shapes)} tensors, {count / 1e6:.2f}M parameters, {rounds} rounds")
-    print(f"{'':34}{'ms':>9}{'ratio':>8}  {'to':30}{'target':>8}")
+    title = (
+        f"{len(shapes)} tensors, {count / 1e6:.2f}M parameters, {RANKS} ranks, {args.rounds} rounds"
+    )
+    print(f"\n{table}, {name}: {title}")
+    print(f"{'':42}{'ms':>9}{'ratio':>8}{'to least':>10}  {'to':30}{'target':>8}")
+    rows = []
     for c in contenders:
-        pairs = zip(times[c.name], times[c.yardstick], strict=True)
-        ratio = statistics.median(mine / other for mine, other in pairs)
-        ms = statistics.median(times[c.name]) * 1e3
+        ratio, ms = median_ratio(times, c.name, c.yardstick), statistics.median(times[c.name]) * 1e3
+        least = f"{c.yardstick}{THEN}"
+        to_least = (
+            f"{median_ratio(times, c.name, least):.2f}" if c.target and least in times else ""
+        )
         target = "" if c.target is None else f"{c.target:.2f}"
-        print(f"{c.name:34}{ms:9.2f}{ratio:8.2f}  {c.yardstick:30}{target:>8}", flush=True)
+        print(
+            f"{c.name:42}{ms:9.2f}{ratio:8.2f}{to_least:>10}  {c.yardstick:30}{target:>8}",
+            flush=True,
+        )
+        rows.append(row(c.name, ms, ratio, c.yardstick))
+    keep(args.json, f"{table}-{name}", title, rows)
+
+
+def median_ratio(times: dict[str, list[float]], own: str, other: str) -> float:
+    return statistics.median(x / y for x, y in zip(times[own], times[other], strict=True))
 
 
 def of_rank(args: argparse.Namespace) -> None:
@@ -176,15 +229,10 @@ def of_rank(args: argparse.Namespace) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{args.file}", rank=args.rank, world_size=RANKS
     )
-    for name, contenders in tables().items():
-        if args.tables and name not in args.tables:
-            continue
-        if name == "muon":
-            show("muon", MATRICES, contenders, min(args.rounds, 9), 1)
-            continue
-        for listed in args.lists:
-            inner = 20 if LISTS[listed] is SMALL else 1
-            show(f"{name}, {listed}", LISTS[listed], contenders, args.rounds, inner)
+    for table, contenders in tables().items():
+        if table in args.tables or not args.tables:
+            for listed in ["matrices"] if table == "muon" else args.lists:
+                show(table, listed, contenders, args)
     dist.destroy_process_group()
 
 
@@ -195,6 +243,7 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", help="adamw, stam, casmo, magma, muon; default all")
     parser.add_argument("--lists", nargs="*", choices=LISTS, default=["gpt", "small"])
     parser.add_argument("--rounds", type=int, default=15, help="rounds counted (default 15)")
+    parser.add_argument("--json", type=Path, help="also keep the rows there")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()
