@@ -37,7 +37,7 @@ def test_a_workflow_runs_what_there_is(path):
             if tool == "make":
                 assert words[0] in targets
             else:
-                assert tool == "pipx" or (ROOT / tool).is_file(), tool
+                assert tool in ("git", "pipx") or (ROOT / tool).is_file(), tool
 
 
 def test_the_matrix_begins_at_the_oldest_supported_versions():
@@ -80,3 +80,13 @@ def test_templates_and_hooks_parse():
         ".venv/bin/ruff",
         ".venv/bin/pyright",
     }
+
+
+def test_on_windows_links_are_checked_out_as_links_and_the_kernel_is_left_out():
+    """The first step comes before the checkout, and the setting is the one that CMakeLists.txt reads."""
+    job = read(ROOT / ".github/workflows/wheels.yml")["jobs"]["wheels"]
+    assert "windows-latest" in job["strategy"]["matrix"]["os"]
+    assert job["steps"][0]["run"] == "git config --global core.symlinks true"
+    (setting,) = PYPROJECT["tool"]["cibuildwheel"]["windows"]["config-settings"].items()
+    name = setting[0].removeprefix("cmake.define.")
+    assert setting[1] == "OFF" and f"option({name} " in (ROOT / "CMakeLists.txt").read_text()
