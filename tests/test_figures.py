@@ -1,13 +1,15 @@
-"""The README's step times are those that its commands last kept with `--json`."""
+"""The step times of the README and of the page of scaling are those that their commands last kept with `--json`."""
 
 import json
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "speed" / "results"
 README = (ROOT / "README.md").read_text()
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
 NAMES = {
     "torch's own AdamW, tensor by tensor": "torch loop",
     "chains.magma(optax.adamw(...)), compiled": "chains.magma(adamw), compiled",
@@ -21,9 +23,9 @@ def kept(benchmark: str, table: str) -> dict[str, dict[str, object]]:
     return {row["name"]: row for row in found[table]["rows"]}
 
 
-def rows(header: str) -> list[list[str]]:
+def rows(header: str, text: str = README) -> list[list[str]]:
     """The cells of the table that has this header."""
-    lines = README[README.index(header) :].splitlines()
+    lines = text[text.index(header) :].splitlines()
     table = lines[2 : next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [
         [cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table
@@ -45,3 +47,27 @@ def test_steps_of_chains_in_jax(cells):
     for table, ratio in zip(("gpt", "small"), ratios, strict=ratios != [""]):
         row = kept("jax", table).get(name)
         assert ratio == ("" if row is None else f"{row['ratio']:.2f}")
+
+
+def two_digits(table: str, name: str) -> str:
+    return f"{kept('sharded', table)[name]['ratio']:.2f}"
+
+
+@pytest.mark.parametrize(
+    "cells", rows("| a step on DTensors |", SCALING), ids=lambda cells: cells[0]
+)
+def test_steps_on_two_ranks(cells):
+    name, large, small, least = cells
+    table = re.sub(r"optax\.|\(.*|,.*", "", name)
+    found = [two_digits(f"{table}-{of}", name) for of in ("gpt", "small")]
+    told = two_digits(f"{table}-small", f"{name}, bare + all-reduces") if least else ""
+    assert [*found, told] == [large, small, least]
+
+
+def test_others_on_two_ranks():
+    names = {"chains.muon, eager": "chains.muon, bf16, eager", "dion.Muon": "dion.Muon"}
+    names["chains.muon, compiled"] = "chains.muon, bf16, compiled"
+    found = rows("| Muon on DTensors |", SCALING)
+    assert found == [[name, two_digits("muon-matrices", names[name])] for name, _ in found]
+    fused = [two_digits(f"adamw-{of}", "torch fused AdamW") for of in ("gpt", "small")]
+    assert f"fused AdamW takes {fused[0]} and {fused[1]} of" in SCALING
