@@ -201,6 +201,13 @@ class Launches:
             ValueError: another number of pointers, or of threads than 1 to 1024; nothing has been called.
         """
 
+def add_loops(key: str, addresses: Sequence[int]) -> None:
+    """Names compiled loops, whose addresses the caller vouches for, for the foreign call `chainrule_loops`.
+
+    Raises:
+        ValueError: a null address.
+    """
+
 def threefry2x32(
     words: Sequence[int], steps: Sequence[int], first: int, second: int, count: int
 ) -> None:

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "xla/ffi/api/c_api.h"
+
 namespace chainrule {
 
 // tier2, tier1, tier0, statistics, quantize, ... over NumPy arrays and raw memory.
@@ -13,6 +15,10 @@ void add_scalar_door(pybind11::module_& module);
 
 // Calls of one compiled function for many leaves.
 void add_launch_door(pybind11::module_& module);
+
+// Loops that were compiled for a chain.
+void add_loop_door(pybind11::module_& module);
+XLA_FFI_Handler* loops_handler();
 
 // {name: capsule} of the XLA FFI handlers.
 pybind11::dict xla_targets();

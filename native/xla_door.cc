@@ -17,10 +17,9 @@
 #include <vector>
 
 #include "chainrule/batch.hpp"
-#include "chainrule/parallel.hpp"
 #include "checks.hpp"
 #include "doors.hpp"
-#include "xla/ffi/api/ffi.h"
+#include "handlers.hpp"
 
 namespace py = pybind11;
 namespace ffi = xla::ffi;
@@ -120,24 +119,6 @@ class Roles {
   std::size_t tensors_, next_operand_ = 0, next_result_ = 0;
   std::deque<std::vector<Buffer>> buffers_;
 };
-
-// What a handler does; what is refused is the call's error.
-template <class Body>
-ffi::Error checked(Body body) {
-  try {
-    body();
-  } catch (const std::invalid_argument& refused) {
-    return ffi::Error::InvalidArgument(std::string("chainrule: ") + refused.what());
-  }
-  return ffi::Error::Success();
-}
-
-Loop loop_on(ffi::ThreadPool& pool) {
-  const int threads = static_cast<int>(std::max<std::int64_t>(pool.num_threads(), 1));
-  return [&pool, threads](std::int64_t tasks, const std::function<void(std::int64_t)>& body) {
-    parallel_for(tasks, threads, [&pool](auto task) { pool.Schedule(std::move(task)); }, body);
-  };
-}
 
 using Table = ffi::Buffer<ffi::F32, 2>;
 using Magnitudes = ffi::Buffer<ffi::F32, 1>;
@@ -362,6 +343,7 @@ py::dict xla_targets() {
   add("chainrule_sums", sums_handler);
   add("chainrule_quantize", quantize_handler);
   add("chainrule_dequantize", dequantize_handler);
+  add("chainrule_loops", loops_handler());
   return targets;
 }
 

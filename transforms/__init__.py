@@ -3,6 +3,7 @@
 from chainrule.transforms import _flax
 from chainrule.transforms._apply import apply_updates
 from chainrule.transforms._chain import chain, named_chain, posted
+from chainrule.transforms._fused import fused
 from chainrule.transforms._live import LiveState, hyperparams, live, set_hyperparams
 from chainrule.transforms._metrics import metrics, state_bytes
 from chainrule.transforms._momentum_leaf import MomentumLeaf
@@ -84,6 +85,7 @@ __all__ = [
     "decoupled_weight_decay",
     "dequantize",
     "ema_momentum",
+    "fused",
     "gradient_gate",
     "grokfast_ema",
     "grokfast_ma",

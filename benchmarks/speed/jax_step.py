@@ -1,10 +1,12 @@
 """Jitted step time of each chain against `optax.adamw`, and of the originals that are installed.
 
     python benchmarks/speed/jax_step.py --list gpt
+    python benchmarks/speed/jax_step.py --list gpt --fused
 
 Every step is jitted with parameters and state donated, gradients fixed (an original that is a torch
 optimizer: eager); the contenders take turns and the ratio is the median over rounds of (contender /
-adamw in the same round). The originals: `pip install stam-optimizer magma-optimizer`.
+adamw in the same round). The originals: `pip install stam-optimizer magma-optimizer`. `--fused`: steps by XLA and
+by `chainrule.fused`, against torch's own fused AdamW.
 """
 
 import argparse
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from results import keep, row
 from shapes import LISTS
 
-from chainrule import chains
+from chainrule import chains, fused
 
 LIMITS = {"adam": 1.1, "nadam": 1.1, "stam_lite": 1.1, "stam": 1.4, "casmo": 1.7, "casmo_snr": 1.7}
 
@@ -55,22 +57,52 @@ def originals():
         )
 
 
+def by_loops(shapes):
+    """Steps by XLA and the same by `chainrule.fused`; torch's fused AdamW, the yardstick, is first."""
+    import torch
+
+    yield (
+        "torch fused",
+        TorchStepper(lambda p: torch.optim.AdamW(p, 1e-3, fused=True), shapes),
+        None,
+    )
+    found = {"optax.adamw": optax.adamw, "optax.nadamw": optax.nadamw}
+    found |= {f"chains.{name}": getattr(chains, name) for name in ("stam_lite", "stam", "casmo")}
+    for name, make in found.items():
+        yield name, Stepper(make(1e-3), shapes), None
+        limit = 1.3 if name == "optax.adamw" else None
+        yield f"{name}, fused", Stepper(make(1e-3), shapes, fused), limit
+
+
+def by_xla(tx):
+    """The step of a chain as optax's users write it."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def by_chain(shapes, only):
+    for name, tx, limit in contenders():
+        if limit is None or not only or name.removeprefix("chains.").split("(")[0] in only:
+            yield name, Stepper(tx, shapes), limit
+    for name, make in originals():
+        yield name, make(shapes), None
+
+
 class Stepper:
     """One contender's jitted step with its own parameters and state."""
 
-    def __init__(self, tx, shapes):
+    def __init__(self, tx, shapes, step=by_xla):
         key = jax.random.key(0)
         self.params = [
             jax.random.normal(jax.random.fold_in(key, i), s) * 0.02 for i, s in enumerate(shapes)
         ]
         self.state = jax.jit(tx.init)(self.params)
-        tx = optax.with_extra_args_support(tx)
-
-        def step(params, state, grads):
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.step = jax.jit(step, donate_argnums=(0, 1))
+        self.step = jax.jit(step(tx), donate_argnums=(0, 1))
 
     def __call__(self, grads) -> float:
         start = time.perf_counter()
@@ -108,17 +140,15 @@ def main(argv=None):
     parser.add_argument("--rounds", type=int, default=15, help="rounds counted (default 15)")
     parser.add_argument("--json", type=Path, help="also keep the rows there")
     parser.add_argument("--only", nargs="*", help="names of contenders to time beside optax.adamw")
+    parser.add_argument(
+        "--fused", action="store_true", help="steps by `chainrule.fused` beside XLA's"
+    )
     args = parser.parse_args(argv)
 
     shapes = LISTS[args.list]
     rng = np.random.default_rng(0)
     grads = [jnp.asarray(rng.standard_normal(s, np.float32) * 1e-2) for s in shapes]
-    rows = [
-        (name, Stepper(tx, shapes), limit)
-        for name, tx, limit in contenders()
-        if limit is None or not args.only or name.removeprefix("chains.").split("(")[0] in args.only
-    ]
-    rows += [(name, make(shapes), None) for name, make in originals()]
+    rows = list(by_loops(shapes) if args.fused else by_chain(shapes, args.only))
     times = {name: [] for name, _, _ in rows}
     for round_ in range(args.rounds + 2):
         for name, stepper, _ in rows:
@@ -137,7 +167,7 @@ def main(argv=None):
         ms = statistics.median(times[name]) * 1e3
         print(f"{name:24}{ms:9.2f}{ratio:8.2f}{target:>8}")
         kept.append(row(name, ms, ratio, rows[0][0]))
-    keep(args.json, args.list, title, kept)
+    keep(args.json, f"fused-{args.list}" if args.fused else args.list, title, kept)
 
 
 if __name__ == "__main__":
