@@ -49,6 +49,13 @@ def test_steps_of_chains_in_jax(cells):
         assert ratio == ("" if row is None else f"{row['ratio']:.2f}")
 
 
+def test_fused_steps_in_jax():
+    text = README[README.index("`chainrule.fused(tx)`") :].partition("\n\n")[0]
+    found = kept("jax", "fused-gpt")
+    names = [f"{name}{way}" for name in ("optax.adamw", "chains.stam") for way in (", fused", "")]
+    assert re.findall(r"\d\.\d\d", text) == [f"{found[name]['ratio']:.2f}" for name in names]
+
+
 def two_digits(table: str, name: str) -> str:
     return f"{kept('sharded', table)[name]['ratio']:.2f}"
 
