@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import torch
 from torch import Tensor
 
+from chainrule.bridges.group_tree import GroupTree
 from chainrule.bridges.in_jax import jax_state, jax_tree, torch_leaves
 from chainrule.bridges.param_group import Change, Group
+from chainrule.bridges.sharded import is_distributed
 from chainrule.bridges.step.tiers import retiered, tiers_of
 from chainrule.bridges.step.trace import Struct
 from chainrule.bridges.step.vectors import unstack
@@ -25,7 +28,7 @@ def between_tiers(
     """
     trees: dict[int, Any] = {index: group.tree for index, group in groups.items()}
     states = [jax_state(tree, leaves[index]) for index, tree in trees.items()]
-    grads = [jax_tree(tree, [p.grad for p in tree.params]) for tree in trees.values()]
+    grads = [jax_tree(tree, _gradients(tree)) for tree in trees.values()]
     params = [jax_tree(tree, tree.params) for tree in trees.values()]
     changes = {}
     for (index, tree), new_state in zip(
@@ -39,6 +42,13 @@ def between_tiers(
         own = leaves[index][-1:] if group.options.rounding else []
         changes[index] = group, [*torch_leaves(tree, new_state), *own]
     return changes
+
+
+def _gradients(tree: GroupTree) -> list[Tensor | None]:
+    """Of all parameters; of a DTensor zeros where this rank has none, since others may, and all of it is asked for."""
+    return [
+        torch.zeros_like(p) if p.grad is None and is_distributed(p) else p.grad for p in tree.params
+    ]
 
 
 def in_tiers_of(group: Group, leaves: list[Tensor], state: Any) -> Change:

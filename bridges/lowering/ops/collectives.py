@@ -39,10 +39,33 @@ def all_reduce(
 
 
 def all_reduce_(flat: Tensor, kind: str, group: str) -> None:
-    """The sum, maximum or minimum of a tensor over the ranks of a group, in place."""
+    """The sum, maximum or minimum of a tensor over the ranks of a group, in place; of NaN and others NaN."""
+    if kind != "sum" and flat.is_floating_point():
+        # Backends compare, so that a NaN is lost or kept as ranks come. Integers in the order of the numbers are not.
+        keys = _keys(-flat if kind == "min" else flat)
+        dist.all_reduce(keys, dist.ReduceOp.MAX, group=_group(group))
+        found = _flipped(keys).view(_wide(flat))
+        flat.copy_(-found if kind == "min" else found)
+        return
     op = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[kind]
     numbers = flat.view(torch.uint8) if flat.dtype is torch.bool else flat
     dist.all_reduce(numbers, op, group=_group(group))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _keys(x: Tensor) -> Tensor:
+    """Integers that are ordered as numbers are, with NaN above all."""
+    wide = x.to(_wide(x))
+    wide = torch.where(wide.isnan(), torch.nan, wide)  # of positive sign
+    return _flipped(wide.view(torch.int64 if wide.dtype is torch.float64 else torch.int32))
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """The bits of a number as an integer of its order, and back: of a negative one all but the sign are inverted."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 
 def all_gather(

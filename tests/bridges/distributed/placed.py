@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 import torch
 import torch.distributed as dist
@@ -29,7 +31,8 @@ from tests.bridges.distributed.ranks import (
     whole,
 )
 
-from chainrule import TorchBridge, transforms
+from chainrule import TorchBridge, chains, transforms
+from chainrule.bridges.lowering.ops.collectives import all_reduce_
 from optax_cases import NAMED
 
 SHAPES = {"wide": (5, 6), "tall": (7, 3), "vector": (5,)}
@@ -108,7 +111,8 @@ class Placed:
 
 
 def check_close(what: str, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
-    """Equal up to the order of sums, in float32."""
+    """Equal up to the order of sums, in float32, and on all ranks to the bit."""
+    check_same_on_ranks(what, dict(zip(map(str, range(len(got))), got, strict=True)))
     for x, y in zip(got, want, strict=True):
         assert torch.isfinite(y).all(), f"{what}: {y}"
         error = (x - y).abs().max().item() / max(1.0, y.abs().max().item())
@@ -218,9 +222,7 @@ def gradients() -> None:
                 for key, grad in given(number + 100, SHAPES).items():
                     many.params[key].grad = partial(grad, mesh, ways[number % len(ways)])
                 optimizer.step()
-            what = f"{name} on {mesh}"
-            check_close(what, many.values(), alone.values())
-            check_same_on_ranks(what, dict(zip(SHAPES, many.values(), strict=True)))
+            check_close(f"{name} on {mesh}", many.values(), alone.values())
 
 
 def partial(whole: torch.Tensor, mesh: DeviceMesh, way: list[Any]) -> DTensor:
@@ -259,7 +261,56 @@ def kahan() -> None:
             sums.append([p.float() + rest.float() for p, rest in pairs])
         alone, many = sums
         check_close(f"{name}, compensated", many, alone)
-        check_same_on_ranks(f"{name}, compensated", dict(zip(SHAPES, many, strict=True)))
+
+
+def reductions() -> None:
+    """Extremes and flags of tensors of which a rank may have nothing, and of NaN; what is gathered is told."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+
+    def by_leaf(u: Any) -> Any:
+        x = u / jnp.max(jnp.abs(u)) + jnp.min(u) + jnp.max(u, axis=0)
+        return jnp.where(jnp.any(u > 2) & jnp.all(u < 9), x, -x) + jnp.cumsum(u, axis=0)
+
+    chain = optax.stateless(lambda updates, _: jax.tree.map(by_leaf, updates))
+    alone, many = Placed(None), Placed(mesh, way=[Shard(0)])
+    alone.trained(lambda: chain)
+    optimizer = many.trained(lambda: chain)
+    check_close("reductions", many.values(), alone.values())
+    report = optimizer.explain(passes=True)
+    assert "whole tensors for 3 cumsum" in report, report
+    name = mesh.get_group().group_name
+    for bad, kind, dtype in itertools.product(
+        range(ranks), ("max", "min"), (torch.float32, torch.bfloat16, torch.float64)
+    ):
+        x = torch.tensor([1.5 * dist.get_rank() - 2, -torch.inf, 0.0], dtype=dtype)
+        if dist.get_rank() == bad:
+            x[2] = -torch.nan
+        all_reduce_(x, kind, name)
+        extreme = -2.0 if kind == "min" else 1.5 * (ranks - 1) - 2
+        assert x[:2].tolist() == [extreme, -torch.inf] and x[2].isnan(), (bad, kind, x)
+
+
+def tiers() -> None:
+    """COSMIC's parameters move between tiers, also where a rank lacks gradients, and their state goes with them."""
+    ranks = dist.get_world_size()
+    eager = {"min_tier_steps": 0, "signal_ema_decay": None, "signal_margin": 0.0}
+    policy = transforms.TierPolicy(
+        {2: 0.4, 1: 0.3}, reassignment_interval=2, warmup_steps=0, confirmations=1, **eager
+    )
+    shapes = {"wide": (5, 6), "tall": (7, 3), "square": (4, 4)}
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+    seen = []
+    for placed in (Placed(None, shapes), Placed(mesh, shapes, [Shard(0)])):
+        optimizer = TorchBridge(chains.cosmic(1e-2, policy=policy), placed.params.items())
+        found = []
+        for number in range(8):
+            placed.step(optimizer, number, {"wide": {1}} if 2 < number < 6 else {})
+            found.append(optimizer.state[placed.params["wide"]]["tiers"].tolist())
+        seen.append((found, placed))
+    (expected, alone), (found, many) = seen
+    assert found == expected and len(set(map(tuple, found))) > 1, (found, expected)
+    check_close("tiers", many.values(), alone.values())
 
 
 def zero() -> None:

@@ -344,6 +344,9 @@ def save() -> None:
         state_dict_saver.save(state, checkpoint_id=f"{folder}/{name}")
         for number in range(3, 6):
             step(net, optimizer, number)
+        reference = model()
+        trained(CHAINS[name], reference)
+        check_same(f"{name}, saved", net, reference)
         final = {k: whole(p) for k, p in net.named_parameters()}
         if dist.get_rank() == 0:
             torch.save(final, f"{folder}/{name}.pt")

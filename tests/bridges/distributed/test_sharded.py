@@ -61,5 +61,10 @@ def test_compiled_and_rounded_training_is_as_on_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_parameters_laid_out_by_hand_are_as_on_one_process(tmp_path):
-    run("optax_chains,owners,meshes,missing,gradients,kahan,refused", 4, tmp_path, PLACED)
+    run(
+        "optax_chains,owners,meshes,missing,gradients,kahan,reductions,tiers,refused",
+        4,
+        tmp_path,
+        PLACED,
+    )
     run("owners,zero", 2, tmp_path, PLACED)
