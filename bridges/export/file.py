@@ -13,7 +13,15 @@ from typing import Any
 import jax
 
 import chainrule
-from chainrule.bridges.export import runtime, runtime_checks, runtime_compiled, runtime_lists
+from chainrule.bridges.export import (
+    runtime,
+    runtime_checks,
+    runtime_compiled,
+    runtime_functions,
+    runtime_launches,
+    runtime_lists,
+    runtime_record,
+)
 from chainrule.bridges.export.driver import Driver
 from chainrule.bridges.export.dtypes import dtypes_of
 from chainrule.bridges.export.errors import CannotExport
@@ -25,11 +33,23 @@ from chainrule.bridges.export.render import helpers
 from chainrule.bridges.export.sorts import kind_of
 from chainrule.bridges.export.text import FunctionText
 from chainrule.bridges.lowering import ops, torch_dtype
+from chainrule.bridges.lowering.backends import launches
 from chainrule.bridges.lowering.errors import LoweringError
 from chainrule.bridges.lowering.nodes import function_of, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.step.function import as_transformation
 
+_MODULES = [
+    "copy",
+    "ctypes",
+    "functools",
+    "itertools",
+    "math",
+    "numbers",
+    "operator",
+    "struct",
+    "types",
+]
 _LINE = r"\n# -{20,}\n"
 """What is below it in a module of the runtime is in every file."""
 _BY_SHAPE = (
@@ -123,6 +143,10 @@ class _File:
             "\n".join(self.driver("_start", self.init)),
             "\n".join(self.driver("_step", self.step)),
             _below(runtime_compiled),
+            _below(launches),
+            _below(runtime_launches),
+            _below(runtime_record),
+            _below(runtime_functions),
             self.optimizer(_below(runtime)),
             _below(runtime_checks),
         ]
@@ -139,11 +163,7 @@ class _File:
         return self.header(body) + body
 
     def header(self, body: str) -> str:
-        modules = [
-            m
-            for m in ("copy", "functools", "itertools", "math", "numbers", "operator", "struct")
-            if f"{m}." in body
-        ]
+        modules = [m for m in _MODULES if f"{m}." in body]
         return "\n".join([
             f'"""{self.name}: {self.summary()}',
             "",
@@ -154,11 +174,13 @@ class _File:
             "# pyright: basic",
             *(f"import {m}" for m in modules),
             "from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence",
-            "from typing import Any",
+            "from typing import Any, NamedTuple",
             "",
             "import torch",
             "from torch import Tensor",
+            "from torch._subclasses.fake_tensor import FakeTensor",
             "from torch.overrides import TorchFunctionMode",
+            "from torch.utils._python_dispatch import TorchDispatchMode",
             "",
             "",
             "",
@@ -177,6 +199,10 @@ class _File:
             f"_GROUP_STATE: Sequence[str] = {group!r}",
             f"_LEAF_STATE: Sequence[Sequence[str]] = {of_kinds!r}",
             f"_READS_LOSS = {self.described.reads_value}",
+            "_FLAT: Mapping[str, bool] = {",
+            *(f'    "{f.name}": {f.flat},' for f in self.step.functions),
+            "}",
+            '"""The functions of a step, and whether they take tensors of any shape as vectors."""',
         ])  # fmt: skip
 
     def driver(self, name: str, functions: Functions) -> list[str]:

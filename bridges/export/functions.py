@@ -58,6 +58,7 @@ class Function:
       in_place: value -> the position of the operand in whose memory it is computed.
       in_parts: whether it may be given parts of the tensors, one after the other; its results are then summed.
       in_batches: whether it may be given the tensors of several parameters of one shape at once.
+      flat: whether it may be given tensors as vectors.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Function:
     in_place: dict[Value, int] = dataclasses.field(default_factory=dict)
     in_parts: bool = False
     in_batches: bool = False
+    flat: bool = False
 
 
 class Functions:
@@ -78,7 +80,6 @@ class Functions:
     Attributes:
       functions: in the order in which they run.
       homes: value -> the role that it has updated, from the next rank on.
-      names: of values.
     """
 
     def __init__(self, results: Results, words: Mapping[str, str], update: bool):
@@ -226,20 +227,21 @@ class Functions:
             False,
             None,
         )
-        able = {v.node for v in function.values if render.takes_numbers(v)}
-        aliases = aliases_of(piece, able)
+        aliases = aliases_of(piece, {v.node for v in function.values if render.takes_numbers(v)})
         at = {v.node: v for v in function.values}
         function.in_place = {at[node]: operand for node, operand in aliases.operand.items()}
-        arrays = [x.node for x in given]
-        function.in_parts = (
+        function.flat = (
             self.update
             and all(isinstance(x, Value) or x == "shape" for x in function.inputs)
-            and flat_shape(nodes, arrays) is not None
+            and flat_shape(nodes, [x.node for x in given]) is not None
+            and all(is_sum(v) or not reads_shape(v) for v in function.values)
+        )
+        function.in_parts = (
+            function.flat
             and all(v in function.outputs for v in function.values if is_sum(v))
             and all(is_sum(v) for v in function.outputs)
             and not (function.outputs and function.updates)
             and all(_is_elementwise(v) or is_sum(v) for v in function.values)
-            and all(is_sum(v) or not reads_shape(v) for v in function.values)
         )
 
 

@@ -31,7 +31,9 @@ from chainrule.bridges.export.runtime_checks import (
     _start,
     _step,
 )
-from chainrule.bridges.export.runtime_compiled import _DTYPE, _SHAPE, _compile, _inputs, _run
+from chainrule.bridges.export.runtime_compiled import _DTYPE, _SHAPE, _inputs, _run
+from chainrule.bridges.export.runtime_functions import _program
+from chainrule.bridges.export.runtime_launches import _Again, _again, _are_plain, _Registers
 from chainrule.bridges.export.runtime_lists import _Leaf
 
 # ------------------------------------------------------------------------------------------------
@@ -48,11 +50,13 @@ class Exported(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._programs: dict[Any, Any] = {}
+        self._choose(self._compile)
 
     def _choose(self, compile: bool) -> None:
         """Whether steps are compiled."""
-        self._compile, self._programs = bool(compile), {}
+        self._compile = bool(compile)
+        self._programs: dict[Any, Callable[[list[Tensor]], Any]] = {}
+        self._known: dict[int, _Again] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with a state of its own; refused, it leaves the optimizer as it was."""
@@ -124,25 +128,37 @@ class Exported(torch.optim.Optimizer):
                 f"{type(self).__name__}: reads the loss; call `step(closure)` with a closure that returns it"
             )
         ready = [
-            (index, group, self._taking_part(index, group))
+            (
+                index,
+                group,
+                _again(self._known.get(index), group, self.state)
+                or self._taking_part(index, group),
+            )
             for index, group in enumerate(self.param_groups)
             if any(p.grad is not None for p in group["params"])
         ]
         rates = [self._rates(index, group) for index, group, _ in ready]
-        runs: list[Callable[[], None]] = []
-        for (index, group, leaves), own in zip(ready, rates, strict=True):
-            shared = self._shared(index, group)
+        runs: list[tuple[str, Callable[[], None]]] = []
+        for (index, group, found), own in zip(ready, rates, strict=True):
+            device = group["params"][0].device
             value = torch.as_tensor(0.0 if loss is None else loss, dtype=torch.float32)
-            value = value.detach().reshape(()).to(leaves[0].param.device)
-            run = self._compiled if self._compile else functools.partial(functools.partial, _step)
-            runs.append(run(leaves, shared, own, value))
-        for run, (_, _, leaves) in zip(runs, ready, strict=True):
-            with torch.autocast(leaves[0].param.device.type, enabled=False):
+            value = value.detach().reshape(()).to(device)
+            if callable(found):
+                run = functools.partial(found, [*own.values(), value])
+            else:
+                make = functools.partial(self._compiled, index, group)
+                make = make if self._compile else functools.partial(functools.partial, _step)
+                run = make(found, self._shared(index, group), own, value)
+            runs.append((device.type, run))
+        for device, run in runs:
+            with torch.autocast(device, enabled=False):
                 run()
         return loss
 
     def _compiled(
         self,
+        index: int,
+        group: dict[str, Any],
         leaves: Sequence[_Leaf],
         shared: dict[str, Tensor],
         rates: dict[str, Tensor],
@@ -152,9 +168,13 @@ class Exported(torch.optim.Optimizer):
         tensors = _inputs(leaves, shared, rates, loss)
         key = loss.device, *map(_SHAPE, tensors), *map(_DTYPE, tensors)
         if key not in self._programs:
-            with torch.autocast(loss.device.type, enabled=False):
-                self._programs[key] = _compile(type(self).__name__, leaves, shared, rates, loss)
-        return functools.partial(_run, self._programs[key], tensors, len(leaves))
+            self._programs[key] = _program(type(self).__name__, leaves, shared, rates, loss)
+        program, known = self._programs[key], self._known.pop(index, None)
+        if known is not None:
+            known.forget()
+        if isinstance(program, _Registers) and _are_plain(leaves, tensors):
+            self._known[index] = _Again(group, leaves, tensors[: -len(rates) - 1], program)
+        return functools.partial(_run, program, tensors, len(leaves))
 
     def _taking_part(self, index: int, group: dict[str, Any]) -> list[_Leaf]:
         """The parameters of a group in a step. One without a gradient keeps its value and state, and counts as zero."""

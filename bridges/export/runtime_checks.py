@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _BOUNDS: Mapping[str, tuple[float, float, bool, bool]] = {}
+_FLAT: Mapping[str, bool] = {}
 _GROUP_STATE: Sequence[str] = ()
 _LEAF_STATE: Sequence[Sequence[str]] = ()
 _LIVE: Mapping[str, torch.dtype] = {}

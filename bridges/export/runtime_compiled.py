@@ -1,8 +1,9 @@
-"""How an exported optimizer compiles a step: `_step` traced for one list of tensors, through Inductor."""
+"""How an exported optimizer compiles a step as a whole: `_step` traced for one list of tensors, through Inductor."""
 
 # pyright: reportPrivateUsage=false, reportUnusedFunction=false
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chainrule.bridges.export.runtime_checks import _step
-from chainrule.bridges.export.runtime_lists import _Leaf
+from chainrule.bridges.export.runtime_lists import _Entries, _Leaf
 
 # ------------------------------------------------------------------------------------------------
 
@@ -39,12 +40,22 @@ class _NumbersStay(TorchFunctionMode):
         named = dict(kwargs or {})
         if func is Tensor.item:
             return args[0]
+        if func is torch.nan_to_num:
+            return _without_nonfinite(*args)
+        if func is torch.stack and isinstance(args[0], _Entries):
+            return args[0].vector
         for key in ("alpha", "value"):
             if key in named:
                 name = func.__name__
                 new = _SCALED[name.rstrip("_")](named[key], *args)
                 return args[0].copy_(new) if name.endswith("_") else new
         return func(*args, **named)
+
+
+def _without_nonfinite(x: Tensor, nan: float, above: float, below: float) -> Tensor:
+    """`torch.nan_to_num` of what Inductor has for vectors: its `isnan` goes number by number."""
+    kept = torch.where(x == -math.inf, below, torch.where(x == math.inf, above, x))
+    return torch.where(x.ne(x), nan, kept)
 
 
 def _inputs(
@@ -61,60 +72,71 @@ def _inputs(
     ]
 
 
-def _compile(
-    owner: str,
+def _given(
+    tensors: Iterable[Tensor],
+    leaves: Sequence[_Leaf],
+    shared: Mapping[str, Tensor],
+    rates: Mapping[str, Tensor],
+) -> tuple[list[_Leaf], dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """The arguments of `_step`, of the tensors of that list."""
+    given = iter(tensors)
+    params = [next(given) for _ in leaves]
+    grads = [next(given) for _ in leaves]
+    states = [{name: next(given) for name in leaf.state} for leaf in leaves]
+    own = [
+        _Leaf(p, g, s, leaf.kind)
+        for p, g, s, leaf in zip(params, grads, states, leaves, strict=True)
+    ]
+    group = {name: next(given) for name in shared}
+    live = {name: next(given) for name in rates}
+    return own, group, live, next(given)
+
+
+def _traced(
+    body: Callable[..., list[Tensor]], inputs: Sequence[Tensor], symbolic: bool = False
+) -> torch.fx.GraphModule:
+    """What a function does with tensors like these, its writes as copies into them at the end."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    pure = torch.func.functionalize(body, remove="mutations")
+    mode = "symbolic" if symbolic else "fake"
+    return make_fx(pure, select_decomp_table(), tracing_mode=mode)(*inputs)
+
+
+def _through_inductor(
+    graph: torch.fx.GraphModule, options: dict[str, Any]
+) -> Callable[[list[Tensor]], Any]:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    with config.patch(options):
+        return compile_fx_inner(graph, inputs)  # pyright: ignore
+
+
+def _as_a_whole(
     leaves: Sequence[_Leaf],
     shared: Mapping[str, Tensor],
     rates: Mapping[str, Tensor],
     loss: Tensor,
 ) -> Callable[[list[Tensor]], Any]:
-    """The step for tensors of these shapes, all contiguous; it writes in place.
-
-    Raises:
-      RuntimeError: it cannot be traced or compiled.
-    """
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental.proxy_tensor import make_fx
+    """The step for tensors of these shapes, all contiguous, as one program; it writes in place."""
 
     def body(*tensors: Tensor) -> list[Tensor]:
-        given = iter(tensors)
-        params = [next(given) for _ in leaves]
-        grads = [next(given) for _ in leaves]
-        states = [{name: next(given) for name in leaf.state} for leaf in leaves]
-        own = [
-            _Leaf(p, g, s, leaf.kind)
-            for p, g, s, leaf in zip(params, grads, states, leaves, strict=True)
-        ]
-        group = {name: next(given) for name in shared}
-        live = {name: next(given) for name in rates}
         with _NumbersStay():
-            _step(own, group, live, next(given))
+            _step(*_given(tensors, leaves, shared, rates))
         return []
 
     inputs = [x.detach().contiguous() for x in _inputs(leaves, shared, rates, loss)]
-    pure = torch.func.functionalize(body, remove="mutations")
-    try:
-        graph = make_fx(pure, select_decomp_table(), tracing_mode="fake")(*inputs)
-        numbers = _numbers_apart(graph.graph)
-        graph.recompile()
-        chunk = max(1, _THREADED // torch.get_num_threads())
-        with config.patch({"size_asserts": False, "cpp.min_chunk_size": chunk}):
-            compiled = [
-                compile_fx_inner(g, [n.meta["val"] for n in g.graph.find_nodes(op="placeholder")])
-                for g in (torch.fx.GraphModule(graph, numbers), graph)
-            ]
-    except Exception as error:
-        raise RuntimeError(
-            f"{owner}: this step cannot be compiled: {error}; give `compile=False`"
-        ) from error
-
-    def program(tensors: list[Tensor]) -> None:
-        given = compiled[0](list(tensors))
-        compiled[1]([*tensors, *given])
-
-    return program
+    graph = _traced(body, inputs)
+    numbers = _numbers_apart(graph.graph)
+    graph.recompile()
+    chunk = max(1, _THREADED // torch.get_num_threads())
+    options = {"size_asserts": False, "cpp.min_chunk_size": chunk}
+    modules = torch.fx.GraphModule(graph, numbers), graph
+    first, second = (_through_inductor(module, options) for module in modules)
+    return lambda tensors: second([*tensors, *first(list(tensors))])
 
 
 def _numbers_apart(graph: torch.fx.Graph) -> torch.fx.Graph:

@@ -1,6 +1,6 @@
 """How an exported optimizer takes many small tensors at once, and large ones in parts."""
 
-# pyright: reportUnusedFunction=false
+# pyright: reportUnusedClass=false, reportUnusedFunction=false
 import functools
 import itertools
 import operator
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # ------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,15 @@ def _parts(*tensors: Tensor) -> Iterator[Sequence[Tensor]]:
 def _is_traced(x: Any) -> bool:
     """Whether a step is traced for the compiler, which batches and divides by itself."""
     is_functional = torch._is_functional_tensor  # pyright: ignore
-    return isinstance(x, Tensor) and is_functional(x)
+    return isinstance(x, FakeTensor) or (isinstance(x, Tensor) and is_functional(x))
+
+
+class _Entries(list[Any]):
+    """Numbers that are the entries of a vector."""
+
+    def __init__(self, vector: Tensor):
+        super().__init__(vector.unbind())
+        self.vector = vector
 
 
 def _flat(x: Tensor) -> Tensor | None:

@@ -21,6 +21,7 @@ import bounds
 from chainrule import chains, convert_state
 from chainrule.bridges.hub.layouts import permutation
 from chainrule.cli import main
+from hub_torch import RunInTorch
 
 RATE = 0.01
 EPS = 1e-30
@@ -61,7 +62,7 @@ class Lion(torch.optim.Optimizer):
             mu.copy_(b2 * mu + (1 - b2) * p.grad)
 
 
-class InTorch:
+class InTorch(RunInTorch):
     MAKE: ClassVar[dict[str, Any]] = {
         "torch.adam": lambda p: torch.optim.Adam(p, RATE, eps=EPS),
         "torch.adamw": lambda p: torch.optim.AdamW(p, RATE, eps=EPS, weight_decay=0.1),
@@ -75,30 +76,6 @@ class InTorch:
         "torch.adafactor": lambda p: torch.optim.Adafactor(p, RATE, eps=(EPS, 1e-3), weight_decay=0.0),
         "torch.muon": lambda p: torch.optim.Muon(p, RATE, weight_decay=0.0),
     }  # fmt: skip
-
-    def __init__(self, form: str, params: dict[str, np.ndarray]):
-        self.params = {k: nn.Parameter(torch.tensor(p)) for k, p in params.items()}
-        self.optimizer = self.MAKE[form](self.params.items())
-
-    def step(self, grads: dict[str, np.ndarray]) -> None:
-        for name, grad in grads.items():
-            self.params[name].grad = torch.tensor(grad)
-        self.optimizer.step()
-
-    def values(self) -> dict[str, np.ndarray]:
-        return {k: p.detach().numpy().copy() for k, p in self.params.items()}
-
-    @property
-    def state(self) -> Any:
-        return self.optimizer.state_dict()
-
-    @state.setter
-    def state(self, new: Any) -> None:
-        self.optimizer.load_state_dict(new)
-
-    @property
-    def like(self) -> Any:
-        return self.optimizer
 
 
 class InOptax:

@@ -21,6 +21,7 @@ from chainrule.bridges.lowering.backends.body import body_of
 from chainrule.bridges.lowering.backends.launches import Function, function_of
 from chainrule.bridges.lowering.nodes import inputs_of, results_of, return_, value_of
 from chainrule.bridges.lowering.passes.partition import Piece
+from chainrule.native import _kernel
 
 Compiled = Callable[[list[Any]], Sequence[Tensor]]
 """Takes the inputs of a piece, and returns its outputs but those that it writes into inputs."""
@@ -78,7 +79,7 @@ def compile_piece(piece: Piece, large: bool) -> tuple[Compiled, Function | None]
     # Tracing and Inductor keep state of the process: torch's own lock, so that its threads wait too.
     with compile_lock, torch.no_grad():
         compiled = _through_inductor(piece, body, next(iter(examples.values())))
-    return compiled, function_of(compiled, examples)
+    return compiled, None if _kernel is None else function_of(compiled, examples)
 
 
 def _through_inductor(piece: Piece, body: Callable[..., Any], inputs: list[Tensor]) -> Compiled:

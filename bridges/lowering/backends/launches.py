@@ -3,6 +3,7 @@
 Inductor wraps each C++ function that it compiles in a Python function that takes tensors apart: some ten microseconds
 a leaf, of which the arithmetic of a small tensor is one. Where such a wrapper does nothing but allocate and hand
 addresses on, which is found out by running it on a recorder, its C++ function is called directly, leaf after leaf.
+Exported files have what is below the line, and a loop of their own.
 """
 
 import ctypes
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chainrule.native import _kernel
+# ------------------------------------------------------------------------------------------------
+
 
 _MOST_ARGUMENTS = 64
 _METHODS = {"clear", "size"}
@@ -41,7 +43,7 @@ def function_of(compiled: Any, examples: Mapping[int, Sequence[Tensor]]) -> Func
     """
     wrapper: Any = getattr(compiled, "current_callable", None)
     code = getattr(wrapper, "__code__", None)
-    if _kernel is None or code is None:
+    if code is None:
         return None
     kernels = {name: wrapper.__globals__.get(name) for name in code.co_names}
     kernels = {name: address for name, k in kernels.items() if (address := _address(k))}

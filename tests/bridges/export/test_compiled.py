@@ -141,6 +141,58 @@ def test_layouts_missing_gradients_copies_and_groups(adam: Any) -> None:
     assert_close(*map(run_of, pair), parameters(shapes))
 
 
+def test_a_known_step_follows_what_others_change(adam: Any) -> None:
+    """Memory, layouts, states and gradients that are other tensors than those of the step before."""
+    pair = []
+    for compile in (True, False):
+        optimizer = adam(parameters(SHAPES), compile=compile)
+        params = optimizer.param_groups[0]["params"]
+        step(optimizer, 0)
+        step(optimizer, 1)
+        params[1].data = params[1].data.clone()
+        step(optimizer, 2)
+        params[1].data = params[1].data.t().contiguous().t()
+        step(optimizer, 3)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step(optimizer, 4)
+        optimizer.state[params[0]]["mu"] = optimizer.state[params[0]]["mu"] * 2
+        params[2].grad = None
+        optimizer.step()
+        params[2].grad = torch.ones(6, 4).t()
+        optimizer.step()
+        optimizer.param_groups[0]["params"][:2] = params[1::-1]
+        step(optimizer, 5)
+        pair.append(optimizer)
+    start = parameters(SHAPES)
+    assert_close(*map(run_of, pair), [start[1], start[0], *start[2:]])
+
+
+def test_equal_groups_share_what_is_compiled(adam: Any) -> None:
+    pair = []
+    for compile in (True, False):
+        params = parameters(((4, 6), (4, 6)))
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (RATE, 0.1), strict=True)]
+        optimizer = adam(groups, compile=compile)
+        for seed in range(3):
+            step(optimizer, seed)
+        pair.append(optimizer)
+    assert len(pair[0]._programs) == 1
+    assert_close(*map(run_of, pair), parameters(((4, 6), (4, 6))))
+
+
+@pytest.mark.slow
+def test_a_step_compiled_as_a_whole_is_the_eager_one(
+    adam: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on other devices than CPUs."""
+    monkeypatch.setattr(sys.modules[adam.__module__], "_by_function", lambda *step: None)
+    compiled, eager = adam(parameters(SHAPES), compile=True), adam(parameters(SHAPES))
+    for optimizer in (compiled, eager):
+        for seed in range(2):
+            step(optimizer, seed)
+    assert_close(run_of(compiled), run_of(eager), parameters(SHAPES))
+
+
 def test_a_step_that_cannot_be_compiled_says_why_and_writes_nothing(
     adam: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

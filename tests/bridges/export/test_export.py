@@ -1,6 +1,8 @@
 """Exported files: equal to the bridge to the bit, for other lists of parameters than any that was traced."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,22 @@ def test_a_file_goes_the_way_of_the_bridge(
     for shapes in (SHAPES, OTHER_SHAPES):
         check(case.make(), cls, shapes)
     check(case.make(), load(tmp_path / "exported.py").Exported, ALIKE)
+
+
+@pytest.mark.slow
+def test_ruff_and_pyright_find_nothing_in_the_file_of_any_chain(tmp_path: Path) -> None:
+    taken = [case for case in CHAINS if case.name not in REFUSED]
+    for number, case in enumerate(taken):
+        export(case.make(), "float32", tmp_path / f"file_{number}.py")
+    assert len(taken) >= 10
+    for command in (["ruff", "check", "--isolated"], ["pyright", "--pythonpath", sys.executable]):
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:], str(tmp_path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
 
 
 def test_how_many_of_the_named_optimizers_are_exported() -> None:

@@ -12,6 +12,7 @@ import torch
 import bounds
 import chainrule
 from chainrule import convert_state
+from hub_torch import RunInTorch
 
 pytestmark = pytest.mark.keras
 
@@ -102,7 +103,7 @@ class InOptax:
         return self.state
 
 
-class InTorch:
+class InTorch(RunInTorch):
     LIBRARY = "torch"
     MAKE: ClassVar[dict[str, Any]] = {
         "adam": lambda p: torch.optim.Adam(p, RATE, eps=EPS),
@@ -116,31 +117,6 @@ class InTorch:
             p, RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
         ),
     }
-
-    def __init__(self, name: str, params: dict[str, np.ndarray]):
-        self.params = {k: torch.nn.Parameter(torch.tensor(p)) for k, p in params.items()}
-        self.optimizer = self.MAKE[name](self.params.items())
-
-    def step(self, grads: dict[str, np.ndarray]) -> None:
-        with torch.enable_grad():
-            for name, grad in grads.items():
-                self.params[name].grad = torch.tensor(grad)
-        self.optimizer.step()
-
-    def values(self) -> dict[str, np.ndarray]:
-        return {k: p.detach().numpy().copy() for k, p in self.params.items()}
-
-    @property
-    def state(self) -> Any:
-        return self.optimizer.state_dict()
-
-    @state.setter
-    def state(self, new: Any) -> None:
-        self.optimizer.load_state_dict(new)
-
-    @property
-    def like(self) -> Any:
-        return self.optimizer
 
 
 CASES = [
