@@ -3,6 +3,7 @@
     primitives   each call of the kernel as a JAX primitive, which chains bind and bridges read
     forms        what each computes, in JAX: the program where the kernel does not run
     loops        element-wise programs as one call of C++ that is generated (`loop_text`) and compiled for them
+    coding       tensors in codes, likewise
     xla          functions that check their arguments and bind a primitive
     _kernel      the compiled module, for NumPy arrays and raw memory; None where it was left out
 

@@ -208,6 +208,65 @@ def add_loops(key: str, addresses: Sequence[int]) -> None:
         ValueError: a null address.
     """
 
+class Format:
+    """How tensors are held in codes; ``include/chainrule/coding.hpp`` has the equations.
+
+    Its methods take addresses, which the caller vouches for, and the entries of a tensor of `size` from `begin`, a
+    multiple of two blocks, to `end`.
+
+    Raises:
+        ValueError: `bits` other than 4 and 8, a block below 1, or threads beyond 1 to 1024.
+    """
+
+    def __init__(self, bits: int, block: int, logarithmic: bool) -> None: ...
+    def decode(
+        self,
+        codes: int,
+        scales: int,
+        size: int,
+        values: int,
+        begin: int,
+        end: int,
+        threads: int = 1,
+    ) -> None:
+        """Writes float32 values."""
+    def encode(
+        self,
+        codes: int,
+        scales: int,
+        size: int,
+        values: int,
+        key: int,
+        begin: int,
+        end: int,
+        threads: int = 1,
+    ) -> None:
+        """Writes codes and scales; `key` is 0, or the address of two words in int64, to round stochastically."""
+
+CodedPlace: TypeAlias = tuple[int, int, int]
+"""0 and the position of a number; 1, the position of a tensor and the bytes of its element, 0 for a scalar; 2 and the
+number of a room for a tile; 3: the length of a tile."""
+
+Coded: TypeAlias = tuple[Format, CodedPlace, int, int, int]
+"""Format, values, and the positions of codes, scales and a key, or -1."""
+
+class CodedLaunches:
+    """`Launches` tile by tile, between decoding and encoding: a row is (size, arguments, decoded, encoded).
+
+    Raises:
+        ValueError: an index out of its range, a row that is too long, or blocks that do not divide each other.
+    """
+
+    def __init__(
+        self,
+        function: int,
+        rows: Sequence[tuple[int, Sequence[CodedPlace], Sequence[Coded], Sequence[Coded]]],
+        numbers: Sequence[int],
+        tensors: int,
+    ) -> None: ...
+    def run(self, pointers: Sequence[int], threads: int = 1) -> None:
+        """As of `Launches`; results do not depend on `threads`."""
+
 def threefry2x32(
     words: Sequence[int], steps: Sequence[int], first: int, second: int, count: int
 ) -> None:

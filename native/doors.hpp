@@ -19,6 +19,8 @@ void add_launch_door(pybind11::module_& module);
 // Loops that were compiled for a chain.
 void add_loop_door(pybind11::module_& module);
 XLA_FFI_Handler* loops_handler();
+// Tensors in codes: decoded, encoded, and calls of a compiled function tile by tile in between.
+void add_code_door(pybind11::module_& module);
 
 // {name: capsule} of the XLA FFI handlers.
 pybind11::dict xla_targets();

@@ -17,9 +17,6 @@ import jax.numpy as jnp
 
 Arrays: TypeAlias = Sequence[jax.Array]
 
-LEVELS = {4: 7, 8: 127}
-"""The largest code of a block for each number of bits."""
-
 
 def up(x: Any) -> jax.Array:
     """`x` in the dtype in which chains compute: its own, but float32 for half precision."""
@@ -173,57 +170,6 @@ def statistics(gradients: Arrays) -> list[jax.Array]:
 
     columns = zip(*map(row, gradients), strict=True)
     return [jnp.stack(column).astype(jnp.float32) for column in columns]
-
-
-# ---- tensors in codes ------------------------------------------------------------------------
-
-
-def packed_size(size: int, bits: int) -> int:
-    """Bytes of the codes of `size` elements."""
-    return (size + 1) // 2 if bits == 4 else size
-
-
-def block_count(size: int, block: int) -> int:
-    """Scales of `size` elements; a block beyond the end is the whole tensor."""
-    return -(-size // block)
-
-
-def encode(
-    x: jax.Array, bits: int, block: int, uniform: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The codes and scales of a tensor, to nearest (half to even); `uniform` in [0, 1) rounds at random."""
-    largest, n = LEVELS[bits], x.size
-    blocks = block_count(n, block)
-    flat = jnp.pad(up(x).reshape(-1).astype(jnp.float32), (0, blocks * block - n))
-    flat = flat.reshape(blocks, block)
-    scale = jnp.max(jnp.abs(flat), axis=1, initial=0) / largest
-    scale = jnp.where(scale == 0, 1.0, scale)
-    ratio = (flat / scale[:, None]).reshape(-1)[:n]
-    rounded = jnp.round(ratio) if uniform is None else jnp.floor(ratio + uniform.reshape(-1))
-    q = jnp.clip(rounded, -largest, largest).astype(jnp.int32)
-    if bits == 8:
-        return (q + 128).astype(jnp.uint8), scale
-    nibbles = jnp.pad((q + 8).astype(jnp.uint8), (0, n % 2))
-    return nibbles[0::2] | (nibbles[1::2] << 4), scale
-
-
-def spread(scale: jax.Array, size: int, block: int) -> jax.Array:
-    """The scale of each of `size` elements."""
-    return jnp.repeat(scale, block, total_repeat_length=len(scale) * block)[:size]
-
-
-def decode(
-    codes: jax.Array, scale: jax.Array, shape: tuple[int, ...], bits: int, block: int
-) -> jax.Array:
-    """The float32 tensor that codes and scales stand for."""
-    size = 1
-    for length in shape:
-        size *= length
-    if bits == 8:
-        q = codes.astype(jnp.float32) - 128
-    else:
-        q = jnp.stack([codes & 0xF, codes >> 4], axis=1).reshape(-1)[:size].astype(jnp.float32) - 8
-    return (q * spread(scale, size, block)).reshape(shape)
 
 
 # ---- steps -----------------------------------------------------------------------------------

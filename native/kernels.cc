@@ -12,7 +12,8 @@ namespace CHAINRULE_ISA {
 template <std::size_t... kKind>
 constexpr Kernels table_of(std::index_sequence<kKind...>) {
   return {CHAINRULE_TEXT(CHAINRULE_ISA), tier2, tier2_quantized, sign_step, partial_statistics,
-          {partial_sums<static_cast<SumKind>(kKind)>...}, quantize, dequantize};
+          {partial_sums<static_cast<SumKind>(kKind)>...}, quantize, dequantize,
+          decode_values, encode_values};
 }
 
 extern const Kernels table;

@@ -5,41 +5,18 @@
 #include <array>
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "chainrule/parallel.hpp"
 #include "chainrule/threefry.hpp"
 #include "checks.hpp"
 #include "doors.hpp"
+#include "invoke.hpp"
 
 namespace py = pybind11;
 
 namespace chainrule {
 namespace {
-
-using Word = std::uintptr_t;
-using Invoke = void (*)(Word, const Word*);
-
-constexpr std::size_t kArguments = 64;
-
-// A pointer and an int64_t are passed alike on every 64-bit platform that the kernel is built for.
-template <std::size_t... kIndex>
-void invoke(Word function, const Word* words) {
-  reinterpret_cast<void (*)(decltype(Word{kIndex})...)>(function)(words[kIndex]...);
-}
-
-template <std::size_t... kIndex>
-constexpr Invoke invoke_of(std::index_sequence<kIndex...>) {
-  return &invoke<kIndex...>;
-}
-
-template <std::size_t... kCount>
-constexpr std::array<Invoke, sizeof...(kCount)> invokes(std::index_sequence<kCount...>) {
-  return {invoke_of(std::make_index_sequence<kCount>())...};
-}
-
-constexpr auto kInvokes = invokes(std::make_index_sequence<kArguments + 1>());
 
 class Launches {
  public:
@@ -74,7 +51,7 @@ class Launches {
   void invoke_row(const std::vector<std::size_t>& row, const std::vector<Word>& words) const {
     std::array<Word, kArguments> arguments;
     for (std::size_t i = 0; i < row.size(); ++i) arguments[i] = words[row[i]];
-    kInvokes[row.size()](function_, arguments.data());
+    invoke(function_, arguments.data(), row.size());
   }
 
   Word function_;

@@ -21,6 +21,7 @@ PYBIND11_MODULE(_kernel, m) {
   chainrule::add_scalar_door(m);
   chainrule::add_launch_door(m);
   chainrule::add_loop_door(m);
+  chainrule::add_code_door(m);
   m.def("xla_targets", &chainrule::xla_targets);
   m.def("layout", &chainrule::layout);
   m.def("info", [] {

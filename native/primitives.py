@@ -24,7 +24,7 @@ from jax.core import ShapedArray
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
-from chainrule.native import FLOATS, _kernel, available, forms
+from chainrule.native import FLOATS, _kernel, available, coding, forms
 
 TIER2_NUMBERS = (
     *("learning_rate", "weight_decay", "b1", "b1_long", "blend", "b2", "eps"),
@@ -270,19 +270,19 @@ statistics = _operation(
 
 
 def _quantize_results(keys, *values, block, bits, **_) -> list[Result]:
-    codes = [((forms.packed_size(x.size, bits),), jnp.uint8) for x in values]
-    return codes + [((forms.block_count(x.size, block),), jnp.float32) for x in values]
+    codes = [((coding.packed_size(x.size, bits),), jnp.uint8) for x in values]
+    return codes + [((coding.block_count(x.size, block),), jnp.float32) for x in values]
+
+
+def _words(key: jax.Array, x: jax.Array) -> jax.Array:
+    """32 random bits for each entry of a tensor."""
+    return jax.random.bits(jax.random.wrap_key_data(key, impl="threefry2x32"), x.shape, "uint32")
 
 
 def _quantize_form(keys, *values, block, bits, stochastic, kernel) -> list[jax.Array]:
-    def uniform(key, x):  # the 24 high bits, as the kernel takes them
-        words = jax.random.bits(
-            jax.random.wrap_key_data(key, impl="threefry2x32"), x.shape, "uint32"
-        )
-        return (words >> 8).astype(jnp.float32) * 2.0**-24
-
-    drawn = [uniform(k, x) if stochastic else None for k, x in zip(keys, values, strict=True)]
-    pairs = [forms.encode(x, bits, block, u) for x, u in zip(values, drawn, strict=True)]
+    held = coding.Format(bits, block)
+    drawn = [_words(k, x) if stochastic else None for k, x in zip(keys, values, strict=True)]
+    pairs = [coding.encode(x, held, words) for x, words in zip(values, drawn, strict=True)]
     return [c for c, _ in pairs] + [s for _, s in pairs]
 
 
@@ -302,7 +302,8 @@ def _dequantize_results(*operands, like, **_) -> list[Result]:
 
 def _dequantize_form(*operands, like, block, bits, kernel) -> list[jax.Array]:
     pairs = zip(operands[: len(like)], operands[len(like) :], like, strict=True)
-    return [forms.decode(c, s, shape, bits, block).astype(dtype) for c, s, (shape, dtype) in pairs]
+    held = coding.Format(bits, block)
+    return [coding.decode(c, s, shape, held).astype(dtype) for c, s, (shape, dtype) in pairs]
 
 
 def _dequantize_in_kernel(*operands, like, block, bits, **_) -> list[jax.Array]:
@@ -314,6 +315,30 @@ dequantize = _operation(
     "chainrule_dequantize", _dequantize_results, _dequantize_form, _dequantize_in_kernel
 )
 """Operands: the codes, then the scales. Results: tensors of the shapes and dtypes in `like`."""
+
+
+def _encode_form(x, *keys, held, kernel) -> list[jax.Array]:
+    return list(coding.encode(x, held, *(_words(key, x) for key in keys)))
+
+
+def _encode_results(x, *_, held, **__) -> list[Result]:
+    codes = ((coding.packed_size(x.size, held.bits),), jnp.uint8)
+    return [codes, ((coding.block_count(x.size, held.block),), jnp.float32)]
+
+
+encode = _operation("chainrule_encode", _encode_results, _encode_form, _encode_form)
+"""Operands: a float32 tensor and, to round stochastically, a uint32 key (2,); parameter `held`, a `coding.Format`.
+Results: codes and scales. In a bridge the kernel does it beside what is computed; XLA fuses the form."""
+
+
+def _decode_form(codes, scales, *, shape, held, kernel) -> list[jax.Array]:
+    return [coding.decode(codes, scales, shape, held)]
+
+
+decode = _operation(
+    "chainrule_decode", lambda *_, shape, **__: [(shape, jnp.float32)], _decode_form, _decode_form
+)
+"""Operands: codes and scales; parameters `shape` and `held`. Result: the float32 tensor."""
 
 
 # ---- steps -----------------------------------------------------------------------------------
@@ -366,7 +391,7 @@ def _tier2_form(*operands, roles, denominator, block, bits, start, **_) -> list[
             if name in given:
                 results[name].append(moment.astype(given[name].dtype))
             else:
-                codes, scales = forms.encode(moment, bits, block)
+                codes, scales = coding.encode(moment, coding.Format(bits, block))
                 results[f"{name}_codes"].append(codes)
                 results[f"{name}_scales"].append(scales)
     return [x for role in results.values() for x in role]
@@ -379,9 +404,9 @@ def _moment(
     if f"{name}_codes" not in given:
         return given.get(name)
     scales = given[f"{name}_scales"]
-    moment = forms.decode(given[f"{name}_codes"], scales, g.shape, bits, block)
+    moment = coding.decode(given[f"{name}_codes"], scales, g.shape, coding.Format(bits, block))
     if start == "gradient":
-        fresh = forms.spread(scales == 0, g.size, block).reshape(g.shape)
+        fresh = coding.spread(scales == 0, g.size, block).reshape(g.shape)
         moment = jnp.where(fresh, forms.up(g), moment)
     return moment
 

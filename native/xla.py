@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from chainrule.native import FLOATS, forms, primitives
-from chainrule.native.forms import block_count, packed_size
+from chainrule.native.coding import block_count, packed_size
 
 Number = float | jax.Array
 Tensors = Sequence[jax.Array]

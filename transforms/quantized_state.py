@@ -1,13 +1,22 @@
 r"""Any transform with its parameter-shaped state held in 4 or 8 bits, block by block.
 
-    scale_j = max|x_i| / q_max over block j (1 if the block is zero),    q_i = clip(round(x_i / scale_j), -q_max, q_max)
-    x_i is held as q_i and scale_j; q_max is 7 for 4 bits, 127 for 8
+    linear:       scale_j = max|x_i| / q_max over block j (1 if the block is zero),
+                  q_i = clip(round(x_i / scale_j), -q_max, q_max); q_max is 7 for 4 bits, 127 for 8
+    logarithmic:  scale_j = max x_i / (2 - 2^-m),
+                  c_i the code whose number is nearest to x_i / scale_j: code k 2^m + d stands for
+                  (1 + d / 2^m) 2^(k - 2^e + 1), d < 2^m, k < 2^e; e, m are 3, 1 for 4 bits, 4, 4 for 8
+    x_i is held as q_i or c_i and scale_j
+
+Linear codes are for what has both signs; a small second moment would become 0, and a step as large as its eps lets it.
+Logarithmic codes are for what is never negative: they reach down to 1/192 (4 bits) and 1/63488 (8 bits) of a block's
+largest entry with a relative error of at most 1/4 and 1/32, and have no 0.
 
 Source: COSMIC, repository commit 96f1a8c (4-bit EMAs); Dettmers et al., "8-bit Optimizers via
-Block-wise Quantization", 2022. Departures: blocks may have any length, odd ones too; any
-transform's state; stochastic rounding; XLA takes denormal numbers for zero.
+Block-wise Quantization", 2022; Li et al., "Memory Efficient Optimizers with 4-bit States", 2023 (no code for 0 in a
+second moment). Departures: blocks may have any length, odd ones too; any transform's state; stochastic rounding;
+logarithmic codes that are a float's leading digits; XLA takes denormal numbers for zero.
 
-Layout of 4 bits: q + 8 in a nibble, two to a byte, the even index in the low nibble, over the whole
+Layout of 4 bits: q + 8 or c in a nibble, two to a byte, the even index in the low nibble, over the whole
 tensor in row-major order.
 """
 
@@ -20,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.native import forms
+from chainrule.native import coding, primitives
 from chainrule.transforms._chain import posted
 from chainrule.transforms._checks import check_choice, check_link
 from chainrule.transforms._per_parameter import PerParameter
@@ -35,13 +44,19 @@ class Quantized:
     """A tensor in blocks of small integers."""
 
     codes: jax.Array
-    """uint8: (ceil(n / 2),) packed nibbles for 4 bits, (n,) for 8 (q + 128)."""
+    """uint8: (ceil(n / 2),) packed nibbles for 4 bits, (n,) for 8 (q + 128, or c)."""
     scale: jax.Array
     """float32 (ceil(n / block),)."""
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
+    logarithmic: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def held(self) -> coding.Format:
+        """How its numbers are coded."""
+        return coding.Format(self.bits, self.block, self.logarithmic)
 
 
 class QuantizedState(NamedTuple):
@@ -58,22 +73,36 @@ class QuantizedState(NamedTuple):
 
 
 def quantize(
-    x: jax.Array, bits: int = 4, block: int = 256, key: jax.Array | None = None
+    x: jax.Array,
+    bits: int = 4,
+    block: int = 256,
+    key: jax.Array | None = None,
+    *,
+    logarithmic: bool = False,
 ) -> Quantized:
-    """`x` in blocks of `bits`-bit integers; `key` rounds stochastically, else to nearest, half to even.
+    """`x` in blocks of `bits`-bit codes; `key` rounds stochastically, else to nearest, half to even.
 
     >>> q = quantize(jnp.array([7.0, -3.0, 0.4]), block=3)
     >>> q.codes.tolist(), q.scale.tolist(), dequantize(q).tolist()
     ([95, 8], [1.0], [7.0, -3.0, 0.0])
+    >>> dequantize(quantize(jnp.array([12.0, 1.0, 0.0]), block=3, logarithmic=True)).tolist()
+    [12.0, 1.0, 0.0625]
     """
-    uniform = None if key is None else jax.random.uniform(key, x.shape, jnp.float32)
-    codes, scale = forms.encode(x, bits, block, uniform)
-    return Quantized(codes, scale, x.shape, str(x.dtype), block, bits)
+    held = coding.Format(bits, block, logarithmic)
+    keys = () if key is None else (_data(key),)
+    codes, scale = primitives.encode.bind(x.astype(jnp.float32), *keys, held=held, kernel="auto")
+    return Quantized(codes, scale, x.shape, str(x.dtype), block, bits, logarithmic)
+
+
+def _data(key: jax.Array) -> jax.Array:
+    """The words of a key, typed or not."""
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
 def dequantize(q: Quantized) -> jax.Array:
     """The tensor that `q` holds, to half a quantum of what was quantised."""
-    return forms.decode(q.codes, q.scale, q.shape, q.bits, q.block).astype(q.dtype)
+    (x,) = primitives.decode.bind(q.codes, q.scale, shape=q.shape, held=q.held, kernel="auto")
+    return x.astype(q.dtype)
 
 
 def _is_quantized(node: Any) -> bool:
@@ -93,10 +122,10 @@ def _takes_codes(node: Any) -> bool:
         return False
     moments = [getattr(node, name) for name in node.codes_for if getattr(node, name) is not None]
     formats = {
-        tuple((x.bits, x.block) if _is_quantized(x) else None for x in leaves)
+        tuple(x.held if _is_quantized(x) else None for x in leaves)
         for leaves in (jax.tree.leaves(m, is_leaf=_is_quantized) for m in moments)
     }
-    return len(formats) == 1
+    return len(formats) == 1 and not any(x and x.logarithmic for x in formats.pop())
 
 
 def _decoded_where_needed(state: Any) -> Any:
@@ -111,6 +140,10 @@ def _decoded_where_needed(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: _is_quantized(x) or _takes_codes(x))
 
 
+SECOND_MOMENTS = ("nu", "nu_max", "v_row", "v_col", "sum_of_squares", "e_g", "e_x")
+"""The fields of our states and optax's with averages or sums of squares."""
+
+
 @checked_words
 def quantized_state(
     inner: optax.GradientTransformation,
@@ -119,10 +152,11 @@ def quantized_state(
     *,
     rounding: str = "nearest",
     fields: Sequence[str] | None = None,
+    logarithmic: Sequence[str] = SECOND_MOMENTS,
     smaller: str = "keep",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Holds the parameter-shaped state of any transform in blocks of 4- or 8-bit integers.
+    """Holds the parameter-shaped state of any transform in blocks of 4- or 8-bit codes.
 
     The state is decoded before each update and encoded after it; the update itself uses the new
     moments as they are, so a step loses only what the next one reads. Scalars, integers and masked
@@ -136,6 +170,7 @@ def quantized_state(
       rounding: `"nearest"` (half to even) or `"stochastic"`, whose error has mean zero, so that
         small increments to an EMA are not lost.
       fields: names of the state's fields to hold so (`("mu",)`, say); `None`: all.
+      logarithmic: names of those with tensors that are never negative, which get logarithmic codes.
       smaller: `"keep"` tensors smaller than a block as they are, or `"quantize"` them too.
       seed: of stochastic rounding.
 
@@ -165,11 +200,13 @@ def quantized_state(
         return inner
     stochastic = rounding == "stochastic"
 
-    def named(path: tuple[Any, ...]) -> bool:
-        names = {getattr(entry, "name", None) for entry in path}
-        return fields is None or bool(names & set(fields))
+    def within(path: tuple[Any, ...], names: Sequence[str]) -> bool:
+        return not {getattr(entry, "name", None) for entry in path}.isdisjoint(names)
 
-    def held(path: tuple[Any, ...], x: Any) -> bool:
+    def named(path: tuple[Any, ...]) -> bool:
+        return fields is None or within(path, fields)
+
+    def is_held(path: tuple[Any, ...], x: Any) -> bool:
         # The numbers of a vector belong to different parameters: they share no scale.
         if isinstance(x, PerParameter) or not named(path):
             return False
@@ -182,7 +219,9 @@ def quantized_state(
         )
         keys = [None] * len(leaves) if key is None else list(jax.random.split(key, len(leaves)))
         encoded = [
-            x if _is_quantized(x) or not held(path, x) else quantize(x, bits, block or x.size, k)
+            quantize(x, bits, block or x.size, k, logarithmic=within(path, logarithmic))
+            if not _is_quantized(x) and is_held(path, x)
+            else x
             for (path, x), k in zip(leaves, keys, strict=True)
         ]
         return jax.tree.unflatten(treedef, encoded)

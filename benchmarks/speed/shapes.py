@@ -30,4 +30,7 @@ SMALL: list[Shape] = 25 * [(64, 64), (64,), (256, 64), (256,), (64, 256), (64,)]
 MATRICES: list[Shape] = 4 * [(768, 768), (768, 3072), (3072, 768)]
 """The 12 matrices of the Muon comparison."""
 
-LISTS = {"gpt": GPT, "small": SMALL, "matrices": MATRICES}
+BLOCKS: list[Shape] = [(4096, 768), *GPT[2:50]]
+"""Four blocks of distilgpt2 and 4096 rows of its embedding: 49 tensors, 31.5M parameters."""
+
+LISTS = {"gpt": GPT, "small": SMALL, "matrices": MATRICES, "blocks": BLOCKS}

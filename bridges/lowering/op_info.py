@@ -42,6 +42,8 @@ class OpInfo(NamedTuple):
     """Runs sub-graphs from Python, and may hand an operand through."""
     host: bool = False
     """Runs outside torch: control flow, or the compiled kernel. Its results are `operator.getitem` of it."""
+    codes: bool = False
+    """Takes a tensor from codes or to codes, in the compiled kernel: part by part beside what its piece computes."""
     free: bool = False
     """Costs nothing in torch: it moves numbers of other operations, or is the kernel's."""
     collective: bool = False
@@ -146,6 +148,7 @@ _add(
 )
 _add(ops.branch, ops.scan, ops.while_loop, control=True, host=True)
 _add(ops.kernel_call, host=True, free=True)
+_add(ops.decode, ops.encode, codes=True)
 _add(ops.all_reduce, ops.all_gather, ops.exchange, host=True, collective=True)
 _add(torch.stack, torch.reshape, torch.narrow, ops.unbind, free=True)
 

@@ -35,6 +35,7 @@ BENCHES = {
     "wrap": "TorchWrap against the optimizer inside",
     "sharded": "TorchBridge on two ranks",
     "traffic": "bytes that compiled steps read and write, stage by stage",
+    "lowbit": "quantized_state in TorchBridge against torch's fused AdamW",
     "import_time": "import chainrule against import optax",
 }
 """The speed tables -> what each compares; `benchmarks/speed/` has a script for each."""

@@ -13,7 +13,7 @@ import pytest
 
 import bounds
 from chainrule import chains
-from chainrule.native import forms, primitives, xla
+from chainrule.native import coding, primitives, xla
 from reference import kernel as oracle
 
 SHAPES = [(), (0,), (7,), (33, 40)]
@@ -76,7 +76,7 @@ def test_tier2_in_codes_follows_the_equations(start, bits, kernel):
         want = oracle.tier2(gi, before, vi, **NUMBERS)
         close(new.updates[i], want.update, 10.0)
         # Half a quantum, and the rounding of the scale.
-        quantum = np.max(np.abs(want.mu), initial=0) / forms.LEVELS[bits]
+        quantum = np.max(np.abs(want.mu), initial=0) / coding.LEVELS[bits]
         assert np.max(np.abs(decoded[i] - want.mu), initial=0) <= quantum * (0.5 + 256 * EPS)
 
 
@@ -115,7 +115,10 @@ def test_codes_of_the_form_are_those_of_the_kernel(bits):
         scales = flat[len(values) + i]
         # XLA divides by the number of levels with a product: one rounding more.
         np.testing.assert_allclose(scales, in_kernel.scales[i], rtol=bounds.gamma(4))
-        own = [forms.decode(c, scales, x.shape, bits, 5) for c in (flat[i], in_kernel.codes[i])]
+        own = [
+            coding.decode(c, scales, x.shape, coding.Format(bits, 5))
+            for c in (flat[i], in_kernel.codes[i])
+        ]
         # So a number on the edge between two codes may fall to either.
         steps = np.abs(own[0] - own[1]) / np.max(np.asarray(scales), initial=1e-30)
         assert np.all(steps <= 1 + 16 * EPS)

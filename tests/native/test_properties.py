@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from chainrule.native import _kernel, forms, xla
+from chainrule.native import _kernel, coding, forms, xla
 
 FLOATS = ("float32", "bfloat16", "float16")
 GUARD = 0xA5
@@ -95,10 +95,10 @@ def calls(draw: st.DrawFn) -> Call:
         return arrays
 
     def codes() -> list[np.ndarray]:
-        return role(lambda n: forms.packed_size(n, bits), ("uint8",))
+        return role(lambda n: coding.packed_size(n, bits), ("uint8",))
 
     def scales() -> list[np.ndarray]:
-        found = role(lambda n: forms.block_count(n, min(block, max(n, 1))), ("float32",))
+        found = role(lambda n: coding.block_count(n, min(block, max(n, 1))), ("float32",))
         for x in found:
             x[:] = np.abs(x)
         return found

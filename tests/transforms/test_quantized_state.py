@@ -105,3 +105,55 @@ def test_later_links_see_the_moments_decoded():
     np.testing.assert_allclose(
         mu["w"], dequantize(state.inner_state.mu["w"]), rtol=bounds.ELEMENTWISE
     )
+
+
+def levels(bits):
+    """What the logarithmic codes stand for, over the largest."""
+    digits, exponents = (1, 8) if bits == 4 else (4, 16)
+    d, k = np.arange(2**digits), np.arange(exponents)
+    table = (1 + d / 2**digits) * 2.0 ** (k[:, None] - exponents + 1)
+    return table.ravel() / table.max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [1, 5, 256])
+def test_logarithmic_codes_are_the_nearest_numbers_of_the_formula(bits, block):
+    x = np.asarray(X, np.float64).ravel() ** 4
+    x[5:10] = 0
+    q = quantize(jnp.asarray(x, jnp.float32), bits, block, logarithmic=True)
+    want = []
+    for i in range(0, x.size, block):
+        part = x[i : i + block]
+        numbers = part.max() * levels(bits)
+        want.append(numbers[np.abs(part[:, None] - numbers).argmin(1)])
+    np.testing.assert_allclose(dequantize(q), np.concatenate(want), rtol=bounds.ELEMENTWISE)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stochastic_logarithmic_codes_are_right_on_average(bits):
+    x = jnp.array([1.0, 0.3, 0.011])
+    keys = jax.random.split(jax.random.key(0), 4000)
+    back = jax.vmap(lambda key: dequantize(quantize(x, bits, 3, key, logarithmic=True)))(keys)
+    gaps = np.diff(levels(bits)).max()
+    np.testing.assert_allclose(back.mean(0), x, atol=bounds.sampled(4000, gaps / 2))
+    assert len(np.unique(back[:, 1])) == 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_second_moment_that_is_not_zero_does_not_become_zero(bits):
+    grads = jnp.array([1.0, 1e-4, 1e-4, 1e-4])
+    tx = quantized_state(optax.scale_by_adam(), bits, 4)
+    _, state = tx.update(grads, tx.init(grads))
+    nu = dequantize(state.inner_state.nu)
+    assert state.inner_state.nu.logarithmic and not state.inner_state.mu.logarithmic
+    # Steps of the small entries are smaller than Adam's: their root mean square is taken for larger than it is.
+    assert np.all(np.asarray(nu)[1:] >= np.asarray(0.001 * grads**2)[1:])
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_block_with_what_is_not_finite_is_nan(logarithmic):
+    x = jnp.array([1.0, jnp.inf, 2.0, 254.0])
+    back = dequantize(quantize(x, 8, 2, logarithmic=logarithmic))
+    assert np.isnan(back[:2]).all() and np.allclose(
+        back[2:], [2.0, 254.0], rtol=bounds.ELEMENTWISE if not logarithmic else 2**-5
+    )

@@ -3,6 +3,7 @@
 `make_fx`, AOTAutograd and Inductor trace through them. None waits for a device except `branch` and `while_loop`.
 """
 
+from chainrule.bridges.lowering.ops.codes import decode, encode
 from chainrule.bridges.lowering.ops.collectives import all_gather, all_reduce, exchange
 from chainrule.bridges.lowering.ops.control import branch, scan, while_loop
 from chainrule.bridges.lowering.ops.elementwise import (
@@ -62,10 +63,12 @@ __all__ = [
     "cummin",
     "cumprod",
     "cumsum",
+    "decode",
     "dot_general",
     "dynamic_slice",
     "dynamic_update_slice",
     "eigh",
+    "encode",
     "erf_inv",
     "exchange",
     "first",

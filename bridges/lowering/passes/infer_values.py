@@ -7,6 +7,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.arrays import physical_shape, torch_dtype
 from chainrule.bridges.lowering.nodes import args_of, first_arg, function_of, value_of
 from chainrule.bridges.lowering.op_info import info
@@ -47,7 +48,9 @@ class _Fakes:
         return self.known[shape, dtype]
 
     def of(self, node: fx.Node) -> Any:
-        if info(node).host:  # its results are told apart by who takes them
+        if node.target is ops.decode:
+            return self.like(node.meta["aval"])
+        if info(node).host or info(node).codes:  # its results are told apart by who takes them
             taken: dict[Any, fx.Node] = {args_of(user)[1]: user for user in node.users}
             count = max(taken, default=-1) + 1
             return [self.like(taken[i].meta["aval"]) if i in taken else None for i in range(count)]

@@ -130,7 +130,7 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
     for node in graph.nodes:
         if node.op == "call_function" and joins(node):
             for source in node.all_input_nodes:
-                if joins(source):
+                if joins(source) and not _is_key(source, node):
                     parent[leaf_of(source)] = leaf_of(node)
 
     owners: dict[fx.Node, Any] = {}
@@ -161,7 +161,8 @@ def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
         for source in node.all_input_nodes:
             if source.op != "placeholder":
                 owner, before = where[source]
-                rank = max(rank, before + (owner not in (SHARED, owners[node])))
+                later = owner not in (SHARED, owners[node]) or _is_read_again(source, node)
+                rank = max(rank, before + later)
         where[node] = owners[node], rank
     _join_ranks(where, {SHARED, _MANY, *apart})
     return {node: place for node, place in where.items() if node.op != "output"}
@@ -181,9 +182,20 @@ def _join_ranks(where: dict[fx.Node, tuple[Any, int]], no_leaves: set[Any]) -> N
         later, *others = sorted(ranks, reverse=True)
         for rank in others:
             users = {u for node in ranks[rank] for u in node.users if u.op != "output"}
-            if any(where[u][0] != owner for u in users):
+            again = any(_is_read_again(s, u) for u in users for s in u.all_input_nodes)
+            if again or any(where[u][0] != owner for u in users):
                 later = rank
             where.update(dict.fromkeys(ranks[rank], (owner, later)))
+
+
+def _is_key(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a node rounds by a key, which many leaves have from one array."""
+    return node.target is ops.encode and args_of(node)[1] is source
+
+
+def _is_read_again(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a node decodes what the program has encoded: that is whole when its piece has ended."""
+    return node.target is ops.decode and source.target is operator.getitem
 
 
 def _summed(node: fx.Node) -> fx.Node:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.nodes import is_array, mark_like, return_, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.partition import SHARED, owners_and_ranks
@@ -106,7 +107,7 @@ class _Rematerialise:
             return {node} if self.updated_at.get(node, stage) >= stage else None
         if node in self.stored or self.where[node][1] == stage:
             return {node}
-        if not info(node).elementwise:
+        if not info(node).elementwise and node.target is not ops.decode:
             return None
         found = [self.sources(s, stage) for s in node.all_input_nodes]
         known = [sources for sources in found if sources is not None]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from torch import fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.builder import Builder, Equation, Rule, Target, Value
@@ -25,7 +26,7 @@ def runs_in_kernel(eqn: Equation, target: Target) -> bool:
     The sums of magnitudes stay, because the kernel makes all the rest of the step that reads them.
     """
     name, params = eqn.primitive.name, eqn.params
-    if name not in (ON_PARTS if target.sharded else CALLS) or target.device != "cpu":
+    if name not in (ON_PARTS if target.sharded else {*CALLS, *CODES}) or target.device != "cpu":
         return False
     if not OPERATIONS[name].fits([v.aval for v in eqn.invars], params):
         return False
@@ -45,6 +46,8 @@ def _primitive(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     avals = [v.aval for v in eqn.invars]
     params: Params = tuple(eqn.params.items())
     if runs_in_kernel(eqn, b.target):
+        if name in CODES:
+            return CODES[name](b, eqn, *map(b.tensor, operands, avals))
         numbers = NUMBERS[name]
         given = [
             x if i < numbers and isinstance(x, (bool, int, float)) else b.tensor(x, a)
@@ -54,5 +57,15 @@ def _primitive(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:
     jaxpr = _form(name, params, tuple(avals))
     return b.inline(jaxpr.jaxpr, jaxpr.consts, operands)
 
+
+def _encode(b: Builder, eqn: Equation, x: fx.Node, key: fx.Node | None = None) -> Sequence[Value]:
+    return b.items(b.emit(ops.encode, x, key, eqn.params["held"]), 2)
+
+
+def _decode(b: Builder, eqn: Equation, codes: fx.Node, scales: fx.Node) -> Sequence[Value]:
+    return [b.emit(ops.decode, codes, scales, eqn.params["shape"], eqn.params["held"])]
+
+
+CODES = {"chainrule_encode": _encode, "chainrule_decode": _decode}
 
 KERNEL: dict[str, Rule] = dict.fromkeys(OPERATIONS, _primitive)

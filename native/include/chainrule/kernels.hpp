@@ -1,6 +1,7 @@
 // The kernels of one instruction set, and the choice among those compiled in.
 #pragma once
 
+#include "chainrule/coding.hpp"
 #include "chainrule/quant4.hpp"
 #include "chainrule/sums.hpp"
 #include "chainrule/tier_update.hpp"
@@ -20,6 +21,8 @@ struct Kernels {
   PartialSums* sums[kSumKinds];  // by SumKind
   void (*quantize)(const Requantize&, std::int64_t begin, std::int64_t end);
   void (*dequantize)(const Requantize&, std::int64_t begin, std::int64_t end);
+  void (*decode_values)(const Coding&, std::int64_t begin, std::int64_t n, float* x);
+  void (*encode_values)(const Coding&, std::int64_t begin, std::int64_t n, const float* x);
 };
 
 // All that were compiled and that this processor runs, the widest first; the last is the baseline.

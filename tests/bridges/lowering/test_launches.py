@@ -6,7 +6,7 @@ import torch
 
 from chainrule import TorchBridge, chains
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.backends import compile, inductor
+from chainrule.bridges.lowering.backends import calls, compile, inductor
 from chainrule.bridges.lowering.ops import elementwise
 from chainrule.native import _kernel
 
@@ -21,9 +21,9 @@ SHAPES = [(3, 4), (4, 3), (5,), (2, 3, 2)]
 def test_leaves_that_are_alike_are_one_call(monkeypatch):
     """With tensors that are not contiguous, or have other memory, in between: as if each were called by itself."""
     made = []
-    launched = inductor._Launched
+    launched = inductor.Launched
     monkeypatch.setattr(
-        inductor, "_Launched", lambda *given: made.append(launched(*given)) or made[-1]
+        inductor, "Launched", lambda *given: made.append(launched(*given)) or made[-1]
     )
     together = trained(chains.casmo(1e-2))
     assert any(len(call.calls) == len(SHAPES) for call in made)
@@ -54,7 +54,7 @@ def trained(chain):
 @pytest.mark.parametrize("chain", [chains.stam, magma])
 def test_a_step_is_the_same_on_any_number_of_threads(chain, monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(inductor, "_A_THREADS_WORK", 1)
+    monkeypatch.setattr(calls, "_A_THREADS_WORK", 1)
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
