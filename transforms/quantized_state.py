@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from chainrule.native import coding, primitives
+from chainrule.native import coding
 from chainrule.transforms._chain import posted
 from chainrule.transforms._checks import check_choice, check_link
 from chainrule.transforms._per_parameter import PerParameter
@@ -88,6 +88,8 @@ def quantize(
     >>> dequantize(quantize(jnp.array([12.0, 1.0, 0.0]), block=3, logarithmic=True)).tolist()
     [12.0, 1.0, 0.0625]
     """
+    from chainrule.native import primitives  # whose import takes as long as optax's
+
     held = coding.Format(bits, block, logarithmic)
     keys = () if key is None else (_data(key),)
     codes, scale = primitives.encode.bind(x.astype(jnp.float32), *keys, held=held, kernel="auto")
@@ -101,6 +103,8 @@ def _data(key: jax.Array) -> jax.Array:
 
 def dequantize(q: Quantized) -> jax.Array:
     """The tensor that `q` holds, to half a quantum of what was quantised."""
+    from chainrule.native import primitives
+
     (x,) = primitives.decode.bind(q.codes, q.scale, shape=q.shape, held=q.held, kernel="auto")
     return x.astype(q.dtype)
 

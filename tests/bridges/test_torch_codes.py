@@ -56,7 +56,12 @@ def in_both(inner, bits, *, compile=False, shapes=SHAPES, steps=2, after=(), **s
         updates, state = update([jnp.asarray(g) for g in grads], state, params)
         params = optax.apply_updates(params, updates)
         bridge.step()
-        found.append(([np.asarray(p) for p in params], [p.detach().numpy().copy() for p in own]))
+        found.append(
+            (
+                [np.asarray(p) for p in jax.tree.leaves(params)],
+                [p.detach().numpy().copy() for p in own],
+            )
+        )
     return found, state, bridge
 
 
