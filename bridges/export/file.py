@@ -181,8 +181,8 @@ class _File:
             "from torch._subclasses.fake_tensor import FakeTensor",
             "from torch.overrides import TorchFunctionMode",
             "from torch.utils._python_dispatch import TorchDispatchMode",
-            "",
-            "",
+            # After imports isort wants two empty lines before a function or class, and one before a constant.
+            *([""] if re.match(r"_?[A-Z]", body) else ["", ""]),
             "",
         ])  # fmt: skip
 
