@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,3 +97,15 @@ def check(
         step(ours, index)
         step(bridge, index)
         assert_same(ours, bridge)
+
+
+def check_style(path: Path) -> None:
+    """Ruff and pyright find nothing in an exported file, or in those of a folder."""
+    for command in (["ruff", "check", "--isolated"], ["pyright", "--pythonpath", sys.executable]):
+        done = subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:], str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout

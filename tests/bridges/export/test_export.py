@@ -1,15 +1,13 @@
 """Exported files: equal to the bridge to the bit, for other lists of parameters than any that was traced."""
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chainrule.bridges.export import CannotExport, export
-from exported import ALIKE, OTHER_SHAPES, SHAPES, check, exported, load, without_kernel
+from exported import ALIKE, OTHER_SHAPES, SHAPES, check, check_style, exported, load, without_kernel
 from optax_cases import NAMED, OptaxCase
 from registry import CHAINS, Case
 
@@ -65,14 +63,7 @@ def test_ruff_and_pyright_find_nothing_in_the_file_of_any_chain(tmp_path: Path) 
     for number, case in enumerate(taken):
         export(case.make(), "float32", tmp_path / f"file_{number}.py")
     assert len(taken) >= 10
-    for command in (["ruff", "check", "--isolated"], ["pyright", "--pythonpath", sys.executable]):
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / command[0]), *command[1:], str(tmp_path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
+    check_style(tmp_path)
 
 
 def test_how_many_of_the_named_optimizers_are_exported() -> None:
