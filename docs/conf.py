@@ -15,7 +15,8 @@ import chainrule  # noqa: E402 -- after the environment set above
 project = "chainrule"
 author = copyright = "chainrule contributors"
 version = release = chainrule.__version__
-extensions = ["myst_nb", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "mathml"]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build", "notebooks/scripts"]
 nb_execution_mode = "off"  # `make notebooks` executes them
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]

@@ -98,6 +98,17 @@ def square_norm(x: jax.Array) -> jax.Array:
     return jnp.sum(x * x)
 
 
+@jax.custom_jvp
+def _apart(scalar: jax.Array, leaf: jax.Array) -> jax.Array:
+    """`scalar`, through a barrier with `leaf`; its derivative passes none, which in JAX 0.12 has no transpose here."""
+    return jax.lax.optimization_barrier((scalar, leaf))[0]
+
+
+@_apart.defjvp
+def _(primals, tangents):
+    return _apart(*primals), tangents[0]
+
+
 def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
     """The scalar `x`, to be broadcast in a sum over `leaf`; 0 becomes a smallest normal number.
 
@@ -106,8 +117,7 @@ def own_scalar(x: Any, leaf: jax.Array) -> jax.Array:
     >>> float(own_scalar(1.0, jnp.ones(2))), float(own_scalar(0.0, jnp.ones(2)))
     (1.0, 1.17...e-38)
     """
-    floored = x + jnp.float32(jnp.finfo(jnp.float32).tiny)
-    return jax.lax.optimization_barrier((floored, leaf))[0]
+    return _apart(x + jnp.float32(jnp.finfo(jnp.float32).tiny), leaf)
 
 
 def _variance_share(x: jax.Array, y: jax.Array, c: Any) -> jax.Array:

@@ -58,7 +58,7 @@ def gradient_gate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each tensor's update by its tier's rate and, up to a tier, by a gate on noisy gradients.
 
-    $$u'_i = u_i\,\max(\text{scale}[t_i]\cdot\text{gate}_i,\ \text{min\_lr\_scale})$$
+    $$u'_i = u_i\,\max(\text{scale}[t_i]\cdot\text{gate}_i,\ \mathrm{min\_lr\_scale})$$
 
     Args:
       tier_max: the highest tier that is gated; -1: none.

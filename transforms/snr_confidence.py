@@ -52,7 +52,7 @@ def snr_confidence(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by trust x focus.
 
-    $$u'_i = \big(c_{min} + (1 - c_{min})\,\bar a\big)^{\rho}\
+    $$u'_i = \big(c_{min} + (1 - c_{min})\,\bar a\big)^{\rho}\,
     \mathrm{clip}\Big(\frac{a_i}{\bar a + \epsilon}, f, 1\Big)\, u_i,\qquad
     a_i = \frac{\hat\mu_i^2}{\hat\mu_i^2 + \hat\nu_i}$$
 
