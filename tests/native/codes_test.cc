@@ -85,3 +85,39 @@ TEST(values_that_are_not_finite_poison_their_block_alone) {
     for (std::int64_t i = 0; i < 10; ++i) CHECK(std::isnan(y[i]) == (i / 3 == 1));
   }
 }
+
+TEST(logarithmic_codes_are_the_nearest_and_parts_of_whole_blocks_are_the_whole) {
+  const std::int64_t key[] = {3, 4};
+  for (const int bits : {4, 8}) {
+    const double digits = bits == 4 ? 2 : 16, least = bits == 4 ? std::ldexp(1, -7) : std::ldexp(1, -15);
+    for (const std::int64_t block : {1, 2, 3, 101, 1025, 100000}) {
+      for (const std::int64_t n : kSizes) {
+        for (const std::int64_t* random : {static_cast<const std::int64_t*>(nullptr), key}) {
+          std::vector<float> x = draw(n, 9), y(x.size()), z(x.size());
+          for (float& value : x) value *= value;
+          Coded whole(n, block, bits), parts(n, block, bits);
+          const Coding coding{whole.codes, true, random}, other{parts.codes, true, random};
+          kernels().encode_values(coding, 0, n, x.data());
+          kernels().decode_values(coding, 0, n, y.data());
+          const std::int64_t unit = 2 * block;
+          for (std::int64_t begin = 0; begin < n; begin += unit) {
+            const std::int64_t count = std::min(unit, n - begin);
+            kernels().encode_values(other, begin, count, x.data() + begin);
+            kernels().decode_values(other, begin, count, z.data() + begin);
+          }
+          CHECK(whole.packed == parts.packed && whole.scales == parts.scales && y == z);
+          for (std::size_t i = 0; i < x.size(); ++i) {
+            const double scale = static_cast<double>(whole.scales[i / static_cast<std::size_t>(block)]);
+            const double ratio = static_cast<double>(x[i]) / scale, found = static_cast<double>(y[i]) / scale;
+            if (ratio < least) {
+              CHECK(near(found, least));
+            } else {
+              const double gap = std::exp2(std::floor(std::log2(ratio))) / digits;
+              CHECK(std::fabs(ratio - found) <= (random == nullptr ? 0.5001 : 1.001) * gap);
+            }
+          }
+        }
+      }
+    }
+  }
+}

@@ -319,6 +319,56 @@ def test_sums_want_a_kind_and_its_tensors(kind, ys, message):
         _kernel.sums(kind, [np.ones(3, np.float32)], ys)
 
 
+@pytest.mark.parametrize(
+    ("bits", "block", "message"),
+    [
+        (5, 4, "bits: must be 4 or 8, got 5"),
+        (8, 0, r"block: must be in \[1, .*got 0"),
+    ],
+)
+def test_a_format_of_codes_is_checked_when_it_is_made(bits, block, message):
+    with pytest.raises(ValueError, match=message):
+        _kernel.Format(bits, block, False)
+
+
+TENSOR = (1, 0, 4)
+"""A place: the first of the tensors, of 4 bytes an element."""
+
+
+def coded(*, block=4, values=(2, 0, 0), codes=0, scales=1, key=-1):
+    return (_kernel.Format(8, block, False), values, codes, scales, key)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((8, [TENSOR] * 65, [], []), r"rows\[0\]: its length.* got 65"),
+        ((8, [(4, 0, 0)], [], []), r"rows\[0\]: a kind: must be .*\[0, 3\], got 4"),
+        ((8, [(1, 2, 4)], [], []), r"rows\[0\]: must be below 2, got 2"),
+        ((8, [], [coded(codes=2)], []), r"rows\[0\]: must be below 2, got 2"),
+        ((8, [], [], [coded(scales=3)]), r"rows\[0\]: must be below 2, got 3"),
+        ((8, [], [], [coded(key=2)]), r"rows\[0\]: must be a tensor, got 2"),
+        (
+            (8, [], [coded(block=4), coded(block=6)], []),
+            r"rows\[0\]: must be blocks that divide each other, got 12",
+        ),
+    ],
+)
+def test_launches_between_codes_are_checked_when_they_are_made(row, message):
+    with pytest.raises(ValueError, match=message):
+        _kernel.CodedLaunches(1, [row], [], 2)
+
+
+def test_launches_between_codes_want_a_function_and_a_pointer_for_each_tensor():
+    with pytest.raises(ValueError, match="function: must be the address of one, got null"):
+        _kernel.CodedLaunches(0, [], [], 1)
+    launches = _kernel.CodedLaunches(1, [], [], 2)
+    with pytest.raises(ValueError, match="pointers: must be 2, one for each tensor, got 1"):
+        launches.run([1])
+    with pytest.raises(ValueError, match=r"threads: must be .*\[1, 1024\], got 0"):
+        launches.run([1, 1], 0)
+
+
 def test_buffers_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match=r"params\[0\]: must be C-contiguous"):
         _kernel.Buffers([strided()], "params")

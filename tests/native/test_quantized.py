@@ -1,5 +1,6 @@
 """Codes: equal to the recorded ones, right at odd block sizes, and tier 2 over them."""
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -250,3 +251,53 @@ def test_recorded_codes_step_by_step(variant):
             scale = max(movement, 0.1 * np.abs(recorded).max(), 1e-3)
             assert np.abs(p - recorded).max() <= bounds.RECORDED * scale
             p = recorded.copy()
+
+
+@pytest.mark.parametrize("size", [1, 512, 2048, 70001])
+@pytest.mark.parametrize(("bits", "block"), [(8, 64), (4, 3), (4, 5000)])
+def test_a_function_between_codes_is_called_tile_by_tile(size, bits, block):
+    """A step on all entries at once, by NumPy, between a decode and an encode of the whole."""
+    held = _kernel.Format(bits, block, False)
+    moment, gradient = np.random.default_rng(0).standard_normal((2, size), np.float32)
+    blocks = -(-size // block)
+    codes, scales = (
+        np.zeros((size + 1) // 2 if bits == 4 else size, np.uint8),
+        np.zeros(blocks, np.float32),
+    )
+    held.encode(codes.ctypes.data, scales.ctypes.data, size, moment.ctypes.data, 0, 0, size)
+    expected, expected_codes, expected_scales = np.empty(size, np.float32), codes * 0, scales * 0
+    held.decode(codes.ctypes.data, scales.ctypes.data, size, expected.ctypes.data, 0, size)
+    expected = np.float32(0.5) * expected + gradient
+    held.encode(
+        expected_codes.ctypes.data,
+        expected_scales.ctypes.data,
+        size,
+        expected.ctypes.data,
+        0,
+        0,
+        size,
+    )
+    seen = []
+
+    @ctypes.CFUNCTYPE(
+        None, ctypes.POINTER(ctypes.c_float), ctypes.POINTER(ctypes.c_float), ctypes.c_int64
+    )
+    def step(m, g, n):
+        m, g = (np.ctypeslib.as_array(x, (n,)) for x in (m, g))
+        m[:] = np.float32(0.5) * m + g
+        seen.append(n)
+
+    _, tensor, scratch, length = range(4)
+    place = (scratch, 0, 4)
+    row = (
+        size,
+        [place, (tensor, 2, 4), (length, 0, 0)],
+        [(held, place, 0, 1, -1)],
+        [(held, place, 0, 1, -1)],
+    )
+    address = ctypes.cast(step, ctypes.c_void_p).value
+    launches = _kernel.CodedLaunches(address, [row], [], 3)
+    launches.run([x.ctypes.data for x in (codes, scales, gradient)], 2)
+    assert sum(seen) == size and max(seen) <= max(2048, 2 * block)
+    np.testing.assert_array_equal(codes, expected_codes)
+    np.testing.assert_array_equal(scales, expected_scales)
