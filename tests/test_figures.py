@@ -1,10 +1,12 @@
-"""The step times of the README and of the page of scaling are those that their commands last kept with `--json`."""
+"""Step times in README and docs are those that their commands last kept with `--json`, losses those of the evidence."""
 
 import json
 import pathlib
 import re
 
 import pytest
+
+from chainrule.evidence import conclusions
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "speed" / "results"
@@ -78,3 +80,19 @@ def test_others_on_two_ranks():
     assert found == [[name, two_digits("muon-matrices", names[name])] for name, _ in found]
     fused = [two_digits(f"adamw-{of}", "torch fused AdamW") for of in ("gpt", "small")]
     assert f"fused AdamW takes {fused[0]} and {fused[1]} of" in SCALING
+
+
+def test_losses_of_moments_in_codes():
+    (path,) = (ROOT / "benchmarks" / "evidence" / "results").glob("E13-*.json")
+    document = json.loads(path.read_text())
+    text = (ROOT / "docs" / "guide" / "quantise-state.md").read_text()
+
+    def told(arm: str) -> str:
+        losses = conclusions.values(document, arm, "loss")
+        assert len(losses) == 10
+        return f"{losses.mean():.3f} ± {losses.std(ddof=1):.3f}"
+
+    for name, *cells in rows("| moments of | float32 |", text):
+        arms = [f"{name.lower()}{of}" for of in ("", ", 8 bits", ", 4 bits")]
+        assert cells == [told(arm) for arm in arms]
+    assert f"worse here ({told('adam, 4 bits, stochastic').split()[0]})" in text
