@@ -73,6 +73,7 @@ def magma(
     0.962
 
     References:
+      Joo et al., https://arxiv.org/abs/2602.15322
       Magma, package `magma-optimizer` 0.1.1 and repository commit 222980f.
     """
     return chain(

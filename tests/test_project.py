@@ -1,5 +1,6 @@
 """The files around the code say what is true: citation, workflows, wheels, templates."""
 
+import inspect
 import pathlib
 import re
 import tomllib
@@ -7,6 +8,8 @@ import tomllib
 import pytest
 
 import chainrule
+from chainrule import chains, transforms
+from chainrule.catalogue import sections
 
 yaml = pytest.importorskip("yaml", reason="flax brings it")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -25,6 +28,16 @@ def test_the_citation_is_of_this_version():
     assert released in (ROOT / "CHANGELOG.md").read_text().splitlines()
     assert citation["license"] == PYPROJECT["project"]["license"]
     assert all(reference["url"].startswith("https://") for reference in citation["references"])
+
+
+def test_the_citation_has_every_source_that_a_docstring_links_to():
+    cited = {reference["url"] for reference in read(ROOT / "CITATION.cff")["references"]}
+    for room in (chains, transforms):
+        for name in room.__all__:
+            references = sections(inspect.getdoc(getattr(room, name)) or "")[1].get(
+                "References", ""
+            )
+            assert set(re.findall(r"https://[^\s,]+", references)) <= cited, name
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

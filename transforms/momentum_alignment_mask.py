@@ -107,6 +107,7 @@ def momentum_alignment_mask(
     [ 0.9622 -0.9622] 1.0
 
     References:
+      Joo et al., https://arxiv.org/abs/2602.15322
       Magma, package `magma-optimizer` 0.1.1 and repository commit 222980f.
     """
     owner = "momentum_alignment_mask"

@@ -17,6 +17,7 @@ app = typer.Typer(
     name="chainrule",
     help="An algebra of gradient transformations: look, plan, export, convert, measure.",
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # lines of a paragraph are joined, then broken where the terminal ends
 )
 tables = typer.Typer(
     help="Measure speed on this machine.\n\nWhat follows the name goes to the script of the source "
