@@ -90,8 +90,8 @@ PASSES = {
     "optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))": (5, 3),
     "chains.stam()": (6, 3),
     "chains.stam_lite()": (4, 2),
-    # The moments' shares; moments made again beside the parameter, from the gradient. One sum for all parameters.
-    "chains.casmo()": (7, 3),
+    # The moments' shares are summed while they are updated; then they and the parameter. One sum for all parameters.
+    "chains.casmo()": (6, 3),
     # The cosine of gradient and first moment.
     "chains.magma(optax.adamw(1e-3))": (6, 3),
     # The kernel's tier 0: the mean magnitude of the gradient, then p - rate c sign(g) in place.

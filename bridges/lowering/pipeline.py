@@ -11,7 +11,8 @@ operation stands in `op_info.py`.
 4. the passes of a backend:
    - *scalars* (`backends/scalar_program.py`), where nothing but scalars is left beside the kernel: none;
    - *eager* (`backends/foreach.py`): `fuse`, `rematerialise` on a CPU, `partition`;
-   - *compiled* (`backends/inductor.py`): `scalarise`, `reciprocals`, `rematerialise`, `partition`, `overwrite`;
+   - *compiled* (`backends/inductor.py`): `scalarise`, `reciprocals`, `rematerialise_compiled`, `partition`,
+     `overwrite`;
 5. the backend turns pieces into calls, and the `Executor` runs them.
 """
 
@@ -35,7 +36,7 @@ from chainrule.bridges.lowering.passes.merge_collectives import merge_collective
 from chainrule.bridges.lowering.passes.overwrite import overwrite
 from chainrule.bridges.lowering.passes.partition import copy_constants, partition
 from chainrule.bridges.lowering.passes.reciprocals import reciprocals
-from chainrule.bridges.lowering.passes.rematerialise import rematerialise
+from chainrule.bridges.lowering.passes.rematerialise import rematerialise, rematerialise_compiled
 from chainrule.bridges.lowering.passes.scalarise import scalarise
 from chainrule.bridges.lowering.passes.shard import Sharding, shard
 from chainrule.bridges.lowering.passes.take_kernel_moves import take_kernel_moves
@@ -64,8 +65,8 @@ def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]
     if compiled:  # Inductor takes seconds to import
         from chainrule.bridges.lowering.backends.inductor import inductor_calls
 
-        passes = (scalarise, reciprocals, copy_constants, rematerialise, partition, overwrite)
-        return passes, inductor_calls
+        passes = (scalarise, reciprocals, copy_constants, rematerialise_compiled)
+        return (*passes, partition, overwrite), inductor_calls
     # On a device a pass over memory costs less than a launch.
     carried = (rematerialise,) if program.on_cpu else ()
     return (fuse, copy_constants, *carried, partition), foreach_calls

@@ -24,7 +24,7 @@ from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
 from chainrule.bridges.lowering.passes.overwrite import overwrite
 from chainrule.bridges.lowering.passes.partition import Piece, is_apart, partition
-from chainrule.bridges.lowering.passes.rematerialise import rematerialise
+from chainrule.bridges.lowering.passes.rematerialise import rematerialise_compiled
 from chainrule.bridges.lowering.passes.scalarise import scalarise
 from chainrule.bridges.lowering.passes.shard import Sharding
 from chainrule.bridges.lowering.passes.take_kernel_moves import take_kernel_moves
@@ -80,7 +80,7 @@ def traffic(lowered: Lowered, targets: Sequence[int], sharding: Sharding | None 
     collectives = tuple(_collectives(program.graph, sharding and sharding.mesh))
     uncounted: set[str] = set()
     operations = sum(_operations(node, uncounted) for node in program.graph.nodes)
-    for each in (take_kernel_moves, scalarise, rematerialise, partition, overwrite):
+    for each in (take_kernel_moves, scalarise, rematerialise_compiled, partition, overwrite):
         program = each(program)
     stages = [_sum(map(_passes, stage)) for stage in program.stages]
     stages += [_copied(program), _moved(program)]

@@ -14,6 +14,7 @@ from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.nodes import is_array, mark_like, return_, value_of
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.partition import SHARED, owners_and_ranks
+from chainrule.bridges.lowering.passes.signature import reduces_all
 from chainrule.bridges.lowering.passes.simplify import drop_dead
 from chainrule.bridges.lowering.step_program import StepProgram
 
@@ -25,13 +26,21 @@ def rematerialise(program: StepProgram) -> StepProgram:
     """Before: later stages read elementwise results of earlier ones. After: they make them again from what is in
     memory, where that reads less; a copy has `meta["rank"]`, its stage.
     """
-    _Rematerialise(program).run()
+    _Rematerialise(program, in_one_loop=False).run()
+    return program
+
+
+def rematerialise_compiled(program: StepProgram) -> StepProgram:
+    """`rematerialise` before Inductor, whose loop over a tensor on a CPU sums over it and updates it at once: an update
+    stays where it was made, if that is such a loop and to make it later would read more.
+    """
+    _Rematerialise(program, in_one_loop=program.on_cpu).run()
     return program
 
 
 class _Rematerialise:
-    def __init__(self, program: StepProgram):
-        self.graph = program.graph
+    def __init__(self, program: StepProgram, in_one_loop: bool):
+        self.graph, self.in_one_loop = program.graph, in_one_loop
         self.output = self.graph.output_node()
         self.results, self.olds = map(list, zip(*program.updates, strict=True))
         self.where = owners_and_ranks(self.graph)
@@ -85,7 +94,11 @@ class _Rematerialise:
         if reader != owner or last < stage:
             return
         self.updated_at[self.olds[i]] = last
-        if any(self.sources(s, last) is None for s in node.all_input_nodes):
+        found = [self.sources(s, last) for s in node.all_input_nodes]
+        known = [sources for sources in found if sources is not None]
+        more = set[fx.Node]().union(*known) - self.read(owner, last) - {self.olds[i]}
+        stays = more and self.in_one_loop and _is_one_loop(self.members[owner, stage])
+        if len(known) < len(found) or stays:
             self.updated_at[self.olds[i]] = stage
             return
         new = self.copy(node, last)
@@ -127,3 +140,18 @@ class _Rematerialise:
             self.members[place].append(new)
             self.copies[node, stage] = new
         return self.copies[node, stage]
+
+
+def _is_one_loop(nodes: list[fx.Node]) -> bool:
+    """Whether a stage of a leaf is element by element, up to sums of everything that no other element waits for."""
+    late: set[fx.Node] = set()
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        waits, sums = not late.isdisjoint(node.all_input_nodes), reduces_all(node)
+        fits = sums or info(node).elementwise
+        if (waits or not fits) and (sums or is_array(value_of(node))):
+            return False
+        if waits or sums:
+            late.add(node)
+    return True

@@ -1,13 +1,18 @@
 """Compiled pieces of many leaves in one loop."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import torch
+from torch._inductor import metrics
 
 from chainrule import TorchBridge, chains
-from chainrule.bridges.lowering import ops
+from chainrule.bridges.lowering import lower, ops
 from chainrule.bridges.lowering.backends import calls, compile, inductor
 from chainrule.bridges.lowering.ops import elementwise
+from chainrule.bridges.lowering.pipeline import make_step
 from chainrule.native import _kernel
 
 
@@ -64,6 +69,39 @@ def test_a_step_is_the_same_on_any_number_of_threads(chain, monkeypatch):
             torch.set_num_threads(before)
     for one, many in zip(*found, strict=True):
         torch.testing.assert_close(one, many, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tensor_is_summed_while_it_is_updated(dtype, monkeypatch):
+    """One loop before the sum over both leaves is known, and one after it. Small integers add up exactly."""
+    shapes = [(70_001,), (300, 301)]
+    loops, real = [], inductor.compile_piece
+
+    def counted(piece, large):
+        before = metrics.generated_kernel_count
+        made = real(piece, large)
+        loops.extend([metrics.generated_kernel_count - before] if large else [])
+        return made
+
+    def step(params, grads, averages):
+        new = [m / 2 + g.astype(m.dtype) for m, g in zip(averages, grads, strict=True)]
+        total = sum(jnp.sum(jnp.square(m.astype(jnp.float32))) for m in new)
+        return [p - total * m for p, m in zip(params, new, strict=True)], new
+
+    rng = np.random.default_rng(0)
+    params, grads, averages = ([2 * rng.integers(-2, 3, s) for s in shapes] for _ in range(3))
+    expected = [m / 2 + g for m, g in zip(averages, grads, strict=True)]
+    total = sum((m**2).sum() for m in expected)
+    expected = [p - total * m for p, m in zip(params, expected, strict=True)] + expected
+    avals = [[jax.ShapeDtypeStruct(s, t) for s in shapes] for t in ("float32", "float32", dtype)]
+    inputs = [torch.tensor(x, dtype=torch.float32) for x in (*params, *grads, *averages)]
+    inputs[4:] = [x.to(getattr(torch, dtype)) for x in inputs[4:]]
+    inputs[1] = inputs[1].t().contiguous().t()
+    monkeypatch.setattr(inductor, "compile_piece", counted)
+    make_step(lower(step, *avals), (0, 1, 4, 5), compile=True)(inputs)
+    for i, x in zip((0, 1, 4, 5), expected, strict=True):
+        np.testing.assert_array_equal(inputs[i].float().numpy(), x)
+    assert loops == [1, 1]
 
 
 @pytest.mark.parametrize("make", [chains.stam, magma], ids=["stam", "magma"])
