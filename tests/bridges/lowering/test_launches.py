@@ -104,6 +104,20 @@ def test_a_tensor_is_summed_while_it_is_updated(dtype, monkeypatch):
     assert loops == [1, 1]
 
 
+def test_what_reads_an_old_value_after_the_sum_of_the_new_one():
+    """Also by a view: the first element of what is overwritten."""
+
+    def step(p, g, m):
+        new = m / 2 + g
+        return p - jnp.sum(jnp.square(new)) * m[0], new
+
+    aval = jax.ShapeDtypeStruct((5,), jnp.float32)
+    inputs = [torch.arange(5.0), torch.ones(5), torch.tensor([4.0, 2.0, 0.0, -2.0, 6.0])]
+    make_step(lower(step, aval, aval, aval), (0, 2), compile=True)(inputs)
+    assert inputs[2].tolist() == [3.0, 2.0, 1.0, 0.0, 4.0]
+    assert inputs[0].tolist() == [i - 4 * 30.0 for i in range(5)]
+
+
 @pytest.mark.parametrize("make", [chains.stam, magma], ids=["stam", "magma"])
 def test_results_lie_where_what_they_replace_was(make):
     """Of stam nothing is copied at the end of a step; of magma the one mask that a vector hands each leaf."""
