@@ -71,7 +71,7 @@ def test_a_step_is_the_same_on_any_number_of_threads(chain, monkeypatch):
         torch.testing.assert_close(one, many, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_tensor_is_summed_while_it_is_updated(dtype, monkeypatch):
     """One loop before the sum over both leaves is known, and one after it. Small integers add up exactly."""
     shapes = [(70_001,), (300, 301)]
