@@ -112,7 +112,10 @@ def _page(module: str, summary: str) -> str:
     names = sorted(room.__all__, key=str.lower)
     parts = [_documented(module, name, getattr(room, name)) for name in names]
     return (
-        f"# {module}\n\n{summary}\n\n```{{py:module}} {module}\n```\n\n" + "\n\n".join(parts) + "\n"
+        f"# {module}\n\n{summary}\n\n```{{py:module}} {module}\n```\n\n"
+        "```{py:currentmodule} None\n```\n\n"  # the names below are whole
+        + "\n\n".join(parts)
+        + "\n"
     )
 
 

@@ -149,6 +149,29 @@ def iterated(s: Any, triples: Any, dtype: Any = "float32") -> float:
     return 2 * float(error)
 
 
+def iterated_by_gram(s: Any, triples: Any, dtype: Any = "float32") -> float:
+    """The same where one Gram matrix A = x x^T serves all steps, and their polynomials p multiply x at the end.
+
+    A knows an eigenvalue t = s^2 to n u, and a step multiplies that error by at most the largest derivative of t p^2;
+    p is then wrong by |p'| of it, and so is the product of the p so far.
+    """
+    s = np.asarray(s, np.float64)
+    rounding = s.size * unit(dtype)
+    low, high = s.min() ** 2, s.max() ** 2
+    of_gram, product, of_product = rounding, 1.0, 0.0
+    for a, b, c in triples:
+        t = np.linspace(low, high, 1001)
+        p, slope, moved = a + b * t + c * t**2, b + 2 * c * t, t * (a + b * t + c * t**2) ** 2
+        most = np.abs(p).max()
+        of_p = np.abs(slope).max() * of_gram + rounding * np.abs(c * t**2).max()
+        of_product = most * of_product + product * (of_p + rounding * most)
+        product *= most
+        growth = np.abs(p**2 + 2 * t * p * slope).max()
+        of_gram = growth * of_gram + 2 * rounding * moved.max()
+        low, high = moved.min(), moved.max()
+    return 2 * float(of_product + rounding * product) * float(s.max())
+
+
 def near(expected: Any, relative: float = ELEMENTWISE) -> Any:
     """What `==` holds to within a relative tolerance: numbers, lists and dictionaries of them."""
     return pytest.approx(expected, rel=relative, abs=0.0)

@@ -30,7 +30,8 @@ settings.load_profile("chainrule")
 
 TORCH = importlib.util.find_spec("torch") is not None
 NEEDS_TORCH = re.compile(
-    r"^(from|import) (torch|chainrule\.bridges|chainrule import .*TorchBridge)", re.M
+    r"^(from|import) (torch|compositions|chainrule\.(bridges|evidence\.bridged)|chainrule import .*TorchBridge)",
+    re.M,
 )
 
 

@@ -107,7 +107,7 @@ def test_float64_meets_the_oracle(name):
     with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=(7, 11))
         got = orthogonalize(jnp.asarray(x), coefficients=name, gram=True)
-        bound = bounds.iterated(spectrum(x), reference.COEFFICIENTS[name], "float64")
+        bound = bounds.iterated_by_gram(spectrum(x), reference.COEFFICIENTS[name], "float64")
         expected = reference.orthogonalized(x, name)
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
 
@@ -122,7 +122,7 @@ def test_preconditioned_matrices_meet_the_oracle(small_panels, how, shape):
         start = reference.preconditioned(x / np.linalg.norm(x), how)
         s = np.linalg.svd(start, compute_uv=False)
         expected = reference.orthogonalized(x, preconditioning=how)
-        bound = bounds.iterated(s, QUINTIC, "float64")
+        bound = bounds.iterated_by_gram(s, QUINTIC, "float64")
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
 
 
