@@ -52,7 +52,7 @@ doctest: $(VENV)/.dev  ## the docstrings' examples alone
 slow: $(VENV)/.dev  ## the tests that `make test` leaves out
 	$(PYTEST) -m "slow and not long" -n $(WORKERS)
 
-long: $(VENV)/.dev  ## those for which `.ci/run` has no time: another thousand compositions, every second of optax's chains exported
+long: $(VENV)/.dev  ## those for which `.ci/run` has no time: every chain on every mesh, another thousand compositions, half of optax exported
 	$(PYTEST) -m long -n $(WORKERS)
 
 golden: $(VENV)/.dev  ## the recordings again, with the XLA flags that users have (EVERY=3: one in three)

@@ -4,8 +4,8 @@
     python benchmarks/scaling.py --write    # and puts them into the page
 
 Everything is counted in the programs that the torch bridge would run on the first device; nothing is allocated. Layers
-of a model are alike, so programs of `FEW` and of twice as many are counted and the rest is added by the layer. At the
-end stands a check: llama-1b's whole program beside what is so added.
+of a model are alike, so programs of `FEW` and of twice as many are counted and the rest is added by the layer, but for
+what Muon sends. At the end stands a check: llama-1b's whole program beside what is so added.
 """
 
 import argparse
@@ -42,8 +42,7 @@ CHAINS: dict[str, Callable[[], Any]] = {
 }
 FEW = 2
 OWNED = {"muon"}
-"""Whose work is shared out by the tensor: what a device sends is no sum over layers, so the smallest model is counted
-whole and the others are left out."""
+"""Whose work is shared out by the tensor: what a device sends is no sum over layers, so the whole program is traced."""
 
 
 def with_layers(model: str, count: int) -> Structs:
@@ -80,8 +79,6 @@ def row(name: str, model: str) -> tuple[list[str], list[str]]:
             *sizes(lambda p: p.state_bytes_here),
         )
     ]
-    if name in OWNED and model != "llama-1b":
-        return memory, ["", *("" for _ in DEVICES)]
     kinds = [str(len(counted(name, model, n, FEW).collectives)) for n in DEVICES]
     calls = kinds[0] if len(set(kinds)) == 1 else ", ".join(kinds)
     print(f"{model} {name}: {memory}", flush=True)
@@ -100,9 +97,7 @@ def section(model: str) -> str:
     devices = [f"{n} devices" for n in DEVICES]
     numbers = whole("optax.adamw", model, DEVICES[0], lambda p: p.parameters)
     memory = table(["state", "whole", *devices], [[k, *m] for k, (m, _) in found.items()])
-    sent = table(
-        ["sent a step", "collectives", *devices], [[k, *c] for k, (_, c) in found.items() if any(c)]
-    )
+    sent = table(["sent a step", "collectives", *devices], [[k, *c] for k, (_, c) in found.items()])
     title = f"`{model}`, {numbers / 1e9:.2f}B parameters in float32, {size_text(4 * numbers)}"
     return f"{title}:\n\n{memory}\n\n{sent}"
 

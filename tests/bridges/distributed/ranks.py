@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -71,19 +71,6 @@ COLLECTIVES = {
 }
 """How many a step of a chain has on a mesh of one dimension; of the others one."""
 
-COMPILED = {
-    "TP+FSDP2": ["stam", "muon", "casmo", "magma", "clip_by_global_norm"],
-    "HSDP": ["casmo_snr", "cosmic"],
-    "TP": ["clip_by_global_norm"],
-}
-"""What is compiled on which mesh. Its pieces are the same on all, and each costs every rank the compiler's time."""
-
-COMPILED_BY_TWO = {
-    "FSDP2": ["lion", "lamb", "adafactor", "stam_lite", "nadam", "cosmic", CASMO_BY_PARAMETER],
-    "DDP": ["lion", "lamb", "adafactor", "stam", "muon"],
-}
-"""The same for two ranks, because each rank compiles for itself."""
-
 
 def _quantized_adam() -> Any:
     from chainrule.transforms import quantized_state, scale_by_adam
@@ -91,9 +78,9 @@ def _quantized_adam() -> Any:
     return quantized_state(scale_by_adam(), 8, 32)
 
 
-def model() -> torch.nn.Module:
+def model(seed: int = 0) -> torch.nn.Module:
     """With an axis of 5 rows, which gives four ranks 2, 2, 1 and none."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return torch.nn.Sequential(
         torch.nn.Linear(6, 12),
         torch.nn.Tanh(),
@@ -103,24 +90,32 @@ def model() -> torch.nn.Module:
     )
 
 
-def layouts(ranks: int) -> Iterator[tuple[str, torch.nn.Module]]:
+@functools.cache
+def mesh(*sizes: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """A mesh, which is made once: each has threads of gloo's, which never rest."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+
+
+def layouts(
+    ranks: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.nn.Module]]:
     """The model on every kind of mesh that a number of ranks makes."""
     plan: Any = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    made = model()
-    fully_shard(made, mesh=init_device_mesh("cpu", (ranks,)))
+    made = model(seed).to(dtype)
+    fully_shard(made, mesh=mesh(ranks))
     yield "FSDP2", made
-    yield "DDP", DistributedDataParallel(model())
+    yield "DDP", DistributedDataParallel(model(seed).to(dtype))
     if ranks == 4:
-        made = model()
-        fully_shard(made, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard")))
+        made = model(seed).to(dtype)
+        fully_shard(made, mesh=mesh(2, 2, names=("copy", "shard")))
         yield "HSDP", made
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
-        made = model()
-        parallelize_module(made, mesh["model"], plan)
-        fully_shard(made, mesh=mesh["data"])
+        both = mesh(2, 2, names=("data", "model"))
+        made = model(seed).to(dtype)
+        parallelize_module(made, both["model"], plan)
+        fully_shard(made, mesh=both["data"])
         yield "TP+FSDP2", made
-        made = model()
-        parallelize_module(made, init_device_mesh("cpu", (4,), mesh_dim_names=("model",)), plan)
+        made = model(seed).to(dtype)
+        parallelize_module(made, mesh(4, names=("model",)), plan)
         yield "TP", made
 
 
@@ -141,10 +136,15 @@ def whole(tensor: Any) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def errors(net: torch.nn.Module, reference: torch.nn.Module) -> dict[str, float]:
+    """How far the parameters are from those of the reference."""
+    pairs = zip(net.named_parameters(), reference.parameters(), strict=True)
+    return {name: (whole(own) - p.detach()).abs().max().item() for (name, own), p in pairs}
+
+
 def check_same(what: str, net: torch.nn.Module, reference: torch.nn.Module) -> None:
     """The parameters are those of the reference, and equal to the bit on all ranks."""
-    for (name, own), p in zip(net.named_parameters(), reference.parameters(), strict=True):
-        error = (whole(own) - p.detach()).abs().max().item()
+    for name, error in errors(net, reference).items():
         assert error <= TOLERANCE, f"{what}: {name} is off by {error}"
     check_same_on_ranks(what, {name: whole(own) for name, own in net.named_parameters()})
 
@@ -152,11 +152,13 @@ def check_same(what: str, net: torch.nn.Module, reference: torch.nn.Module) -> N
 def check_same_on_ranks(what: str, found: dict[str, torch.Tensor]) -> None:
     """Every rank has the same numbers, to the bit."""
     for name, full in found.items():
-        everyone = [torch.empty_like(full) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, full)
-        assert all(torch.equal(full, other) for other in everyone), (
-            f"{what}: ranks differ in {name}"
-        )
+        assert is_same_on_ranks(full), f"{what}: ranks differ in {name}"
+
+
+def is_same_on_ranks(full: torch.Tensor) -> bool:
+    everyone = [torch.empty_like(full) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, full)
+    return all(torch.equal(full, other) for other in everyone)
 
 
 def trained(make: Callable[[], Any], net: torch.nn.Module, steps: int = 6, **options: Any) -> Any:
@@ -172,84 +174,25 @@ def collectives(optimizer: TorchBridge) -> int:
     return sum(int(n) for line in found for n in re.findall(r": (\d+)", line))
 
 
-def _train(names: list[str], only: str = "", **options: Any) -> None:
-    for name in names:
-        make = TRAINED[name]
+def allowed_collectives(name: str, kind: str, limits: dict[str, int] = COLLECTIVES) -> int:
+    """How many a step of a chain may have on a kind of mesh."""
+    found = limits.get(name, 1)
+    return found + (4 if found and kind in ("HSDP", "TP+FSDP2") else 0)
+
+
+def eager() -> None:
+    for name, make in TRAINED.items():
         reference = model()
         trained(make, reference)
         for kind, net in layouts(dist.get_world_size()):
-            if only not in ("", kind):
-                continue
-            optimizer = trained(make, net, **options)
+            optimizer = trained(make, net)
             check_same(f"{name}, {kind}", net, reference)
-            allowed = COLLECTIVES.get(name, 1)
-            allowed += 4 if allowed and kind in ("HSDP", "TP+FSDP2") else 0
+            allowed = allowed_collectives(name, kind)
             assert collectives(optimizer) <= allowed, optimizer.explain(passes=True)
             for p in net.parameters():
                 for entry, value in optimizer.state[p].items():
                     alike = isinstance(p, DTensor) and value.shape == p.shape
                     assert isinstance(value, DTensor) == alike, (name, kind, entry)
-
-
-def eager() -> None:
-    _train(list(TRAINED))
-
-
-def compiled() -> None:
-    """Chains that communicate, on every kind of mesh of four ranks; others, and under DDP, on two."""
-    listed = COMPILED if dist.get_world_size() == 4 else COMPILED_BY_TWO
-    for kind, names in listed.items():
-        _train(names, only=kind, compile=True)
-
-
-def compiled_shortly() -> None:
-    for kind in ("FSDP2", "DDP"):
-        _train(["adamw", "clip_by_global_norm, adamw"], only=kind, compile=True)
-
-
-def rounded() -> None:
-    """bfloat16 weights with stochastic rounding: the random bits are those of one process.
-
-    Sums in another order move an update by some 1e-6 of itself, which is less than 1e-4 of the distance of two
-    bfloat16 numbers: so rarely an entry lies on the other side of its random bits, where it is rounded to the next.
-    """
-    ranks = dist.get_world_size()
-    lines = init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
-    square = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copy", "shard"))
-    ways: list[tuple[DeviceMesh, list[Any]]] = [
-        (lines, [Shard(0)]),
-        (square, [Replicate(), Shard(0)]),
-    ]
-    chains_ = {"sgd": lambda: optax.sgd(1e-3), **{name: CHAINS[name] for name in ("stam", "muon")}}
-    for name, make in chains_.items():
-        expected = _rounded(make, lambda x: x)
-        for mesh, way in ways:
-            found = _rounded(
-                make, functools.partial(distribute_tensor, device_mesh=mesh, placements=way)
-            )
-            check_same_on_ranks(f"{name}, {way}", found)
-            pairs = list(zip(found.values(), expected.values(), strict=True))
-            entries = sum(x.numel() for x, _ in pairs)
-            other = sum(int((x != y).sum()) for x, y in pairs)
-            assert other <= (0 if name == "sgd" else entries // 100), f"{name}, {way}: {other}"
-            for x, y in pairs:
-                torch.testing.assert_close(x, y, rtol=2 * 2**-7, atol=0)
-
-
-def _rounded(
-    make: Callable[[], Any], laid: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The parameters of the model in bfloat16, laid out, after six steps of gradients made by hand."""
-    net = model().to(torch.bfloat16)
-    params = {k: torch.nn.Parameter(laid(p.detach())) for k, p in net.named_parameters()}
-    torch.manual_seed(3)
-    optimizer = TorchBridge(make(), params.items(), rounding="stochastic")
-    for number in range(6):
-        generator = torch.Generator().manual_seed(number)
-        for p in params.values():
-            p.grad = laid(torch.randn(p.shape, generator=generator).to(torch.bfloat16))
-        optimizer.step()
-    return {name: whole(p) for name, p in params.items()}
 
 
 def exchanged() -> None:
@@ -258,7 +201,7 @@ def exchanged() -> None:
         reference, net = model(), model()
         expected = trained(CHAINS[name], reference, 3)
         optimizer = trained(CHAINS[name], net, 3)
-        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(net, mesh=mesh(dist.get_world_size()))
         optimizer.param_groups[0]["params"] = list(net.parameters())
         for number in range(3, 6):
             step(reference, expected, number)
@@ -286,7 +229,7 @@ def frozen() -> None:
 
 def refused() -> None:
     net = model()
-    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(net, mesh=mesh(dist.get_world_size()))
     try:
         TorchBridge(optax.adam(1e-2), net.named_parameters(), engine="xla")
     except NotImplementedError as error:
@@ -309,7 +252,7 @@ def in_jax() -> None:
     """`jax_state` sees whole tensors, and going on from it equals going on."""
     reference, net = model(), model()
     expected = trained(CHAINS["stam"], reference, 3)
-    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(net, mesh=mesh(dist.get_world_size()))
     optimizer = trained(CHAINS["stam"], net, 3)
     optimizer.load_jax_state(optimizer.jax_state())
     for number in range(3, 6):
@@ -322,7 +265,7 @@ def emptied() -> None:
     """Of an empty state torch makes one by a step with zero gradients, which changes no parameter."""
     for name in ("adamw", "stam", "muon"):
         net = model()
-        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(net, mesh=mesh(dist.get_world_size()))
         optimizer = trained(CHAINS[name], net, 2)
         before = [whole(p).clone() for p in net.parameters()]
         rate = optimizer.param_groups[0]["lr"]
@@ -338,7 +281,7 @@ def save() -> None:
     folder = Path(sys.argv[4]).with_name("checkpoint")
     for name in ("adamw", "stam", "muon"):
         net = model()
-        fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        fully_shard(net, mesh=mesh(dist.get_world_size()))
         optimizer = trained(CHAINS[name], net, 3)
         state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
         state_dict_saver.save(state, checkpoint_id=f"{folder}/{name}")
@@ -357,7 +300,7 @@ def load() -> None:
     for name in ("adamw", "stam", "muon"):
         net = model()
         if dist.get_world_size() > 1:
-            fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+            fully_shard(net, mesh=mesh(dist.get_world_size()))
         optimizer = TorchBridge(CHAINS[name](), net.named_parameters())
         state = {"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}
         state_dict_loader.load(state, checkpoint_id=f"{folder}/{name}")

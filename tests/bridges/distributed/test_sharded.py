@@ -7,16 +7,26 @@ from pathlib import Path
 
 import pytest
 
-TRAINED, PLACED = (Path(__file__).with_name(name) for name in ("ranks.py", "placed.py"))
+TRAINED, PLACED, MATRIX = (
+    Path(__file__).with_name(name) for name in ("ranks.py", "placed.py", "matrix.py")
+)
+PARTS = 13
+"""Of the matrix, each of a few chains: what one test runs."""
 
 
-def run(scenarios: str, ranks: int, folder: Path, script: Path = TRAINED) -> None:
-    """Starts the ranks, which go through the scenarios, and stops all of them where one fails."""
+def run(
+    scenarios: str, ranks: int, folder: Path, script: Path = TRAINED, *more: int, wait: int = 600
+) -> str:
+    """Starts the ranks, which go through the scenarios, and stops all of them where one fails.
+
+    Returns:
+      What the first printed.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     file = folder / f"ranks-{scenarios}"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), scenarios, str(rank), str(ranks), str(file)],
+            [sys.executable, str(script), scenarios, *map(str, (rank, ranks, file, *more))],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -25,7 +35,7 @@ def run(scenarios: str, ranks: int, folder: Path, script: Path = TRAINED) -> Non
         for rank in range(ranks)
     ]
     try:
-        printed = [process.communicate(timeout=600)[0] for process in processes]
+        printed = [process.communicate(timeout=wait)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -34,6 +44,7 @@ def run(scenarios: str, ranks: int, folder: Path, script: Path = TRAINED) -> Non
     # The others fail because one did: its own error is the one that is no lost connection.
     failed.sort(key=lambda text: "Connection closed" in text)
     assert not failed, failed[0][-3000:]
+    return printed[0]
 
 
 @pytest.mark.slow
@@ -48,15 +59,25 @@ def test_two_ranks_go_on_when_parameters_are_exchanged(tmp_path):
 def test_training_is_as_on_one_process(tmp_path):
     """And what four ranks saved, two and one load."""
     run("eager,frozen,save", 4, tmp_path)
-    run("in_jax,refused,emptied,compiled_shortly,load", 2, tmp_path)
+    run("in_jax,refused,emptied,load", 2, tmp_path)
     run("load", 1, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_compiled_and_rounded_training_is_as_on_one_process(tmp_path):
-    run("compiled,rounded", 4, tmp_path)
-    run("compiled_by_two", 2, tmp_path)
+    run("diagonal", 4, tmp_path, MATRIX)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("how", ["eager", "compiled", "eager_rounded", "compiled_rounded"])
+def test_every_chain_is_on_every_mesh_as_on_one_process(how, ranks, part, tmp_path):
+    """The whole matrix: `-rP` shows every cell, with its error."""
+    printed = run(how, ranks, tmp_path, MATRIX, part, PARTS, wait=3000)
+    sys.stdout.write(printed)
+    assert printed.count("right | ") >= 5 * {2: 2, 4: 5}[ranks]
 
 
 @pytest.mark.slow
