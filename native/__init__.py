@@ -1,4 +1,4 @@
-"""The compiled kernel: COSMIC's tier update, block-quantised state, sums over tensors, and programs of scalars.
+"""The compiled kernel: COSMIC's tier update, block-quantised state, sums over tensors, scalars, elementwise programs.
 
     primitives   each call of the kernel as a JAX primitive, which chains bind and bridges read
     forms        what each computes, in JAX: the program where the kernel does not run

@@ -178,6 +178,42 @@ class ScalarProgram:
 def scalar_ops() -> list[str]:
     """The operations: torch's name and the type of the operands, f, i or b."""
 
+ELEMENT_PLACES: tuple[int, int, int]
+"""How many tensors, rooms and numbers a program of elements may have."""
+
+ElementPlace: TypeAlias = tuple[int, int]
+"""0, a tensor; 1, a room for a tile; 2, a number; and which of them."""
+
+class ElementProgram:
+    """Straight-line arithmetic element by element on float32 tensors (``include/chainrule/elements.hpp``).
+
+    Args:
+        steps: (operation, result, operands), with the names of `element_ops`.
+        rows: for each leaf its number of elements, its tensors among all, and the words that are its numbers.
+        words: of a `ScalarProgram`, which are read at every run.
+        tensors: how many there are.
+
+    Raises:
+        ValueError: an unknown operation, or an index out of its range.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[tuple[str, ElementPlace, Sequence[ElementPlace]]],
+        rows: Sequence[tuple[int, Sequence[int], Sequence[int]]],
+        words: NDArray[np.uint32],
+        tensors: int,
+    ) -> None: ...
+    def run(self, pointers: Sequence[int], threads: int = 1) -> None:
+        """Runs on the memory of the tensors, which the caller vouches for; results do not depend on `threads`.
+
+        Raises:
+            ValueError: another number of pointers, or of threads than 1 to 1024; nothing has been written.
+        """
+
+def element_ops() -> list[str]:
+    """The operations of `ElementProgram`."""
+
 class Launches:
     """Calls of one compiled function without a result, each with arguments of 64 bits.
 

@@ -13,6 +13,9 @@ void add_numpy_door(pybind11::module_& module);
 // Programs of scalars.
 void add_scalar_door(pybind11::module_& module);
 
+// Programs of elements.
+void add_element_door(pybind11::module_& module);
+
 // Calls of one compiled function for many leaves.
 void add_launch_door(pybind11::module_& module);
 

@@ -19,6 +19,7 @@ PYBIND11_MODULE(_kernel, m) {
   });
   chainrule::add_numpy_door(m);
   chainrule::add_scalar_door(m);
+  chainrule::add_element_door(m);
   chainrule::add_launch_door(m);
   chainrule::add_loop_door(m);
   chainrule::add_code_door(m);

@@ -14,6 +14,7 @@ import torch
 
 from chainrule import TorchBridge
 from chainrule.bridges.export import export
+from chainrule.bridges.lowering.backends import foreach
 from chainrule.bridges.lowering.passes import take_kernel_moves
 from chainrule.bridges.lowering.rules import kernel
 
@@ -25,9 +26,10 @@ _number = itertools.count()
 
 
 def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bridge computes what a file can: sums of the kernel add in another order."""
+    """The bridge computes what a file can: the kernel's sums add in another order, and torch contracts products."""
     monkeypatch.setattr(kernel, "runs_in_kernel", lambda eqn, target: False)
-    monkeypatch.setattr(take_kernel_moves, "_kernel", None)
+    for module in (take_kernel_moves, foreach):
+        monkeypatch.setattr(module, "_kernel", None)
 
 
 def load(path: Path) -> ModuleType:

@@ -10,7 +10,7 @@ operation stands in `op_info.py`.
 3. `take_kernel_moves`: what the kernel does in place is taken out of the graph;
 4. the passes of a backend:
    - *scalars* (`backends/scalar_program.py`), where nothing but scalars is left beside the kernel: none;
-   - *eager* (`backends/foreach.py`): `fuse`, `rematerialise` on a CPU, `partition`;
+   - *eager* (`backends/foreach.py`): `scalarise` with the kernel, `fuse`, `rematerialise` on a CPU, `partition`;
    - *compiled* (`backends/inductor.py`): `scalarise`, `reciprocals`, `rematerialise_compiled`, `partition`,
      `overwrite`;
 5. the backend turns pieces into calls, and the `Executor` runs them.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from chainrule.bridges.lowering.backends.foreach import foreach_calls
+from chainrule.bridges.lowering.backends.foreach import foreach_calls, in_kernel
 from chainrule.bridges.lowering.backends.kernel import KernelCall
 from chainrule.bridges.lowering.backends.scalar_program import only_scalars, scalar_calls
 from chainrule.bridges.lowering.executor import Emitted, Executor, Registers
@@ -69,7 +69,8 @@ def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]
         return (*passes, partition, overwrite), inductor_calls
     # On a device a pass over memory costs less than a launch.
     carried = (rematerialise,) if program.on_cpu else ()
-    return (fuse, copy_constants, *carried, partition), foreach_calls
+    entries = (scalarise,) if in_kernel(program) else ()
+    return (*entries, fuse, copy_constants, *carried, partition), foreach_calls
 
 
 def run(passes: Sequence[Pass], program: StepProgram) -> StepProgram:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from chainrule import TorchBridge, chains
+from chainrule.native import _kernel
 
 # Of 36 MiB: memory of up to 32 MiB the C library may have kept from before, and a temporary there would not be seen.
 SHAPES = 3 * [(3072, 3072), (3072,)]
@@ -59,6 +60,14 @@ def test_a_compiled_step_needs_five_percent_of_the_parameters(name: str) -> None
     params = parameters()
     size = sum(p.nbytes for p in params)
     assert peak_of_a_step(TorchBridge(CHAINS[name](), params, compile=True)) <= 0.05 * size
+
+
+@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+@pytest.mark.parametrize("name", ["optax.adamw", "stam"])
+def test_an_eager_step_in_the_kernel_needs_five_percent_of_the_parameters(name: str) -> None:
+    params = parameters()
+    size = sum(p.nbytes for p in params)
+    assert peak_of_a_step(TorchBridge(CHAINS[name](), params)) <= 0.05 * size
 
 
 def test_the_measure_sees_a_temporary() -> None:

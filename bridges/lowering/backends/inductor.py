@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.backends.calls import CompiledCall, Launched, PlainCall, Unbind
+from chainrule.bridges.lowering.backends.calls import CompiledCall, Launched, PlainCall
 from chainrule.bridges.lowering.backends.coded import Tiles, fits_tiles, whole_calls
 from chainrule.bridges.lowering.backends.compile import compile_piece, lengths_for
 from chainrule.bridges.lowering.backends.reduced import Reduced, entries_of, vector_for
+from chainrule.bridges.lowering.backends.unbind import Unbind
 from chainrule.bridges.lowering.executor import Call, Emitted, Registers, Together
 from chainrule.bridges.lowering.nodes import args_of, value_of
 from chainrule.bridges.lowering.passes.coded import Coded, is_coded, take_apart

@@ -235,20 +235,28 @@ class Plan:
         return run, [self.registers[x] for x in given], [self._view(x, words) for x in scalars]
 
     def _view(self, node: fx.Node, words: np.ndarray) -> Tensor:
-        """The memory of a word as a scalar of torch."""
-        type_ = type_of(node)
-        assert type_ is not None  # it has a word
-        view = torch.from_numpy(words.view(_VIEWS[type_]))
-        word = self._word[node]
-        if type_ == "b":  # the lowest byte
-            return view[4 * word + (0 if sys.byteorder == "little" else 3)]
-        return view[word]
+        return view_of(self._word[node], node, words)
+
+
+def view_of(word: int, node: fx.Node, words: np.ndarray) -> Tensor:
+    """The memory of a word as the scalar of torch that a node is."""
+    type_ = type_of(node)
+    assert type_ is not None  # it has a word
+    view = torch.from_numpy(words.view(_VIEWS[type_]))
+    if type_ == "b":  # the lowest byte
+        return view[4 * word + (0 if sys.byteorder == "little" else 3)]
+    return view[word]
+
+
+def entry(node: fx.Node) -> tuple[fx.Node, int]:
+    """What holds a scalar: the vector that it is taken out of, and which entry it is there, or itself."""
+    if node.target is operator.getitem and first_arg(node).target is ops.unbind:
+        return first_arg(first_arg(node)), args_of(node)[1]
+    return node, 0
 
 
 def _element(node: fx.Node) -> tuple[fx.Node, int]:
-    """A scalar that torch makes as an element of a tensor."""
-    if node.target is operator.getitem and first_arg(node).target is ops.unbind:
-        return first_arg(first_arg(node)), args_of(node)[1]
+    """A scalar that torch makes as an element of a tensor: that, and which of its elements."""
     if node.target is torch.reshape and value_of(first_arg(node)).numel() == 1:
         return first_arg(node), 0
-    return node, 0
+    return entry(node)

@@ -8,8 +8,7 @@ from torch import fx
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.nodes import args_of, first_arg, is_array, value_of
 from chainrule.bridges.lowering.op_info import info
-from chainrule.bridges.lowering.passes.partition import Piece
-from chainrule.bridges.lowering.passes.signature import flat_shape, signature
+from chainrule.bridges.lowering.passes.partition import Piece, piece_of, read_by
 
 
 class Coded(NamedTuple):
@@ -66,8 +65,7 @@ def take_apart(piece: Piece) -> Coded:
     updated = {piece.outputs[i]: old for i, old in piece.updates}
     coded = {*decoded, *encoded, *(user for n in encoded for user in n.users)}
     nodes = [n for n in piece.nodes if n not in coded]
-    inside = {*nodes}
-    inputs = tuple(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    inputs = read_by(nodes)
     wanted = {*piece.outputs, *map(first_arg, encoded)}
     outputs = tuple(n for n in nodes if n in wanted)
     read = {*map(first_arg, encoded)}  # after what is computed
@@ -84,9 +82,7 @@ def take_apart(piece: Piece) -> Coded:
         if i not in taken and value_of(new).shape == value_of(old).shape:
             updates.append((i, old))
             taken.add(i)
-    shape = flat_shape(nodes, inputs)
-    kind = signature(nodes, inputs, outputs, updates, shape)
-    inner = Piece(tuple(nodes), inputs, outputs, tuple(updates), shape is not None, kind)
+    inner = piece_of(nodes, inputs, outputs, updates)
     return Coded(
         inner, decoded, encoded, {n: old for n, old in updated.items() if n in coded}, piece.outputs
     )

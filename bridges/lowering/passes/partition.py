@@ -215,7 +215,7 @@ def _piece(
     def is_last(user: fx.Node) -> bool:
         return user in inside or stage_of.get(user, stage) < stage
 
-    inputs = tuple(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+    inputs = read_by(nodes)
     outputs = tuple(n for n in nodes if n in old_of or any(u not in inside for u in n.users))
     updates = []
     for i, node in enumerate(outputs):
@@ -225,6 +225,22 @@ def _piece(
         now, before = value_of(node), value_of(old)
         if (now.shape, now.dtype) == (before.shape, before.dtype):
             updates.append((i, old))
+    return piece_of(nodes, inputs, outputs, updates)
+
+
+def read_by(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """What nodes read that is not among them, in order of first use."""
+    inside = set(nodes)
+    return tuple(dict.fromkeys(s for n in nodes for s in n.all_input_nodes if s not in inside))
+
+
+def piece_of(
+    nodes: Sequence[fx.Node],
+    inputs: tuple[fx.Node, ...],
+    outputs: tuple[fx.Node, ...],
+    updates: Sequence[tuple[int, fx.Node]],
+) -> Piece:
+    """A piece, with what follows from its nodes."""
     shape = flat_shape(nodes, inputs)
     kind = signature(nodes, inputs, outputs, updates, shape)
     return Piece(tuple(nodes), inputs, outputs, tuple(updates), shape is not None, kind)

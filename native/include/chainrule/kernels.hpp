@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chainrule/coding.hpp"
+#include "chainrule/elements.hpp"
 #include "chainrule/quant4.hpp"
 #include "chainrule/sums.hpp"
 #include "chainrule/tier_update.hpp"
@@ -23,6 +24,7 @@ struct Kernels {
   void (*dequantize)(const Requantize&, std::int64_t begin, std::int64_t end);
   void (*decode_values)(const Coding&, std::int64_t begin, std::int64_t n, float* x);
   void (*encode_values)(const Coding&, std::int64_t begin, std::int64_t n, const float* x);
+  const ElementOp* element_ops;  // `kElementOps` of them, the same on every instruction set
 };
 
 // All that were compiled and that this processor runs, the widest first; the last is the baseline.

@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bounds
 from chainrule import TorchBridge, chains
 from chainrule.bridges.lowering import lower, to_torch
-from chainrule.bridges.lowering.backends import parts
+from chainrule.bridges.lowering.backends import foreach, parts
 from chainrule.bridges.lowering.nodes import value_of
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.partition import by_kind, partition
 from chainrule.bridges.lowering.passes.rematerialise import rematerialise
 from chainrule.bridges.lowering.pipeline import make_step, run
 from chainrule.bridges.lowering.step_program import StepProgram
+from chainrule.native import _kernel
 
 SHAPES = {"bias": (3,), "kernel": (4, 3), "scale": (), "twin": (4, 3)}
 CASES = {
@@ -63,14 +64,61 @@ def assert_same_steps(make, **options):
         torch.testing.assert_close(a, b, rtol=0, atol=bounds.stepped(3) * size)
 
 
+@pytest.fixture
+def torch_alone(monkeypatch):
+    """The compiled kernel has no part."""
+    monkeypatch.setattr(foreach, "_kernel", None)
+
+
 @pytest.mark.parametrize("part", [1 << 18, 5, 1])
 @pytest.mark.parametrize("name", CASES)
-def test_batched_over_leaves(name, part, monkeypatch):
+def test_batched_over_leaves(name, part, torch_alone, monkeypatch):
     monkeypatch.setattr(parts, "PART", part)
     assert_same_steps(CASES[name])
 
 
-def test_parts_make_what_another_piece_reads(monkeypatch):
+@pytest.mark.parametrize("name", [*CASES, "magma", "amsgrad", "rprop"])
+def test_in_the_kernel(name):
+    others = {
+        "magma": lambda: chains.magma(optax.adamw(1e-2)),
+        "amsgrad": lambda: optax.amsgrad(1e-2),
+        "rprop": lambda: optax.rprop(1e-2),
+    }
+    assert_same_steps({**CASES, **others}[name])
+
+
+def test_numbers_in_the_program_are_told_apart():
+    """A literal from an input, whatever the input's position, from other literals, and 0 from -0."""
+    x, k = jax.ShapeDtypeStruct((5,), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+
+    def step(x, k, y):
+        zeros = jnp.where(y > 0, 0.0, -0.0)
+        return (x * k + 1.0) / 2.0, k, 1.0 / zeros
+
+    inputs = [torch.ones(5), torch.tensor(8.0), torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0])]
+    make_step(lower(step, x, k, x), (0, 1, 2))(inputs)
+    inf = float("inf")
+    assert inputs[0].tolist() == [4.5] * 5 and inputs[2].tolist() == [inf, -inf, inf, -inf, inf]
+
+
+@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+@pytest.mark.parametrize("name", ["stam", "magma"])
+def test_the_calls_of_torch_are_as_many_for_any_number_of_leaves(name, monkeypatch):
+    makes = {**CASES, "magma": lambda: chains.magma(optax.adamw(1e-2))}
+    made = []
+    for leaves in (9, 20):
+        monkeypatch.setattr(
+            sys.modules[__name__], "SHAPES", {f"{i}": (4, 3) for i in range(leaves)}
+        )
+        lowered, targets, inputs = program(makes[name])
+        step = make_step(lowered, targets).ready()
+        with Calls(every=True) as calls:
+            step(inputs)
+        made.append(len(calls.names))
+    assert made[0] == made[1]
+
+
+def test_parts_make_what_another_piece_reads(torch_alone, monkeypatch):
     monkeypatch.setattr(parts, "PART", 4)
     aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
 
@@ -85,7 +133,7 @@ def test_parts_make_what_another_piece_reads(monkeypatch):
         torch.testing.assert_close(got, want, **bounds.of_normals())
 
 
-def test_a_tensor_of_one_element_is_broadcast_to_all_parts(monkeypatch):
+def test_a_tensor_of_one_element_is_broadcast_to_all_parts(torch_alone, monkeypatch):
     monkeypatch.setattr(parts, "PART", 5)
     aval, one = jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((1, 1), jnp.float32)
     lowered = lower(lambda f, x, g: (f * 2, x - g * f, g + 1), one, aval, aval)
@@ -96,7 +144,7 @@ def test_a_tensor_of_one_element_is_broadcast_to_all_parts(monkeypatch):
         torch.testing.assert_close(got, want, **bounds.of_normals())
 
 
-def test_zeros_for_what_is_not_finite_are_one_pass():
+def test_zeros_for_what_is_not_finite_are_one_pass(torch_alone):
     aval = jax.ShapeDtypeStruct((5,), jnp.float32)
     lowered = lower(lambda g, _: (g, jnp.where(jnp.isfinite(g), g, 0.0)), aval, aval)
     step = make_step(lowered, (0, 1)).ready()
@@ -120,10 +168,13 @@ def with_gaps():
     return torch.randn(3, 8)[:, ::2]
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("first", [as_given, transposed, with_gaps])
 @pytest.mark.parametrize("second", [as_given, transposed, with_gaps])
-def test_parts_of_tensors_of_any_strides(first, second, monkeypatch):
+def test_tensors_of_any_strides(first, second, kernel, monkeypatch):
     monkeypatch.setattr(parts, "PART", 5)
+    if not kernel:
+        monkeypatch.setattr(foreach, "_kernel", None)
     aval = jax.ShapeDtypeStruct((3, 4), jnp.float32)
     # a * b - 1 is carried to a piece that is not elementwise.
     lowered = lower(lambda a, b: (a + 2 * b, jnp.sort(a * b - 1, axis=0)), aval, aval)
@@ -156,15 +207,16 @@ def test_compiled_with_tensors_of_any_strides():
 
 
 class Calls(TorchDispatchMode):
-    """The batched operations that run inside."""
+    """The batched operations that run inside, or every one."""
 
-    def __init__(self):
+    def __init__(self, every=False):
         super().__init__()
+        self.every = every
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name.startswith("_foreach") and name != "_foreach_copy_":
+        if self.every or (name.startswith("_foreach") and name != "_foreach_copy_"):
             self.names.append(name.removeprefix("_foreach_"))
         return func(*args, **(kwargs or {}))
 
@@ -174,7 +226,7 @@ TORCH_ADAMW = ["lerp_", "mul_", "addcmul_", "div", "sqrt_", "add_", "mul_", "add
 
 
 @pytest.mark.parametrize("make", [lambda: optax.adamw(1e-3), lambda: chains.adam(1e-3, eps=1e-8)])
-def test_adamw_makes_the_passes_of_torch(make):
+def test_adamw_makes_the_passes_of_torch(make, torch_alone):
     params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
     for p in params:
         p.grad = torch.ones_like(p)
