@@ -1,6 +1,6 @@
 """The training loops of others drive `TorchBridge`, its classes and `TorchWrap`: they run and resume.
 
-transformers, Lightning and its command line, Accelerate; timm where it is installed.
+transformers, Lightning and its command line, Accelerate, paths in configurations; timm where it is installed.
 """
 
 import functools
@@ -498,16 +498,67 @@ def test_accelerate_prepares_links_around_an_optimizer(tmp_path: Path) -> None:
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
+def _stepped(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), torch.arange(8) % 3).backward()
+        optimizer.step()
+
+
+def _runs_and_resumes(make: Callable[[nn.Module], torch.optim.Optimizer], path: Path) -> None:
+    """Eight steps are four steps, a file, and four more."""
+
+    def started() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        return net, make(net)
+
+    whole, optimizer = started()
+    _stepped(whole, optimizer, range(8))
+    net, optimizer = started()
+    _stepped(net, optimizer, range(4))
+    torch.save((net.state_dict(), optimizer.state_dict()), path)
+    net, optimizer = started()
+    for each, saved in zip((net, optimizer), torch.load(path), strict=True):
+        each.load_state_dict(saved)
+    _stepped(net, optimizer, range(4, 8))
+    torch.testing.assert_close(weights(net), weights(whole), rtol=0, atol=0)
+
+
 @_needs("timm")
 @_needs("torchvision")
 @pytest.mark.parametrize("name", NAMED)
-def test_timm_creates_a_class_by_name(name: str) -> None:
+def test_timm_creates_a_class_by_name_and_resumes(tmp_path: Path, name: str) -> None:
     torch_optimizers.register_timm()
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    optimizer = importlib.import_module("timm.optim").create_optimizer_v2(
-        net, f"chainrule-{name.lower()}", lr=0.01, weight_decay=0.1, **NAMED[name]
-    )
-    assert type(optimizer) is getattr(torch_optimizers, name)
-    assert sorted(g["weight_decay"] for g in optimizer.param_groups) == [0.0, 0.1]
-    nn.functional.cross_entropy(net(torch.ones(2, 6)), torch.tensor([0, 1])).backward()
-    optimizer.step()
+    create = importlib.import_module("timm.optim").create_optimizer_v2
+
+    def make(net: nn.Module) -> torch.optim.Optimizer:
+        opt = f"chainrule-{name.lower()}"
+        optimizer = create(net, opt, lr=0.01, weight_decay=0.1, **NAMED[name])
+        assert type(optimizer) is getattr(torch_optimizers, name)
+        assert sorted(g["weight_decay"] for g in optimizer.param_groups) == [0.0, 0.1]
+        return optimizer
+
+    _runs_and_resumes(make, tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_component_of_a_configuration_is_found_by_its_path_and_resumes(
+    tmp_path: Path, name: str
+) -> None:
+    """As torchtune does: it looks `_component_` up part by part, and calls it with the parameters and the other keys."""
+    yaml = pytest.importorskip("yaml")
+    path = tmp_path / "config.yaml"
+    node = {"_component_": f"chainrule.torch_optimizers.{name}", "lr": 0.01, **NAMED[name]}
+    path.write_text(json.dumps({"optimizer": node}))
+
+    def make(net: nn.Module) -> torch.optim.Optimizer:
+        arguments = yaml.safe_load(path.read_text())["optimizer"]
+        package, *rest = arguments.pop("_component_").split(".")
+        found = importlib.import_module(package)
+        for part in rest:
+            found = getattr(found, part)
+        return found(net.parameters(), **arguments)
+
+    _runs_and_resumes(make, tmp_path / "checkpoint.pt")
