@@ -136,14 +136,25 @@ def _rank(value: Value) -> int:
 
 
 def _sink(order: Sequence[Value]) -> None:
-    """What was copied to be computed again in a later stage is computed there."""
+    """What was copied to be computed again in a later stage is computed there, and so is what a parameter makes of
+    shared numbers alone: beside sums, it would keep a function from taking tensors in parts."""
     users: dict[int, list[Value]] = {}
+    of_shared: set[int] = set()
     for value in order:
-        for source in sources(value):
+        given = sources(value)
+        for source in given:
             users.setdefault(id(source), []).append(value)
+        if (
+            value.kind is not None
+            and given
+            and all(x.kind is None or id(x) in of_shared for x in given)
+        ):
+            of_shared.add(id(value))
     for value in reversed(order):
-        if value.kind is not None and "rank" in value.node.meta:
-            reading = [u.rank for u in users.get(id(value), ()) if u.kind is not None]
+        own = users.get(id(value), ())
+        moves = id(value) in of_shared and all(u.kind is not None for u in own)
+        if value.kind is not None and ("rank" in value.node.meta or moves):
+            reading = [u.rank for u in own if u.kind is not None]
             value.rank = max(value.rank, min(reading, default=value.rank))
 
 

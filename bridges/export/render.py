@@ -76,12 +76,15 @@ def takes_numbers(value: Value) -> bool:
                 return False
             continue
         own = value_of(arg.node)
-        if own.dtype != result.dtype or (own.ndim == 0 and not _is_number(key, batched)):
+        scalar = own.ndim == 0
+        if own.dtype != result.dtype or (scalar and not _is_number(key, batched, value.kwargs)):
             return False
     return True
 
 
-def _is_number(key: int | str, batched: Any) -> bool:
+def _is_number(key: int | str, batched: Any, named: Any) -> bool:
+    if key == 1 and batched.shares and not named:
+        return True
     return key in (batched.number, "value", "alpha")
 
 

@@ -19,6 +19,7 @@ def simplify(graph: fx.Graph) -> None:
     """No-op arithmetic and dead code gone, common subexpressions once."""
     drop_noops(graph)
     merge_common(graph)
+    drop_signs(graph)
     round_products(graph)
     unbind_vectors(graph)
     drop_dead(graph)
@@ -55,6 +56,17 @@ def merge_common(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def drop_signs(graph: fx.Graph) -> None:
+    """The square of a real magnitude is that of the number."""
+    for node in graph.find_nodes(op="call_function", target=torch.mul):
+        x, y = args_of(node)
+        if x is y and isinstance(x, fx.Node) and x.target is torch.abs:
+            signed = args_of(x)[0]
+            aval = signed.meta.get("aval")
+            if aval is not None and aval.dtype.kind != "c":
+                node.args = (signed, signed)
 
 
 def round_products(graph: fx.Graph) -> None:
