@@ -547,7 +547,7 @@ def test_timm_creates_a_class_by_name_and_resumes(tmp_path: Path, name: str) -> 
 def test_a_component_of_a_configuration_is_found_by_its_path_and_resumes(
     tmp_path: Path, name: str
 ) -> None:
-    """As torchtune does: it looks `_component_` up part by part, and calls it with the parameters and the other keys."""
+    """As torchtune does: it looks `_component_` up part by part, and calls it with the other keys."""
     yaml = pytest.importorskip("yaml")
     path = tmp_path / "config.yaml"
     node = {"_component_": f"chainrule.torch_optimizers.{name}", "lr": 0.01, **NAMED[name]}
