@@ -3,13 +3,15 @@
     python benchmarks/speed/export_step.py                                       # every chain
     python benchmarks/speed/export_step.py stam --lists small --rounds 5         # some of it
 
-A file has no compiled kernel; the bridge has it, as users have it. Contenders take turns in one process on the same
-gradients; a ratio is the median over rounds of the file's time over the bridge's in the same round. Muon is timed on
-matrices: a file knows no embedding by its name.
+A file has no compiled kernel; the bridge has it, as users have it. Another process writes the file, since what tracing
+leaves behind in the C library's memory makes temporaries cost page faults. Contenders take turns in one process on the
+same gradients; a ratio is the median over rounds of the file's time over the bridge's in the same round. Muon is timed
+on matrices: a file knows no embedding by its name.
 """
 
 import argparse
 import importlib.util
+import multiprocessing
 import sys
 import tempfile
 import warnings
@@ -36,11 +38,18 @@ CHAINS: dict[str, Callable[[], Any]] = {
 }
 
 
-def exported(chain: Any, folder: Path, name: str) -> Any:
-    """The class of a chain's file."""
+def write(name: str, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Muon's file goes by shape alone
-        path = export(chain, [torch.float32], folder / f"{name}.py", "Exported")
+        export(CHAINS[name](), [torch.float32], path, "Exported")
+
+
+def exported(folder: Path, name: str) -> Any:
+    """The class of a chain's file."""
+    path = folder / f"{name}.py"
+    writer = multiprocessing.get_context("spawn").Process(target=write, args=(name, path))
+    writer.start()
+    writer.join()
     spec = importlib.util.spec_from_file_location(f"exported_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -78,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.chains or CHAINS:
-            cls = exported(CHAINS[name](), Path(folder), name)
+            cls = exported(Path(folder), name)
             for listed in ["matrices"] if name == "muon" else args.lists:
                 inner = 20 if listed == "small" else 1
                 ours = contenders(name, cls, args.modes)

@@ -374,7 +374,10 @@ for _table, _what in BENCHES.items():
 
 def _failed(command: str, reason: object, status: int = 2) -> typer.Exit:
     """Says in a line why `command` did nothing."""
-    typer.echo(f"chainrule {command}: {reason}", err=True)
+    said = str(reason).removeprefix(
+        f"{command}: "
+    )  # a function of the command's name says it itself
+    typer.echo(f"chainrule {command}: {said}", err=True)
     return typer.Exit(status)
 
 

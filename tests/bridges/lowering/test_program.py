@@ -108,6 +108,17 @@ def test_a_wide_product_that_is_rounded_is_one_product_in_half_precision() -> No
     assert torch.all((once(x, y)[0] - exact).abs() <= rounded)
 
 
+def test_the_square_of_a_magnitude_is_that_of_the_number_unless_it_is_complex() -> None:
+    def f(x: Any) -> Any:
+        return jnp.abs(x) * jnp.abs(x)
+
+    assert targets(lower(f, struct(3))) == [torch.mul]
+    assert torch.abs in targets(lower(f, struct(3, dtype=jnp.complex64)))
+    x = torch.tensor([-2.0, 0.0, -torch.inf, torch.nan])
+    (found,) = lower(f, struct(4))(x)
+    torch.testing.assert_close(found, x.abs() ** 2, rtol=0, atol=0, equal_nan=True)
+
+
 def test_passthrough_and_outputs_of_their_own() -> None:
     def fn(x: Any, y: Any) -> Any:
         z = x + y
