@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 import torch
 
-from chainrule import TorchBridge, chains, metrics
+from chainrule import TorchBridge, callbacks, chains, metrics
 from chainrule.callbacks import MetricsLogger, TensorBoardLogger, WandbLogger, scalars
 
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
@@ -210,3 +211,16 @@ def test_transformers():
         state = transformers.TrainerState(global_step=step)
         callback.on_step_end(None, state, None, optimizer=optimizer)
     assert [step for step, _ in written] == [2] and "chainrule/b1/mean" in written[0][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("LightningMetrics", "lightning"), ("TransformersMetrics", "transformers")],
+)
+def test_a_trainer_that_is_not_there_is_named_with_what_installs_it(name, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)  # what Python takes for not there
+    monkeypatch.delitem(sys.modules, f"chainrule.callbacks.{library}", raising=False)
+    with pytest.raises(
+        ModuleNotFoundError, match=r'install it with: pip install "chainrule\[clients\]"'
+    ):
+        getattr(callbacks, name)

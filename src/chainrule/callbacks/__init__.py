@@ -3,6 +3,7 @@
 Between two of those steps nothing is read from the device, and at one of them all values come in one transfer.
 """
 
+import importlib
 import importlib.util
 import math
 import os
@@ -28,16 +29,23 @@ __all__ = [
 ]
 
 
+_HOMES = {"LightningMetrics": "lightning", "TransformersMetrics": "transformers"}
+"""What is imported when it is asked for -> the library that it needs, and its file here."""
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LightningMetrics":
-        from chainrule.callbacks.lightning import LightningMetrics
-
-        return LightningMetrics
-    if name == "TransformersMetrics":
-        from chainrule.callbacks.transformers import TransformersMetrics
-
-        return TransformersMetrics
-    raise AttributeError(f"module 'chainrule.callbacks' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'chainrule.callbacks' has no attribute {name!r}")
+    try:
+        home = importlib.import_module(f"chainrule.callbacks.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != _HOMES[name]:
+            raise
+        raise ModuleNotFoundError(
+            f'chainrule.callbacks.{name} needs {error.name}; install it with: pip install "chainrule[clients]"',
+            name=error.name,
+        ) from error
+    return getattr(home, name)
 
 
 def scalars(source: Any, *, per_parameter: bool = False) -> dict[str, float]:
