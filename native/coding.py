@@ -62,18 +62,19 @@ def encode(
     x: jax.Array, held: Format, words: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The codes and scales of a tensor, to nearest; with `words`, 32 random bits for each entry, stochastically."""
-    rows = _in_blocks(up(x).reshape(-1).astype(jnp.float32), held.block)
-    peak = jnp.max(jnp.abs(rows), axis=1, initial=0)
+    flat = up(x).reshape(-1).astype(jnp.float32)
+    peak = jnp.max(jnp.abs(_in_blocks(flat, held.block)), axis=1, initial=0)
     # As a product, which is what XLA makes of a quotient by a constant, so that all agree.
     scale = peak * (np.float32(1) / np.float32(held.top))
     zero = np.float32(not held.logarithmic)
     scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, zero)
     scale = jnp.where(jnp.isfinite(peak), scale, jnp.nan)
     if words is not None:
-        words = _in_blocks(words.reshape(-1), held.block)
+        words = words.reshape(-1)
     code = _logarithmic if held.logarithmic else _linear
     divisor = jnp.where(scale == 0, 1, scale)  # of a logarithmic block of zeros
-    codes = code(rows / divisor[:, None], held, words).reshape(-1)[: x.size]
+    # Without the zeros that fill up the last block: Inductor's vectors that hold some of both make all codes of zeros.
+    codes = code(flat / spread(divisor, x.size, held.block), held, words)
     if held.bits == 8:
         return codes, scale
     pairs = (jnp.pad(codes, (0, 1)) if x.size % 2 else codes).reshape(-1, 2)
@@ -112,5 +113,4 @@ def decode(codes: jax.Array, scale: jax.Array, shape: tuple[int, ...], held: For
         values = jax.lax.bitcast_convert_type(digits, jnp.float32)
     else:
         values = codes.astype(jnp.float32) - np.float32(held.top + 1)
-    values = _in_blocks(values, held.block) * scale[:, None]
-    return values.reshape(-1)[:size].reshape(shape)
+    return (values * spread(scale, size, held.block)).reshape(shape)

@@ -13,6 +13,7 @@ from chainrule import TorchBridge
 from chainrule import transforms as ct
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends import parts
+from chainrule.bridges.lowering.rules import kernel
 from chainrule.native import _kernel, coding, primitives
 
 pytestmark = pytest.mark.skipif(
@@ -142,3 +143,19 @@ def test_the_kernel_and_xla_make_the_same_codes(size, block, bits, logarithmic, 
     np.testing.assert_array_equal(scales, own_scales)
     (back,) = primitives.decode.bind(codes, scales, shape=x.shape, held=held, kernel="auto")
     np.testing.assert_array_equal(back, ops.decode(own_codes, own_scales, x.shape, held))
+
+
+def test_compiled_codes_without_the_kernel_are_the_eager_ones(monkeypatch):
+    """As on shards. The last block has fewer entries than a vector register: they were coded as zeros."""
+    monkeypatch.setattr(kernel, "CODES", {})
+    found = []
+    for compile in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.zeros(6, 12))
+        p.grad = torch.randn(6, 12, generator=generator)
+        chain = optax.chain(ct.quantized_state(optax.trace(0.9), 8, 32), optax.scale(-1e-2))
+        optimizer = TorchBridge(chain, [p], compile=compile)
+        optimizer.step()
+        found.append([x for k, x in optimizer.state[p].items() if k.endswith("codes")])
+    (eager,), (compiled,) = found
+    assert torch.equal(compiled, eager) and len(set(eager[64:].tolist())) > 1
