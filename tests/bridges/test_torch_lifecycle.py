@@ -15,13 +15,17 @@ import torch
 from torch import nn
 
 import bounds
-from chainrule import TorchBridge, chains
-from chainrule.transforms import TierPolicy, tiered_state
+from chainrule import TorchBridge, chain, chains
+from chainrule.transforms import TierPolicy, quantized_state, scale_by_adam, tiered_state
 
 
 def model(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return nn.Linear(3, 2)
+
+
+def in_codes(rate: float) -> Any:
+    return chain(quantized_state(scale_by_adam(), 8, 2), optax.scale(-rate))
 
 
 def step(bridge: TorchBridge, seed: int = 0) -> None:
@@ -277,6 +281,8 @@ def test_parameters_that_were_left_behind_on_meta() -> None:
         (chains.stam, {"engine": "xla"}),
         (chains.cosmic, {}),
         (chains.muon, {"rounding": "stochastic"}),
+        (in_codes, {}),
+        pytest.param(in_codes, {"compile": True}, marks=pytest.mark.slow),
     ],
 )
 def test_the_default_device_is_nothing_to_a_bridge(make: Any, options: dict[str, Any]) -> None:

@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chainrule import TorchBridge, chains
+from chainrule.bridges.lowering.backends.elements import Elements
 from chainrule.bridges.lowering.backends.kernel import KernelCall
 from chainrule.native import _kernel
 from chainrule.transforms import TierPolicy
+from exported import without_kernel
 
 TORN = r"an earlier step was interrupted while it wrote.*load a checkpoint"
 
@@ -62,7 +64,16 @@ class InterruptAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_that_is_interrupted_anywhere_is_whole_or_refuses_to_go_on() -> None:
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_a_step_that_is_interrupted_anywhere_is_whole_or_refuses_to_go_on(
+    in_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each operation of torch; where the kernel does what they do, before each of its calls."""
+    if in_kernel:
+        run = Elements.__call__
+        monkeypatch.setattr(Elements, "__call__", lambda *args: (torch.empty(0), run(*args)))
+    else:
+        without_kernel(monkeypatch)
     params = parameters()
     groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1}]
     bridge = TorchBridge(chains.adam(0.01), groups)

@@ -65,7 +65,7 @@ class Codes:
 
     def allocate(self, memory: list[Any]) -> None:
         for register, length, dtype in self._new:
-            memory[register] = torch.empty((length,), dtype=dtype)
+            memory[register] = torch.empty((length,), dtype=dtype, device="cpu")
 
 
 class Decode:
@@ -79,7 +79,7 @@ class Decode:
 
     def __call__(self, memory: list[Any]) -> None:
         for register, shape, (codes, scales), form in self._given:
-            memory[register] = x = torch.empty(shape, dtype=torch.float32)
+            memory[register] = x = torch.empty(shape, dtype=torch.float32, device="cpu")
             decode_part(x, memory[codes], memory[scales], form, x.numel(), 0)
 
 
@@ -190,7 +190,7 @@ class Tiles:
         for codes in self._codes:
             codes.allocate(memory)
         for register, like in self._new:
-            memory[register] = torch.empty(like.shape, dtype=like.dtype)
+            memory[register] = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         given = [memory[register] for register in self._tensors]
         ready = [x.contiguous() for x in given]
         threads = max(1, min(torch.get_num_threads(), self._work // _A_THREADS_WORK))

@@ -62,7 +62,7 @@ class _CodedBatch(Batch):
             return False
         self._codes[i].allocate(memory)
         made = self._made(i, memory)
-        room = [torch.empty(min(parts.PART, piece.size)) for _ in piece.decoded]
+        room = [torch.empty(min(parts.PART, piece.size), device="cpu") for _ in piece.decoded]
         for number, part in enumerate(cut):
             begin = number * parts.PART
             own = [x[: piece.size - begin] for x in room]
@@ -80,7 +80,9 @@ class _CodedBatch(Batch):
                 memory[column[i]] = memory[old]
             elif node in self._pieces[i].outputs:
                 like = value_of(node)
-                made[node] = memory[column[i]] = torch.empty(like.shape, dtype=like.dtype)
+                made[node] = memory[column[i]] = torch.empty(
+                    like.shape, dtype=like.dtype, device="cpu"
+                )
         return made
 
     def _part(

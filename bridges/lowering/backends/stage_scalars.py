@@ -130,7 +130,7 @@ class StageScalars:
             if not all(map(self._is_there, entries)):
                 continue
             fake = value_of(node)
-            vector = torch.empty(fake.shape, dtype=fake.dtype)
+            vector = torch.empty(fake.shape, dtype=fake.dtype, device="cpu")
             registers.bring(registers[node], vector)
             size = vector.element_size()
             self._stores += [

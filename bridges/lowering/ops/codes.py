@@ -18,15 +18,15 @@ def kernel_format(held: Format) -> Any:
 
 def decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], held: Format) -> Tensor:
     """The float32 tensor that codes and scales stand for."""
-    x = torch.empty(shape, dtype=torch.float32)
+    x = torch.empty(shape, dtype=torch.float32, device="cpu")
     decode_part(x, codes, scales, held, x.numel(), 0)
     return x
 
 
 def encode(x: Tensor, key: Tensor | None, held: Format) -> list[Tensor]:
     """The codes and scales of a float32 tensor; with the two words of a key, stochastically."""
-    codes = torch.empty((packed_size(x.numel(), held.bits),), dtype=torch.uint8)
-    scales = torch.empty((block_count(x.numel(), held.block),), dtype=torch.float32)
+    codes = torch.empty((packed_size(x.numel(), held.bits),), dtype=torch.uint8, device="cpu")
+    scales = torch.empty((block_count(x.numel(), held.block),), dtype=torch.float32, device="cpu")
     encode_part(x, codes, scales, key, held, x.numel(), 0)
     return [codes, scales]
 
