@@ -178,7 +178,7 @@ def threefry2x32(k0: Tensor, k1: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor
 
 def _threefry_of_the_kernel(words: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     shape = torch.broadcast_shapes(*(x.shape for x in words))
-    first, second = (torch.empty(shape, dtype=torch.int64) for _ in range(2))
+    first, second = (torch.empty(shape, dtype=torch.int64, device="cpu") for _ in range(2))
     count = first.numel()
     given = [(x if x.numel() == 1 else x.expand(shape)).contiguous() for x in words]
     steps = [int(x.numel() > 1) for x in given]
