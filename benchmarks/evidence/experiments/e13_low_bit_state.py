@@ -25,14 +25,14 @@ from chainrule.evidence.experiment import (
     quick,
 )
 
-BETAS = {"b1": 0.9, "b2": 0.95}
+B1, B2 = 0.9, 0.95
 BLOCK = 256
 """Entries that share a scale."""
 
 
 def adam() -> optax.GradientTransformation:
     """Adam's direction."""
-    return transforms.scale_by_adam(**BETAS)
+    return transforms.scale_by_adam(B1, B2)
 
 
 def lion() -> optax.GradientTransformation:
@@ -42,8 +42,8 @@ def lion() -> optax.GradientTransformation:
 
 def stam() -> optax.GradientTransformation:
     """Adam with STAM's b1."""
-    moment = transforms.adaptive_beta1(BETAS["b1"])
-    return transforms.chain(moment, transforms.scale_by_adam(b1=None, b2=BETAS["b2"]))
+    moment = transforms.adaptive_beta1(B1)
+    return transforms.chain(moment, transforms.scale_by_adam(b1=None, b2=B2))
 
 
 def held(inner: Callable[[], Any], bits: int | None, **settings: Any) -> Callable[[Any], Any]:

