@@ -54,6 +54,9 @@ DIAGONAL = {"TP+FSDP2": "stam", "HSDP": "clip_by_global_norm", "TP": "lion"}
 STEPS = 6
 NOT_IN_BFLOAT16 = {"optax.novograd"}
 """Chains that fail in optax: novograd's state begins in bfloat16 and goes on in float32."""
+TIES = {"quantized_state"}
+"""Of bfloat16 gradients many moments lie in the middle of two codes, where a compiled step goes another way than an
+eager one, on one process too; in float32 such ties are rare, and it is compared."""
 
 
 def part() -> list[str]:
@@ -135,7 +138,8 @@ def tell(right: bool, cell: str) -> list[str]:
 
 
 def _all(cells: Callable[..., list[str]], how: str, **options: Any) -> None:
-    names = [name for name in part() if cells is training or name not in NOT_IN_BFLOAT16]
+    left_out = set() if cells is training else NOT_IN_BFLOAT16 | (TIES if options else set())
+    names = [name for name in part() if name not in left_out]
     wrong = [cell for name in names for cell in cells(name, how, **options)]
     assert not wrong, "\n".join(wrong)
 
