@@ -11,6 +11,7 @@ from chainrule.evidence import conclusions
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "speed" / "results"
 README = (ROOT / "README.md").read_text()
+GPU = (ROOT / "docs" / "guide" / "gpu.md").read_text()
 SCALING = (ROOT / "docs" / "scaling.md").read_text()
 NAMES = {
     "torch's own AdamW, tensor by tensor": "torch loop",
@@ -80,6 +81,33 @@ def test_others_on_two_ranks():
     assert found == [[name, two_digits("muon-matrices", names[name])] for name, _ in found]
     fused = [two_digits(f"adamw-{of}", "torch fused AdamW") for of in ("gpt", "small")]
     assert f"fused AdamW takes {fused[0]} and {fused[1]} of" in SCALING
+
+
+def on_a_gpu() -> dict[str, str]:
+    records = json.loads((ROOT / "benchmarks" / "gpu-h200.json").read_text())
+    timed = [record for record in records if "ms" in record]
+    return {record["name"]: f"{record['ms']:.2f}, {record['ratio']:.2f}" for record in timed}
+
+
+@pytest.mark.parametrize(
+    ("header", "lists", "called"),
+    [
+        ("| a step, replayed |", ("gpt", "small", "1.3B"), "{}, replayed"),
+        ("| a step of `chains.muon` |", ("matrices", "wide"), "chains.muon, {}"),
+        ("| a compiled step in a graph |", ("gpt", "small"), "{}, compiled, graph"),
+    ],
+)
+def test_steps_on_a_gpu(header, lists, called):
+    names = {
+        "chains.magma(optax.adamw(...))": called.format("chains.magma(adamw)"),
+        "optax.adamw, gradients always elsewhere": "optax.adamw, replayed, copies",
+        "torch's fused AdamW in a graph": "torch fused, graph",
+    }
+    found = on_a_gpu()
+    for name, *cells in rows(header, GPU):
+        short = name.replace("bfloat16 products", "bf16").replace("float32 products", "f32")
+        benchmark = names.get(name, called.format(short))
+        assert cells == [found.get(f"{of}: {benchmark}", "") for of in lists]
 
 
 def test_losses_of_moments_in_codes():

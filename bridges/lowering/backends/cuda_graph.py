@@ -21,8 +21,8 @@ from chainrule.bridges.lowering.program import collector_paused
 
 WARM = 2
 """So many steps are launched first: they compile, load code and allocate, which no graph may."""
-STREAMS = int(os.environ.get("CHAINRULE_CUDA_STREAMS", "1"))
-"""On so many streams are calls that do not depend on each other. Eight: timed on a device, values only simulated."""
+STREAMS = int(os.environ.get("CHAINRULE_CUDA_STREAMS", "8"))
+"""On so many streams are calls that do not depend on each other."""
 MOST = 4
 """So many graphs are kept for places of the gradients, and so many of the last places are remembered."""
 PATIENCE, LAST = 8, 32

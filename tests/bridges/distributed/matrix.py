@@ -87,7 +87,7 @@ def rounding(name: str, how: str, only: str = "", **options: Any) -> list[str]:
     bfloat16 numbers: so rarely an entry lies on the other side of its random bits, where it is rounded to the next.
     """
     alone, lying = _lying(dist.get_world_size())
-    expected, wrong = rounded(CELLS[name], alone), []
+    expected, wrong = rounded(CELLS[name], alone, **options), []
     for kind, nets in lying.items():
         if only in ("", kind):
             found = rounded(CELLS[name], nets, **options)
