@@ -48,6 +48,11 @@ def lengths_for(piece: Piece) -> Lengths:
     return ON_CPU if devices <= {"cpu"} else ON_GPU
 
 
+COMPILED: dict[Any, tuple[Compiled, Function | None]] = {}
+"""What this process compiled: another bridge finds it here, and so does the next trace of this one. It is never
+dropped, because Inductor keeps its modules as long."""
+
+
 def compile_piece(piece: Piece, large: bool) -> tuple[Compiled, Function | None]:
     """The piece through Inductor, with updates as copies into its inputs, which Inductor does in place.
 
@@ -58,6 +63,18 @@ def compile_piece(piece: Piece, large: bool) -> tuple[Compiled, Function | None]
     Returns:
       The compiled piece, and the C++ function behind it if it is no more than that.
     """
+    values = map(value_of, piece.inputs)
+    devices = tuple(x.device if isinstance(x, Tensor) else None for x in values)
+    updates = tuple((i, piece.inputs.index(old)) for i, old in piece.updates)
+    # Code for large tensors is for a number of threads; options of torch are the user's, who may change them.
+    settings = (torch.get_num_threads(), config.get_hash())
+    key = (piece.kind, updates, devices, large, settings)
+    if key not in COMPILED:
+        COMPILED[key] = _compile(piece, large)
+    return COMPILED[key]
+
+
+def _compile(piece: Piece, large: bool) -> tuple[Compiled, Function | None]:
     body = body_of(piece)
 
     def example(node: fx.Node, length: int) -> Tensor:

@@ -23,7 +23,30 @@ def magma(rate):
 SHAPES = [(3, 4), (4, 3), (5,), (2, 3, 2)]
 
 
-def test_leaves_that_are_alike_are_one_call(monkeypatch):
+@pytest.fixture
+def compiled_anew(monkeypatch):
+    """As in a process that has compiled nothing yet."""
+    monkeypatch.setattr(compile, "COMPILED", {})
+    return compile.COMPILED
+
+
+def test_what_another_bridge_compiled_is_compiled_no_more(compiled_anew):
+    """For tensors of other shapes too; another dtype or chain is other code."""
+    for chain, shapes, dtype, anew in [
+        (optax.adamw, [(3, 4), (7,)], torch.float32, True),
+        (optax.adamw, [(90,), (11,), (5, 5, 5)], torch.float32, False),
+        (optax.adamw, [(3, 4)], torch.bfloat16, True),
+        (optax.lion, [(3, 4)], torch.float32, True),
+    ]:
+        before = len(compiled_anew)
+        params = [torch.nn.Parameter(torch.ones(s, dtype=dtype)) for s in shapes]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        TorchBridge(chain(0.25), params, compile=True).step()
+        assert (len(compiled_anew) > before) == anew
+
+
+def test_leaves_that_are_alike_are_one_call(monkeypatch, compiled_anew):
     """With tensors that are not contiguous, or have other memory, in between: as if each were called by itself."""
     made = []
     launched = inductor.Launched
@@ -33,6 +56,7 @@ def test_leaves_that_are_alike_are_one_call(monkeypatch):
     together = trained(chains.casmo(1e-2))
     assert any(len(call.calls) == len(SHAPES) for call in made)
     monkeypatch.setattr(compile, "function_of", lambda *_: None)
+    compiled_anew.clear()
     count = len(made)
     apart = trained(chains.casmo(1e-2))
     assert len(made) == count  # the second one has none
@@ -72,6 +96,7 @@ def test_a_step_is_the_same_on_any_number_of_threads(chain, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("compiled_anew")
 def test_a_tensor_is_summed_while_it_is_updated(dtype, monkeypatch):
     """One loop before the sum over both leaves is known, and one after it. Small integers add up exactly."""
     shapes = [(70_001,), (300, 301)]
