@@ -289,13 +289,16 @@ Coded: TypeAlias = tuple[Format, CodedPlace, int, int, int]
 class CodedLaunches:
     """`Launches` tile by tile, between decoding and encoding: a row is (size, arguments, decoded, encoded).
 
+    In the place of a function may stand an `ElementProgram` of as many rows, whose tensors are the arguments.
+
     Raises:
-        ValueError: an index out of its range, a row that is too long, or blocks that do not divide each other.
+        ValueError: an index out of its range, a row that is too long or unlike the program's, or blocks that do not
+            divide each other.
     """
 
     def __init__(
         self,
-        function: int,
+        function: int | ElementProgram,
         rows: Sequence[tuple[int, Sequence[CodedPlace], Sequence[Coded], Sequence[Coded]]],
         numbers: Sequence[int],
         tensors: int,

@@ -1,15 +1,19 @@
-// Tensors in codes, on raw memory: decoded, encoded, and a compiled function in between, tile by tile.
+// Tensors in codes, on raw memory: decoded, encoded, and a compiled function or a program in between, tile by tile.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <variant>
 #include <vector>
 
+#include "chainrule/batch.hpp"
 #include "chainrule/parallel.hpp"
 #include "checks.hpp"
 #include "doors.hpp"
+#include "element_program.hpp"
 #include "invoke.hpp"
 
 namespace py = pybind11;
@@ -104,11 +108,15 @@ struct Row {
   std::vector<Coded> decoded, encoded;
 };
 
+// What computes a tile: the function at an address, or the row of a program, whose tensors are the arguments.
+using Body = std::variant<Word, std::shared_ptr<ElementProgram>>;
+
 class CodedLaunches {
  public:
-  CodedLaunches(Word function, std::vector<Row> rows, std::vector<Word> numbers, std::size_t tensors)
-      : function_(function), rows_(std::move(rows)), numbers_(std::move(numbers)), tensors_(tensors) {
-    if (function_ == 0) refuse("function", "the address of one", "null");
+  CodedLaunches(Body body, std::vector<Row> rows, std::vector<Word> numbers, std::size_t tensors)
+      : body_(std::move(body)), rows_(std::move(rows)), numbers_(std::move(numbers)), tensors_(tensors) {
+    if (body_ == Body(Word{0})) refuse("function", "the address of one", "null");
+    if (const auto* program = std::get_if<1>(&body_)) check(**program);
     for (std::size_t i = 0; i < rows_.size(); ++i) check(rows_[i], at("rows", i));
   }
 
@@ -119,6 +127,7 @@ class CodedLaunches {
     }
     const py::gil_scoped_release release;
     Pool::instance().run(static_cast<std::int64_t>(tasks_.size()), threads, [&](std::int64_t task) {
+      const FloatMode mode(Subnormals::keep);  // on every thread alike
       const Task& own = tasks_[static_cast<std::size_t>(task)];
       const Row& row = rows_[own.row];
       for (std::int64_t begin = own.begin; begin < own.end; begin += own.step) {
@@ -132,6 +141,21 @@ class CodedLaunches {
     std::size_t row;
     std::int64_t begin, end, step;
   };
+
+  void check(const ElementProgram& program) const {
+    if (program.rows() != rows_.size()) {
+      refuse("function", "a program of " + std::to_string(rows_.size()) + " rows", std::to_string(program.rows()));
+    }
+    for (std::size_t i = 0; i < rows_.size(); ++i) {
+      const auto is_float = [](const Place& place) {
+        return place.kind == Place::scratch || (place.kind == Place::tensor && place.item == sizeof(float));
+      };
+      const std::vector<Place>& given = rows_[i].arguments;
+      if (given.size() != program.tensors() || !std::all_of(given.begin(), given.end(), is_float)) {
+        refuse(at("rows", i), "the " + std::to_string(program.tensors()) + " tensors of the program", "others");
+      }
+    }
+  }
 
   void check(const Row& row, const std::string& where) {
     in_range<std::size_t>(where + ": its length", row.arguments.size(), 0, kArguments);
@@ -185,13 +209,21 @@ class CodedLaunches {
     };
     const auto values = [&](const Coded& coded) { return reinterpret_cast<float*>(word(coded.values)); };  // NOLINT
     for (const Coded& coded : row.decoded) kernels_.decode_values(coding(coded), begin, n, values(coded));
-    std::array<Word, kArguments> arguments;
-    for (std::size_t i = 0; i < row.arguments.size(); ++i) arguments[i] = word(row.arguments[i]);
-    invoke(function_, arguments.data(), row.arguments.size());
+    if (const Word* function = std::get_if<Word>(&body_)) {
+      std::array<Word, kArguments> arguments;
+      for (std::size_t i = 0; i < row.arguments.size(); ++i) arguments[i] = word(row.arguments[i]);
+      invoke(*function, arguments.data(), row.arguments.size());
+    } else {
+      ElementProgram::Tensors given;
+      for (std::size_t i = 0; i < row.arguments.size(); ++i) {
+        given[i] = reinterpret_cast<float*>(word(row.arguments[i]));  // NOLINT: raw by contract
+      }
+      std::get<1>(body_)->run_row(static_cast<std::size_t>(&row - rows_.data()), given, n);
+    }
     for (const Coded& coded : row.encoded) kernels_.encode_values(coding(coded), begin, n, values(coded));
   }
 
-  Word function_;
+  Body body_;
   std::vector<Row> rows_;
   std::vector<Word> numbers_;
   std::size_t tensors_, rooms_ = 0;
@@ -214,7 +246,7 @@ std::vector<Coded> coded_of(const std::vector<CodedTuple>& given) {
   return found;
 }
 
-CodedLaunches coded_launches(Word function, const std::vector<RowTuple>& given, std::vector<Word> numbers,
+CodedLaunches coded_launches(Body body, const std::vector<RowTuple>& given, std::vector<Word> numbers,
                              std::size_t tensors) {
   std::vector<Row> rows;
   for (const auto& [size, arguments, decoded, encoded] : given) {
@@ -222,7 +254,7 @@ CodedLaunches coded_launches(Word function, const std::vector<RowTuple>& given, 
     for (const PlaceTuple& argument : arguments) row.arguments.push_back(place_of(argument));
     rows.push_back(std::move(row));
   }
-  return {function, std::move(rows), std::move(numbers), tensors};
+  return {std::move(body), std::move(rows), std::move(numbers), tensors};
 }
 
 }  // namespace

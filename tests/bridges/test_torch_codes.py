@@ -12,7 +12,7 @@ import chainrule as cr
 from chainrule import TorchBridge
 from chainrule import transforms as ct
 from chainrule.bridges.lowering import ops
-from chainrule.bridges.lowering.backends import parts
+from chainrule.bridges.lowering.backends import coded_batch, parts
 from chainrule.bridges.lowering.rules import kernel
 from chainrule.native import _kernel, coding, primitives
 
@@ -96,7 +96,7 @@ def test_chains_in_codes(name, bits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "bits"), [("adam", 8), ("stam", 4)])
+@pytest.mark.parametrize(("name", "bits"), [("adam", 8), ("stam", 4), ("casmo", 8)])
 def test_chains_in_codes_compiled(name, bits):
     check(*in_both(INNERS[name](), bits, compile=True), bits)
 
@@ -116,11 +116,39 @@ def test_a_later_link_reads_moments_from_codes_that_were_just_written():
     check(*in_both(ct.scale_by_adam(), 8, after=[ct.cautious()]), 8)
 
 
-def test_large_tensors_in_parts(monkeypatch):
-    whole, *_ = in_both(ct.scale_by_adam(), 8, shapes=[(60, 40)])
+@pytest.mark.parametrize("name", ["adam", "casmo"])
+def test_large_tensors_in_parts(name, monkeypatch):
+    """Where no program of the kernel's is for the arithmetic between the codes."""
+    monkeypatch.setattr(coded_batch, "fits_tiles", lambda _: False)
+    whole, *_ = in_both(INNERS[name](), 8, shapes=[(60, 40)])
     monkeypatch.setattr(parts, "PART", 512)
-    cut, *_ = in_both(ct.scale_by_adam(), 8, shapes=[(60, 40)])
-    np.testing.assert_array_equal(whole[-1][1][0], cut[-1][1][0])
+    found = in_both(INNERS[name](), 8, shapes=[(60, 40)])
+    check(*found, 8)
+    np.testing.assert_array_equal(whole[-1][1][0], found[0][-1][1][0])
+
+
+@pytest.mark.parametrize("name", ["adam", "lion"])
+def test_an_eager_step_in_codes_makes_no_whole_tensor(name, monkeypatch):
+    """Its arithmetic is a program of the kernel's between the codes, also of a parameter that does not lie in order."""
+
+    def whole(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(coded_batch, "_CodedBatch", whole)
+    found = []
+    for transposed in (False, True):
+        (x,) = drawn([(40, 24)], 0)
+        p = torch.tensor(x).requires_grad_()
+        if transposed:
+            p.data = p.data.t().contiguous().t()
+        tx = optax.chain(ct.quantized_state(INNERS[name](), 8, 64), optax.scale(-RATE))
+        bridge = TorchBridge(tx, [p])
+        for (g,) in (drawn([(40, 24)], seed) for seed in (1, 2)):
+            p.grad = torch.from_numpy(g)
+            bridge.step()
+        found.append(p.detach().numpy())
+        assert p.is_contiguous() != transposed
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])

@@ -359,6 +359,22 @@ def test_launches_between_codes_are_checked_when_they_are_made(row, message):
         _kernel.CodedLaunches(1, [row], [], 2)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "function: must be a program of 0 rows, got 1"),
+        ([(8, [TENSOR, TENSOR], [], [])], r"rows\[0\]: must be the 1 tensors of the program"),
+        ([(8, [(3, 0, 0)], [], [])], r"rows\[0\]: must be the 1 tensors of the program"),
+        ([(8, [(1, 0, 0)], [], [])], r"rows\[0\]: must be the 1 tensors of the program"),
+    ],
+)
+def test_a_program_between_codes_fits_its_rows(rows, message):
+    steps = [("neg", (0, 0), [(0, 0)])]
+    program = _kernel.ElementProgram(steps, [(8, [0], [])], np.zeros(1, np.uint32), 1)
+    with pytest.raises(ValueError, match=message):
+        _kernel.CodedLaunches(program, rows, [], 2)
+
+
 def test_launches_between_codes_want_a_function_and_a_pointer_for_each_tensor():
     with pytest.raises(ValueError, match="function: must be the address of one, got null"):
         _kernel.CodedLaunches(0, [], [], 1)

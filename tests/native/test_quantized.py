@@ -255,7 +255,8 @@ def test_recorded_codes_step_by_step(variant):
 
 @pytest.mark.parametrize("size", [1, 512, 2048, 70001])
 @pytest.mark.parametrize(("bits", "block"), [(8, 64), (4, 3), (4, 5000)])
-def test_a_function_between_codes_is_called_tile_by_tile(size, bits, block):
+@pytest.mark.parametrize("is_program", [False, True])
+def test_a_function_or_program_between_codes_runs_tile_by_tile(size, bits, block, is_program):
     """A step on all entries at once, by NumPy, between a decode and an encode of the whole."""
     held = _kernel.Format(bits, block, False)
     moment, gradient = np.random.default_rng(0).standard_normal((2, size), np.float32)
@@ -289,15 +290,19 @@ def test_a_function_between_codes_is_called_tile_by_tile(size, bits, block):
 
     _, tensor, scratch, length = range(4)
     place = (scratch, 0, 4)
-    row = (
-        size,
-        [place, (tensor, 2, 4), (length, 0, 0)],
-        [(held, place, 0, 1, -1)],
-        [(held, place, 0, 1, -1)],
-    )
-    address = ctypes.cast(step, ctypes.c_void_p).value
-    launches = _kernel.CodedLaunches(address, [row], [], 3)
+    arguments = [place, (tensor, 2, 4)]
+    if is_program:
+        words = np.array([0.5], np.float32).view(np.uint32)
+        own, other, number = (0, 0), (0, 1), (2, 0)
+        steps = [("mul", own, [own, number]), ("add", own, [own, other])]
+        body = _kernel.ElementProgram(steps, [(size, [0, 1], [0])], words, 2)
+    else:
+        body = ctypes.cast(step, ctypes.c_void_p).value
+        arguments.append((length, 0, 0))
+    row = (size, arguments, [(held, place, 0, 1, -1)], [(held, place, 0, 1, -1)])
+    launches = _kernel.CodedLaunches(body, [row], [], 3)
     launches.run([x.ctypes.data for x in (codes, scales, gradient)], 2)
-    assert sum(seen) == size and max(seen) <= max(2048, 2 * block)
+    if not is_program:
+        assert sum(seen) == size and max(seen) <= max(2048, 2 * block)
     np.testing.assert_array_equal(codes, expected_codes)
     np.testing.assert_array_equal(scales, expected_scales)

@@ -1,7 +1,8 @@
-"""Pieces in codes as calls: tile by tile in one loop around a compiled function, or whole tensors before and after.
+"""Pieces in codes as calls: tile by tile in one loop around a function, or whole tensors before and after.
 
-A tile is decoded into memory that stays in the cache, computed by the function, and encoded from there: the tensors
-that the codes stand for are never in memory as a whole.
+The function is compiled, or a program of elements (`elements.py`). A tile is decoded into memory that stays in the
+cache, computed by the function, and encoded from there: the tensors that the codes stand for are never in memory as a
+whole.
 """
 
 import itertools
@@ -106,25 +107,21 @@ class Encode:
 
 
 class Tiles:
-    """Pieces of a kind in one loop over the C++ function that they have in common."""
+    """Pieces of a kind in one loop over the function that they have in common, which `ready` takes."""
 
-    def __init__(
-        self,
-        function: Function,
-        pieces: Sequence[Coded],
-        registers: Registers,
-    ):
+    def __init__(self, function: Function, pieces: Sequence[Coded], registers: Registers):
         self._numbers: list[int] = []
         self._codes: list[Codes] = []
         self._new: list[tuple[int, Any]] = []
         self._updated: set[int] = set()
         self._tensors: dict[int, int] = {}
         """The position of each register that the loop reads or writes."""
-        rows = [self._row(function, coded, registers) for coded in pieces]
-        self._launches = _kernel.CodedLaunches(
-            function.address, rows, self._numbers, len(self._tensors)
-        )
+        self._rows = [self._row(function, coded, registers) for coded in pieces]
         self._work = sum(coded.size for coded in pieces)
+
+    def ready(self, body: Any) -> None:
+        """Takes the address of the function, or the program."""
+        self._launches = _kernel.CodedLaunches(body, self._rows, self._numbers, len(self._tensors))
 
     def _tensor(self, register: int) -> int:
         return self._tensors.setdefault(register, len(self._tensors))

@@ -1,26 +1,68 @@
-"""Pieces in codes, eagerly: alike ones as a `Batch`, a large tensor part by part from its codes to its codes."""
+"""Pieces in codes, eagerly: alike ones as a program of elements, tile by tile, or as a `Batch`.
+
+In a batch a large tensor goes part by part from its codes to its codes.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from chainrule.bridges.lowering.backends import parts
 from chainrule.bridges.lowering.backends.batch import Batch
-from chainrule.bridges.lowering.backends.coded import Codes, Decode, Encode, held
+from chainrule.bridges.lowering.backends.coded import (
+    Codes,
+    Decode,
+    Encode,
+    Tiles,
+    fits_tiles,
+    held,
+)
+from chainrule.bridges.lowering.backends.elements import Plan
+from chainrule.bridges.lowering.backends.stage_scalars import StageScalars
 from chainrule.bridges.lowering.executor import Registers
 from chainrule.bridges.lowering.nodes import first_arg, value_of
 from chainrule.bridges.lowering.ops.codes import decode_part, encode_part
 from chainrule.bridges.lowering.passes.coded import Coded
+from chainrule.native import _kernel
 
 
-def coded_batches(pieces: Sequence[Coded], registers: Registers) -> list[Batch]:
+def coded_batches(
+    pieces: Sequence[Coded], registers: Registers, scalars: StageScalars | None
+) -> "list[Batch | ElementTiles]":
     """A batch for all pieces that compute alike."""
     kinds: dict[Any, list[Coded]] = {}
     for piece in pieces:
-        kinds.setdefault(piece.inner.kind, []).append(piece)
-    return [_CodedBatch(alike, registers) for alike in kinds.values()]
+        in_tiles = scalars is not None and bool(piece.inner.nodes) and fits_tiles(piece)
+        kinds.setdefault((piece.inner.kind, in_tiles), []).append(piece)
+    batches = []
+    for (_, in_tiles), alike in kinds.items():
+        plan = Plan(alike[0].inner) if in_tiles else None
+        if plan is not None and plan.fits and scalars is not None:
+            batches.append(ElementTiles(plan, alike, registers, scalars))
+        else:
+            batches.append(_CodedBatch(alike, registers))
+    return batches
+
+
+class ElementTiles(Tiles):
+    """Pieces of a kind whose arithmetic is a program of elements."""
+
+    def __init__(
+        self, plan: Plan, pieces: Sequence[Coded], registers: Registers, scalars: StageScalars
+    ):
+        super().__init__(plan.function, pieces, registers)
+        self._steps, self._columns = plan.steps, range(len(plan.arrays) + len(plan.fresh))
+        self._words = [(piece.size, plan.row(piece.inner, scalars)[1]) for piece in pieces]
+        self.written = [pair for piece in pieces for pair in piece.written]
+
+    def ready(self, body: np.ndarray) -> None:
+        """Makes the program, when the words of the stage are there."""
+        rows = [(size, self._columns, words) for size, words in self._words]
+        columns = len(self._columns)
+        super().ready(_kernel.ElementProgram(self._steps, rows, body, columns))
 
 
 class _CodedBatch(Batch):

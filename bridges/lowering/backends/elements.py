@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends import parts
+from chainrule.bridges.lowering.backends.launches import Function
 from chainrule.bridges.lowering.backends.liveness import last_reads
 from chainrule.bridges.lowering.backends.scalar_ops import type_of
 from chainrule.bridges.lowering.backends.stage_scalars import StageScalars
@@ -65,7 +66,7 @@ def _operation(node: fx.Node) -> tuple[str, list[Any]] | None:
     return (function_of(node).__name__, args) if target in _SAME else None
 
 
-class _Plan:
+class Plan:
     """The steps of a flat piece, and the numbers that they read; `fits` is False where the kernel has none for it."""
 
     def __init__(self, piece: Piece):
@@ -148,6 +149,14 @@ class _Plan:
             self._sources.append(source)
         return _NUMBER, self.numbers[key]
 
+    @property
+    def function(self) -> Function:
+        """What the program takes for a leaf, as of a compiled function."""
+        fresh = range(len(self.fresh))
+        arrays = [("input", self.piece.inputs.index(n)) for n in self.arrays]
+        buffers = tuple(value_of(n).dtype for n in self.fresh)
+        return Function(0, (*arrays, *(("buffer", k) for k in fresh)), buffers, (*fresh,))
+
     def row(self, piece: Piece, scalars: StageScalars) -> tuple[list[fx.Node], list[int]]:
         """The tensors of a piece of the same kind, and the words of its numbers."""
         own = {n: piece.inputs[i] for i, n in enumerate(self.piece.inputs)}
@@ -176,7 +185,7 @@ class Elements:
     """
 
     def __init__(
-        self, plan: _Plan, pieces: Sequence[Piece], registers: Registers, scalars: StageScalars
+        self, plan: Plan, pieces: Sequence[Piece], registers: Registers, scalars: StageScalars
     ):
         rows = [plan.row(piece, scalars) for piece in pieces]
         self._columns = len(rows[0][0])
@@ -231,5 +240,5 @@ def element_calls(
     kind: Sequence[Piece], registers: Registers, scalars: StageScalars
 ) -> Elements | None:
     """A call for the pieces of a kind, or None where the kernel lacks something of them."""
-    plan = _Plan(kind[0]) if kind[0].flat else None
+    plan = Plan(kind[0]) if kind[0].flat else None
     return Elements(plan, kind, registers, scalars) if plan and plan.fits else None

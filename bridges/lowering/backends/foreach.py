@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.batch import Batch
-from chainrule.bridges.lowering.backends.coded_batch import coded_batches
+from chainrule.bridges.lowering.backends.coded_batch import ElementTiles, coded_batches
 from chainrule.bridges.lowering.backends.elements import Elements, element_calls
 from chainrule.bridges.lowering.backends.stage_scalars import StageScalars
 from chainrule.bridges.lowering.backends.unbind import Unbind
@@ -36,7 +36,7 @@ def foreach_calls(program: StepProgram, registers: Registers) -> Emitted:
             written |= scalars.written
             calls += scalars.calls()
             for batch in batches:
-                if isinstance(batch, Elements):
+                if isinstance(batch, Elements | ElementTiles):
                     batch.ready(scalars.words)
         written |= {pair for batch in batches for pair in batch.written}
         calls += made
@@ -45,15 +45,15 @@ def foreach_calls(program: StepProgram, registers: Registers) -> Emitted:
 
 def _calls(
     pieces: Sequence[Piece], registers: Registers, scalars: StageScalars | None, on_cpu: bool
-) -> tuple[list[Call], list[Batch | Elements]]:
+) -> tuple[list[Call], list[Batch | Elements | ElementTiles]]:
     """Calls for the pieces of a stage, and those of them that write into inputs."""
     unbinds: list[Call] = [Unbind(p, registers) for p in pieces if _unbinds(p)]
     coded = [piece for piece in pieces if is_coded(piece)]
-    batches: list[Batch | Elements] = []
+    batches: list[Batch | Elements | ElementTiles] = []
     for kind in by_kind([p for p in pieces if not is_coded(p) and not _unbinds(p)]):
         elements = None if scalars is None else element_calls(kind, registers, scalars)
         batches.append(elements or Batch(kind, registers, on_cpu))
-    batches += coded_batches([take_apart(piece) for piece in coded], registers)
+    batches += coded_batches([take_apart(piece) for piece in coded], registers, scalars)
     return [*unbinds, *batches], batches
 
 

@@ -133,7 +133,9 @@ def _coded_calls(
             continue
         program, function = compile_piece(alike[0].inner, large)
         if in_tiles and function is not None:
-            calls.append(Tiles(function, alike, registers))
+            tiles = Tiles(function, alike, registers)
+            tiles.ready(function.address)
+            calls.append(tiles)
             continue
         for piece in alike:
             inner = CompiledCall(program, piece.inner, registers, homes)

@@ -68,16 +68,14 @@ def take_apart(piece: Piece) -> Coded:
     inputs = read_by(nodes)
     wanted = {*piece.outputs, *map(first_arg, encoded)}
     outputs = tuple(n for n in nodes if n in wanted)
-    read = {*map(first_arg, encoded)}  # after what is computed
-    updates = [
-        (i, updated[n]) for i, n in enumerate(outputs) if n in updated and updated[n] not in read
-    ]
+    own = {*inputs} - {*map(first_arg, encoded)}  # which are read after what is computed
+    updates = [(i, updated[n]) for i, n in enumerate(outputs) if updated.get(n) in own]
     taken = {i for i, _ in updates}
     for node in encoded:
         old = _replaced(node, decoded, updated)
         new = first_arg(node)
-        if old is None or old not in inputs or new not in outputs or old in {*piece.outputs, *read}:
-            continue
+        if old not in own or new not in outputs or not {old, new}.isdisjoint(piece.outputs):
+            continue  # what others read is in memory
         i = outputs.index(new)
         if i not in taken and value_of(new).shape == value_of(old).shape:
             updates.append((i, old))
