@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config, cpu_vec_isa
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -95,23 +96,41 @@ def _compile(piece: Piece, large: bool) -> tuple[Compiled, Function | None]:
         examples = {0: examples[lengths[0]]}
     # Tracing and Inductor keep state of the process: torch's own lock, so that its threads wait too.
     with compile_lock, torch.no_grad():
-        compiled = _through_inductor(piece, body, next(iter(examples.values())))
+        compiled = _through_inductor(piece, body, next(iter(examples.values())), large)
     return compiled, None if _kernel is None else function_of(compiled, examples)
 
 
-def _through_inductor(piece: Piece, body: Callable[..., Any], inputs: list[Tensor]) -> Compiled:
+def _through_inductor(
+    piece: Piece, body: Callable[..., Any], inputs: list[Tensor], large: bool
+) -> Compiled:
     mode = "symbolic" if piece.flat else "fake"
     module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
     results = _written(module.graph, piece)
     return_(module.graph, results)
-    module.recompile()
+    values = [value_of(p) for p in inputs_of(module.graph)]
     # The bridge checks what it hands over; asserting it again costs a tenth of a small step. But since torch 2.14 it is
     # with the assertions that Inductor reads the length of a flat piece from its inputs.
     asserts = piece.flat and torch.__version__ >= "2.14"
     options = {"size_asserts": asserts, "cpp.vec_isa_ok": _instructions_are_known()}
-    with config.patch(options):
-        compiled: Any = compile_fx_inner(module, [value_of(p) for p in inputs_of(module.graph)])
+    # In a context of tracing Inductor looks for what it made of the graph in its cache on disk.
+    with config.patch(options), tracing(TracingContext(detect_fake_mode(values))):
+        module = _keyed(module, (lengths_for(piece), large))
+        compiled: Any = compile_fx_inner(module, values)
         return compiled
+
+
+def _keyed(module: fx.GraphModule, lengths: Any) -> fx.GraphModule:
+    """A traced piece that Inductor may look up in its cache on disk.
+
+    The cache's key has no lengths of tensors of any length, and no instructions of the processor: what is compiled for
+    small tensors would be found for large ones, and code for long vectors by a processor that has none. Whatever else
+    tracing left in the module cannot be in a key.
+    """
+    bare = fx.GraphModule(module, module.graph)
+    bare.meta["compiled for"] = (
+        f"{lengths}, {cpu_vec_isa.pick_vec_isa()}, {torch.get_num_threads()}"
+    )
+    return bare
 
 
 def _written(graph: fx.Graph, piece: Piece) -> list[fx.Node]:

@@ -30,22 +30,6 @@ def compiled_anew(monkeypatch):
     return compile.COMPILED
 
 
-def test_what_another_bridge_compiled_is_compiled_no_more(compiled_anew):
-    """For tensors of other shapes too; another dtype or chain is other code."""
-    for chain, shapes, dtype, anew in [
-        (optax.adamw, [(3, 4), (7,)], torch.float32, True),
-        (optax.adamw, [(90,), (11,), (5, 5, 5)], torch.float32, False),
-        (optax.adamw, [(3, 4)], torch.bfloat16, True),
-        (optax.lion, [(3, 4)], torch.float32, True),
-    ]:
-        before = len(compiled_anew)
-        params = [torch.nn.Parameter(torch.ones(s, dtype=dtype)) for s in shapes]
-        for p in params:
-            p.grad = torch.ones_like(p)
-        TorchBridge(chain(0.25), params, compile=True).step()
-        assert (len(compiled_anew) > before) == anew
-
-
 def test_leaves_that_are_alike_are_one_call(monkeypatch, compiled_anew):
     """With tensors that are not contiguous, or have other memory, in between: as if each were called by itself."""
     made = []
