@@ -85,6 +85,8 @@ def rounding(name: str, how: str, only: str = "", **options: Any) -> list[str]:
 
     Sums in another order move an update by some 1e-6 of itself, which is less than 1e-4 of the distance of two
     bfloat16 numbers: so rarely an entry lies on the other side of its random bits, where it is rounded to the next.
+    Compiled code rounds to bfloat16 between its pieces, and these are others where a sum is over several ranks: an
+    update moves by up to 2**-8 of itself, so an entry does so more often, by 2**-8 of how many such numbers it moves.
     """
     alone, lying = _lying(dist.get_world_size())
     expected, wrong = rounded(CELLS[name], alone, **options), []
@@ -96,7 +98,7 @@ def rounding(name: str, how: str, only: str = "", **options: Any) -> list[str]:
             near = all(torch.allclose(x, y, rtol=2 * 2**-7, atol=0) for x, y in pairs)
             same = all(map(is_same_on_ranks, found))
             exact = not options and LIMITS.get(name) == 0
-            right = near and same and other <= (0 if exact else 0.01)
+            right = near and same and other <= (0 if exact else 0.05 if options else 0.01)
             cell = f"{how}, rounded | {name} | {kind} | {other:.1e} | {same} | {near}"
             wrong += tell(right, cell)
     return wrong
