@@ -21,10 +21,10 @@ namespace py = pybind11;
 namespace chainrule {
 namespace {
 
-// Elements that a call of the function works on: with the tensors beside it, a tile in codes stays in the cache.
-constexpr std::int64_t kSpan = 2048;
+// Elements that a call of the function works on: two moments, and the tensors beside them, in the first-level cache.
+constexpr std::int64_t kSpan = 512;
 // Tiles that a thread takes at a time.
-constexpr std::int64_t kSpans = 16;
+constexpr std::int64_t kSpans = 64;
 
 // How a tensor is held.
 struct Format {

@@ -303,6 +303,6 @@ def test_a_function_or_program_between_codes_runs_tile_by_tile(size, bits, block
     launches = _kernel.CodedLaunches(body, [row], [], 3)
     launches.run([x.ctypes.data for x in (codes, scales, gradient)], 2)
     if not is_program:
-        assert sum(seen) == size and max(seen) <= max(2048, 2 * block)
+        assert sum(seen) == size and max(seen) <= max(512, 2 * block)
     np.testing.assert_array_equal(codes, expected_codes)
     np.testing.assert_array_equal(scales, expected_scales)
