@@ -47,7 +47,8 @@ inline std::uint8_t logarithmic_code(float ratio, std::uint32_t more, int cut, s
                                      std::int32_t highest) {
   std::int32_t code = (static_cast<std::int32_t>(to_bits(ratio) + more) >> cut) - offset;
   code = code > 0 ? code : 0;
-  return static_cast<std::uint8_t>(code < highest ? code : highest);
+  code = code < highest ? code : highest;
+  return static_cast<std::uint8_t>(code);
 }
 
 // Quotients by one divisor, of which a processor's own takes as long as ten products. With fused multiply-adds the
@@ -115,13 +116,13 @@ inline void decode_values(const Coding& c, std::int64_t begin, std::int64_t n, f
     }
     return;
   }
-  std::uint8_t codes[kTile];
+  std::uint8_t room[kTile];
   const auto* scales = static_cast<const float*>(c.codes.scales.data);
   const int cut = 23 - c.digits();
   const std::int32_t offset = c.offset();
   for (std::int64_t tile = 0; tile < n; tile += kTile) {
     const std::int64_t count = n - tile < kTile ? n - tile : kTile;
-    unpack(c.codes, begin + tile, count, codes);
+    const std::uint8_t* codes = unpacked(c.codes, begin + tile, count, room);
     each_block(c.codes, begin + tile, count, [&](std::int64_t block, std::int64_t first, std::int64_t values) {
       const float scale = scales[block];
       CHAINRULE_INDEPENDENT
@@ -135,23 +136,29 @@ inline void decode_values(const Coding& c, std::int64_t begin, std::int64_t n, f
 
 // Codes and scales of values [begin, begin + n), which are whole blocks, from x.
 inline void encode_values(const Coding& c, std::int64_t begin, std::int64_t n, const float* x) {
-  std::uint8_t codes[kTile];
+  std::uint8_t room[kTile];
   std::uint32_t bits[kTile], key[2] = {0, 0};
+  auto* packed = static_cast<std::uint8_t*>(c.codes.packed.data);
   auto* scales = static_cast<float*>(c.codes.scales.data);
   if (c.key != nullptr) key[0] = static_cast<std::uint32_t>(c.key[0]), key[1] = static_cast<std::uint32_t>(c.key[1]);
-  if (c.codes.bits == 4 && begin + n == c.codes.size && c.codes.size % 2 != 0) {
-    static_cast<std::uint8_t*>(c.codes.packed.data)[c.codes.size / 2] = 0;
-  }
+  if (c.codes.bits == 4 && begin + n == c.codes.size && c.codes.size % 2 != 0) packed[c.codes.size / 2] = 0;
   std::uint32_t peak = 0;
   float scale = 0;
   const auto walk = [&](std::int64_t first, std::int64_t count, bool large) {
+    const float* own = x + (first - begin);
+    std::uint8_t* codes = c.codes.bits == 8 ? packed + first : room;
     if (c.key != nullptr) random_bits(key, first, count, bits);
+    // All scales first: a processor waits for none of them.
+    if (!large) {
+      each_block(c.codes, first, count, [&](std::int64_t block, std::int64_t at, std::int64_t values) {
+        scales[block] = coded_scale(c, peak_bits(own + at, values));
+      });
+    }
     each_block(c.codes, first, count, [&](std::int64_t block, std::int64_t at, std::int64_t values) {
-      const float* own = x + (first - begin) + at;
-      if (!large) scale = scales[block] = coded_scale(c, peak_bits(own, values));
-      code_values(c, own, c.key == nullptr ? nullptr : bits + at, values, scale, codes + at);
+      const std::uint32_t* random = c.key == nullptr ? nullptr : bits + at;
+      code_values(c, own + at, random, values, large ? scale : scales[block], codes + at);
     });
-    pack(c.codes, first, count, codes);
+    if (codes == room) pack(c.codes, first, count, codes);
   };
   each_tile(
       c.codes.block, begin, begin + n,

@@ -77,12 +77,11 @@ inline void random_bits(const std::uint32_t key[2], std::int64_t begin, std::int
   }
 }
 
-inline void unpack(const Codes& c, std::int64_t begin, std::int64_t n, std::uint8_t* codes) {
+// Codes one to a byte: where they lie, or in `room`.
+inline const std::uint8_t* unpacked(const Codes& c, std::int64_t begin, std::int64_t n, std::uint8_t* room) {
   const auto* bytes = static_cast<const std::uint8_t*>(c.packed.data);
-  if (c.bits == 8) {
-    std::memcpy(codes, bytes + begin, static_cast<std::size_t>(n));
-    return;
-  }
+  if (c.bits == 8) return bytes + begin;
+  std::uint8_t* codes = room;
   if (begin % 2 != 0) {
     *codes++ = bytes[begin / 2] >> 4;
     ++begin;
@@ -95,6 +94,7 @@ inline void unpack(const Codes& c, std::int64_t begin, std::int64_t n, std::uint
     codes[2 * i + 1] = bytes[i] >> 4;
   }
   if (n % 2 != 0) codes[n - 1] = bytes[n / 2] & 15;
+  return room;
 }
 
 inline void pack(const Codes& c, std::int64_t begin, std::int64_t n, const std::uint8_t* codes) {
@@ -168,10 +168,10 @@ inline void each_block(const Codes& c, std::int64_t begin, std::int64_t n, Visit
 }
 
 inline void decode(const Codes& c, std::int64_t begin, std::int64_t n, float* x) {
-  std::uint8_t codes[kTile];
+  std::uint8_t room[kTile];
   const auto* scales = static_cast<const float*>(c.scales.data);
   const int zero = c.levels() + 1;
-  unpack(c, begin, n, codes);
+  const std::uint8_t* codes = unpacked(c, begin, n, room);
   each_block(c, begin, n, [&](std::int64_t block, std::int64_t first, std::int64_t count) {
     const float scale = scales[block];
     CHAINRULE_INDEPENDENT
