@@ -73,7 +73,6 @@ def encode(
         words = words.reshape(-1)
     code = _logarithmic if held.logarithmic else _linear
     divisor = jnp.where(scale == 0, 1, scale)  # of a logarithmic block of zeros
-    # Without the zeros that fill up the last block: Inductor's vectors that hold some of both make all codes of zeros.
     codes = code(flat / spread(divisor, x.size, held.block), held, words)
     if held.bits == 8:
         return codes, scale

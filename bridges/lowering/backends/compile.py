@@ -1,5 +1,6 @@
 """One piece through Inductor."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -7,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.convert_frame import compile_lock
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config, cpu_vec_isa
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.decomposition import select_decomp_table
@@ -113,10 +116,21 @@ def _through_inductor(
     asserts = piece.flat and torch.__version__ >= "2.14"
     options = {"size_asserts": asserts, "cpp.vec_isa_ok": _instructions_are_known()}
     # In a context of tracing Inductor looks for what it made of the graph in its cache on disk.
-    with config.patch(options), tracing(TracingContext(detect_fake_mode(values))):
+    with config.patch(options), _loops_whole(), tracing(TracingContext(detect_fake_mode(values))):
         module = _keyed(module, (lengths_for(piece), large))
         compiled: Any = compile_fx_inner(module, values)
         return compiled
+
+
+def _loops_whole() -> Any:
+    """Inductor without an optimisation of it that is wrong.
+
+    Where an entry reads another at its index divided by a number (the scale of its block), Inductor makes two loops of
+    one, and leaves out the entries behind the last whole block (torch 2.13).
+    """
+    if not hasattr(CppScheduling, "try_loop_split"):
+        return contextlib.nullcontext()
+    return mock.patch.object(CppScheduling, "try_loop_split", lambda self, nodes: nodes)
 
 
 def _keyed(module: fx.GraphModule, lengths: Any) -> fx.GraphModule:

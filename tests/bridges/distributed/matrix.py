@@ -98,7 +98,7 @@ def rounding(name: str, how: str, only: str = "", **options: Any) -> list[str]:
             near = all(torch.allclose(x, y, rtol=2 * 2**-7, atol=0) for x, y in pairs)
             same = all(map(is_same_on_ranks, found))
             exact = not options and LIMITS.get(name) == 0
-            right = near and same and other <= (0 if exact else 0.05 if options else 0.01)
+            right = near and same and other <= (0 if exact else 0.1 if options else 0.01)
             cell = f"{how}, rounded | {name} | {kind} | {other:.1e} | {same} | {near}"
             wrong += tell(right, cell)
     return wrong
