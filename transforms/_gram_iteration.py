@@ -18,6 +18,8 @@ The first Gram matrix also says what brings the norm of X to at most one more ti
 import itertools
 import math
 import operator
+from collections.abc import Callable
+from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,11 @@ _SHORT = 2.0**-12
 _PANELS = 3  # of rows that a Hermitian matrix is held in
 _TILE = 64  # heights of panels are multiples of it, which suits vector registers and matrix units
 _WHOLE = 384  # up to this side a Hermitian matrix is one panel: the products cost less than what cuts and joins them
-_SMALL = 64  # up to this side each step forms its own Gram matrix: fewer calls count for more than fewer operations
+_DIRECT = 64  # up to this side each step forms its own Gram matrix: fewer calls count for more than fewer operations
+
+one_equation: ContextVar[Callable[[jax.Array, list[Triple], bool | str], jax.Array] | None]
+one_equation = ContextVar("one_equation", default=None)
+"""What takes all steps of real matrices for `iterate`, such as one equation of a jaxpr that has no other form."""
 
 SCALINGS = ("frobenius", "schatten", "aol")
 """What brings norms to at most one: that of X, which it comes with; what its first Gram matrix says."""
@@ -50,6 +56,9 @@ def iterate(
     """
     if x.size == 0:
         return x
+    bind = one_equation.get()
+    if bind is not None and scaling == "frobenius" and jnp.issubdtype(x.dtype, jnp.floating):
+        return bind(x, triples, gram)
     small, large = sorted(x.shape[-2:])
     done = 0
     for length in _segments(small, large, triples, float(jnp.finfo(x.dtype).eps), gram):
@@ -72,7 +81,7 @@ def _segments(
     (2, 2, 1)
     """
     steps = len(triples)
-    if gram != "auto" or small <= _SMALL:
+    if gram != "auto" or small <= _DIRECT:
         return (steps,) if gram is True else (1,) * steps
     panels = _PANELS if small > _WHOLE else 1
     half = (panels + 1) / (2 * panels)  # the part of a Hermitian product that is computed

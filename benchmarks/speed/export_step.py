@@ -3,10 +3,11 @@
     python benchmarks/speed/export_step.py                                       # every chain
     python benchmarks/speed/export_step.py stam --lists small --rounds 5         # some of it
 
-A file has no compiled kernel; the bridge has it, as users have it. Another process writes the file, since what tracing
-leaves behind in the C library's memory makes temporaries cost page faults. Contenders take turns in one process on the
-same gradients; a ratio is the median over rounds of the file's time over the bridge's in the same round. Muon is timed
-on matrices: a file knows no embedding by its name.
+A file has no compiled kernel; the bridge has it, as users have it. Eager, where the kernel runs most of the bridge's
+step, a file is also timed against a bridge without it, which does what torch alone can do. Another process writes the
+file, since what tracing leaves behind in the C library's memory makes temporaries cost page faults. Contenders take
+turns in one process on the same gradients; a ratio is the median over rounds of the file's time over the bridge's in
+the same round. Muon is timed on matrices: a file knows no embedding by its name.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import optax
 import torch
@@ -26,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from shapes import LISTS
 from torch_step import RATE, Contender, bridge, show_steps
 
-from chainrule import chains, export
+from chainrule import TorchBridge, chains, export
+from chainrule.bridges.lowering.backends import foreach
+from chainrule.bridges.lowering.passes import take_kernel_moves
+from chainrule.bridges.lowering.rules import kernel
 
 TARGET = 1.1
 CHAINS: dict[str, Callable[[], Any]] = {
@@ -58,19 +64,38 @@ def exported(folder: Path, name: str) -> Any:
     return module.Exported
 
 
+def plain(chain: Any) -> Callable[[Any], Any]:
+    """The eager bridge as it is where the compiled kernel was not built."""
+
+    def make(params: Any) -> Any:
+        optimizer = TorchBridge(chain, params, compile=False)
+        with (
+            mock.patch.object(kernel, "runs_in_kernel", lambda eqn, target: False),
+            mock.patch.object(take_kernel_moves, "_kernel", None),
+            mock.patch.object(foreach, "_kernel", None),
+        ):
+            optimizer.step()  # which lowers the chain
+        return optimizer
+
+    return make
+
+
 def contenders(name: str, cls: Any, modes: Sequence[str]) -> list[Contender]:
     """The bridge and the file, eager and compiled."""
     found = []
     for mode in modes:
         compile = mode == "compiled"
-        yardstick = f"bridge, {mode}"
-        made = bridge(CHAINS[name](), compile=compile)
-
-        def file(params: Any, compile: bool = compile) -> Any:
-            return cls(params, compile=compile)
-
-        found.append(Contender(yardstick, made, yardstick))
-        found.append(Contender(f"file, {mode}", file, yardstick, TARGET))
+        yardstick, without = f"bridge, {mode}", "bridge, eager, no kernel"
+        file = Contender(f"file, {mode}", partial(cls, compile=compile), yardstick, TARGET)
+        found.append(Contender(yardstick, bridge(CHAINS[name](), compile=compile), yardstick))
+        if compile:
+            found.append(file)
+        else:
+            found += [
+                Contender(without, plain(CHAINS[name]()), without),
+                file._replace(target=None),
+                file._replace(yardstick=without),
+            ]
     return found
 
 

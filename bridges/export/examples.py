@@ -4,21 +4,25 @@ The passes are those of the eager bridge, so that a file computes what the bridg
 part: its primitives are lowered to their forms.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import torch
+from jax.extend.core import Primitive
 from torch import fx
 
+from chainrule.bridges.export.newton_schulz import newton_schulz_steps
 from chainrule.bridges.lowering import Lowered
 from chainrule.bridges.lowering.builder import Builder, Equation, Shared, Target, Value, build
 from chainrule.bridges.lowering.nodes import first_arg, inputs_of, results_of, return_
 from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.fuse import fuse
 from chainrule.bridges.lowering.passes.infer_values import infer_values
-from chainrule.bridges.lowering.passes.rematerialise import rematerialise
+from chainrule.bridges.lowering.passes.rematerialise import rematerialise_compiled
 from chainrule.bridges.lowering.passes.simplify import drop_dead, unbind_vectors
 from chainrule.bridges.lowering.program import collector_paused
 from chainrule.bridges.lowering.rules import TABLE
@@ -28,7 +32,11 @@ from chainrule.bridges.step.description import Description, describe
 from chainrule.bridges.step.trace import Struct, Trace
 from chainrule.native.dtypes import x64_if_wide
 from chainrule.native.primitives import OPERATIONS
+from chainrule.transforms._gram_iteration import one_equation
+from chainrule.transforms._polar_coefficients import Triple
 
+_steps = Primitive("newton_schulz_steps")
+_steps.def_abstract_eval(lambda x, **_: x)
 _CPU = torch.device("cpu")
 
 
@@ -65,7 +73,7 @@ def example(chain: Any, structs: Sequence[Struct]) -> Example:
     Raises:
       NeedsLossFunction, StateChanges, UnsupportedPrimitive: see `describe` and `lower_jaxpr`.
     """
-    with collector_paused():
+    with collector_paused(), _newton_schulz_as_one_equation():
         described = describe(chain, list(structs))
         trace = described.trace(True)
         step = infer_values(StepProgram.of(_lowered(trace), described.targets))
@@ -73,7 +81,7 @@ def example(chain: Any, structs: Sequence[Struct]) -> Example:
         for part in (init, step):
             _uncopied(part.graph)
             _pick(part.graph)
-        step = rematerialise(fuse(step))
+        step = rematerialise_compiled(fuse(step))
     n, live = len(structs), {leaf: name for name, leaf in described.live.items()}
     params = [Role("param", i) for i in range(n)]
     state = [
@@ -115,11 +123,32 @@ def _uncopied(graph: fx.Graph) -> None:
 
 def _lowered(trace: Trace) -> Lowered:
     """A trace as a graph without the kernel."""
-    table = TABLE | dict.fromkeys(OPERATIONS, _form)
+    table = TABLE | dict.fromkeys(OPERATIONS, _form) | {_steps.name: _newton_schulz}
     with x64_if_wide(trace.inputs):
         shared = Shared(table, frozenset(ELEMENTWISE), _CPU, Target(_CPU.type, False), {}, {}, {})
         graph, attributes = build(trace.jaxpr, shared)
     return Lowered(graph, attributes, (), {}, _CPU)
+
+
+@contextlib.contextmanager
+def _newton_schulz_as_one_equation() -> Iterator[None]:
+    """The products that it takes depend on the sides of a matrix: to one equation all matrices are alike."""
+
+    def bind(x: jax.Array, triples: Sequence[Triple], gram: bool | str) -> jax.Array:
+        return _steps.bind(x, triples=tuple(triples), gram=gram)
+
+    token = one_equation.set(bind)
+    try:
+        yield
+    finally:
+        one_equation.reset(token)
+
+
+def _newton_schulz(b: Builder, eqn: Equation, x: Value) -> Value:
+    aval: Any = eqn.invars[0].aval
+    rounded = np.asarray(eqn.params["triples"], aval.dtype).astype(float).tolist()
+    triples = tuple(tuple(triple) for triple in rounded)
+    return b.emit(newton_schulz_steps, b.tensor(x, aval), triples, eqn.params["gram"])
 
 
 def _form(b: Builder, eqn: Equation, *operands: Value) -> Sequence[Value]:

@@ -29,11 +29,11 @@ from chainrule.bridges.export.functions import Functions
 from chainrule.bridges.export.generic import Value, is_computed, is_pick
 from chainrule.bridges.export.interface import constructor, docstring, documentation, live_tables
 from chainrule.bridges.export.kinds import Found, goes_by_name, kinds_of
-from chainrule.bridges.export.render import helpers
+from chainrule.bridges.export.render import helpers, is_own
 from chainrule.bridges.export.sorts import kind_of
 from chainrule.bridges.export.text import FunctionText
-from chainrule.bridges.lowering import ops, torch_dtype
-from chainrule.bridges.lowering.backends import launches
+from chainrule.bridges.lowering import torch_dtype
+from chainrule.bridges.lowering.backends import early_copies, launches
 from chainrule.bridges.lowering.errors import LoweringError
 from chainrule.bridges.lowering.nodes import function_of, value_of
 from chainrule.bridges.lowering.op_info import info
@@ -142,6 +142,7 @@ class _File:
             ),
             "\n".join(self.driver("_start", self.init)),
             "\n".join(self.driver("_step", self.step)),
+            _below(early_copies),
             _below(runtime_compiled),
             _below(launches),
             _below(runtime_launches),
@@ -158,7 +159,7 @@ class _File:
             if is_computed(v)
         ]
         called = {function_of(v.node) for v in used if v.node.op == "call_function"}
-        own = sorted((f for f in called if f in vars(ops).values()), key=lambda f: f.__name__)
+        own = sorted(filter(is_own, called), key=lambda f: f.__name__)
         body = "\n\n\n".join([*([helpers(own)] if own else []), *sections]) + "\n"
         return self.header(body) + body
 

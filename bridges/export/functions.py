@@ -28,7 +28,6 @@ from chainrule.bridges.export.generic import (
     reads_shape,
     sources,
 )
-from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.backends.liveness import aliases_of
 from chainrule.bridges.lowering.nodes import function_of, is_array, value_of
 from chainrule.bridges.lowering.op_info import info
@@ -205,7 +204,7 @@ class Functions:
             self.update
             and all(not isinstance(x, str) or x == "shape" for x in function.inputs)
             and not any(isinstance(v.constant, (torch.Tensor, PerLeaf)) for v in function.values)
-            and not any(function_of(v.node) in vars(ops).values() for v in own)
+            and not any(render.is_own(function_of(v.node)) for v in own)
         )
         nodes = [v.node for v in function.values]
         given = [x for x in function.inputs if isinstance(x, Value)]
@@ -240,7 +239,6 @@ class Functions:
             function.flat
             and all(v in function.outputs for v in function.values if is_sum(v))
             and all(is_sum(v) for v in function.outputs)
-            and not (function.outputs and function.updates)
             and all(_is_elementwise(v) or is_sum(v) for v in function.values)
         )
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -36,11 +37,16 @@ _WORDS = {
 }  # fmt: skip
 
 
+def is_own(function: Any) -> bool:
+    """Whether a function is of this package, so that a file brings it."""
+    return str(getattr(function, "__module__", "")).startswith("chainrule.")
+
+
 def word_for(value: Value) -> str:
     """What a result may be called."""
     name = str(getattr(value.node.target, "__name__", "value")).strip("_")
     word = _WORDS.get(name, name if name.isidentifier() else "value")
-    return f"{word}_value" if word in vars(ops) else word
+    return f"{word}_value" if word in vars(ops) or is_own(value.node.target) else word
 
 
 def literal(value: Any, name: Name) -> str:
@@ -145,7 +151,7 @@ def in_place(value: Value, operand: int, name: Name) -> str:
 def path_of(function: Any) -> str:
     """A function as a file that imports torch names it."""
     name = function.__name__
-    if function in vars(ops).values():
+    if is_own(function):
         return name
     for prefix, module in (("torch", torch), ("torch.linalg", torch.linalg)):
         if getattr(module, name, None) is function:
@@ -156,7 +162,7 @@ def path_of(function: Any) -> str:
 
 
 def helpers(functions: Iterable[Any]) -> str:
-    """The source of functions of `bridges.lowering.ops`, and of what they use there."""
+    """The source of functions of this package, and of what they use of it."""
     found: dict[str, str] = {}
     for function in functions:
         _add(function.__name__, inspect.getmodule(function), found)
@@ -166,7 +172,14 @@ def helpers(functions: Iterable[Any]) -> str:
 def _add(name: str, module: Any, found: dict[str, str]) -> None:
     assert isinstance(module, ModuleType)
     source = inspect.getsource(module)
-    for statement in ast.parse(source).body:
+    statements = ast.parse(source).body
+    homes: dict[str, Any] = {}
+    for statement in statements:
+        if isinstance(statement, ast.ImportFrom) and str(statement.module).startswith("chainrule."):
+            homes |= dict.fromkeys(
+                (a.name for a in statement.names), sys.modules[str(statement.module)]
+            )
+    for statement in statements:
         is_it = (isinstance(statement, ast.FunctionDef) and statement.name == name) or (
             isinstance(statement, ast.Assign)
             and any(isinstance(t, ast.Name) and t.id == name for t in statement.targets)
@@ -177,7 +190,7 @@ def _add(name: str, module: Any, found: dict[str, str]) -> None:
             statement.decorator_list = []  # such as the way to the kernel, which a file does not have
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and node.id != name and node.id in vars(module):
-                _add(node.id, module, found)
+                _add(node.id, homes.get(node.id, module), found)
         text = ast.get_source_segment(source, statement)
         assert text is not None
         found[name] = text

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from chainrule.bridges.export.runtime_checks import _step
 from chainrule.bridges.export.runtime_lists import _Entries, _Leaf
+from chainrule.bridges.lowering.backends.early_copies import _copy_early
 
 # ------------------------------------------------------------------------------------------------
 
@@ -101,7 +102,11 @@ def _traced(
 
     pure = torch.func.functionalize(body, remove="mutations")
     mode = "symbolic" if symbolic else "fake"
-    return make_fx(pure, select_decomp_table(), tracing_mode=mode)(*inputs)
+    module = make_fx(pure, select_decomp_table(), tracing_mode=mode)(*inputs)
+    if all(x.is_cpu for x in inputs):
+        _copy_early(module.graph)
+        module.recompile()
+    return module
 
 
 def _through_inductor(

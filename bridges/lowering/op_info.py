@@ -89,13 +89,14 @@ _NOTHING = OpInfo()
 _INFO: dict[Any, OpInfo] = {}
 
 
-def _add(*functions: Any, **facts: Any) -> None:
+def add_info(*functions: Any, **facts: Any) -> None:
+    """Adds facts to the records of functions."""
     for function in functions:
         _INFO[function] = _INFO.get(function, _NOTHING)._replace(**facts)
 
 
 # Of one tensor, and a few of two that have no form for lists or numbers.
-_add(
+add_info(
     *(torch.acos, torch.acosh, torch.asin, torch.asinh, torch.atan, torch.atan2, torch.atanh),
     *(torch.bitwise_and, torch.bitwise_left_shift, torch.bitwise_not, torch.bitwise_or),
     *(torch.bitwise_right_shift, torch.bitwise_xor, torch.ceil, torch.clamp, torch.clone),
@@ -109,8 +110,8 @@ _add(
     *(ops.shift_right_arithmetic, ops.shift_right_logical, ops.sign, ops.threefry2x32),
     elementwise=True,
 )
-_add(torch.real, torch.imag, elementwise=True, view=True)
-_add(torch.pow, costly=True, neutral=1)
+add_info(torch.real, torch.imag, elementwise=True, view=True)
+add_info(torch.pow, costly=True, neutral=1)
 
 for _name in (
     *("abs", "exp", "expm1", "log", "log1p", "neg", "reciprocal", "rsqrt", "sigmoid", "sign"),
@@ -118,12 +119,12 @@ for _name in (
     *("lerp", "addcmul", "addcdiv"),
 ):
     _forms = (getattr(torch, f"_foreach_{_name}{end}") for end in ("", "_"))
-    _add(getattr(torch, _name), elementwise=True, batched=Batched(*_forms))
+    add_info(getattr(torch, _name), elementwise=True, batched=Batched(*_forms))
 
 
 def _batch(function: Any, **facts: Any) -> None:
     batched: Any = _INFO[function].batched
-    _add(function, batched=batched._replace(**facts))
+    add_info(function, batched=batched._replace(**facts))
 
 
 _batch(torch.add, shares=True, keywords=frozenset({"alpha"}))
@@ -132,28 +133,28 @@ _batch(torch.div, shares=True, number=1)
 _batch(torch.lerp, number=2)
 _batch(torch.addcmul, keywords=frozenset({"value"}))
 _batch(torch.addcdiv, keywords=frozenset({"value"}))
-_add(torch.add, torch.sub, neutral=0)
-_add(torch.mul, torch.div, neutral=1)
-_add(torch.add, torch.mul, torch.maximum, torch.minimum, commutes=True)
-_add(torch.clamp_min, scalar="maximum")
-_add(torch.clamp_max, scalar="minimum")
-_add(torch.rsub, scalar="sub")
+add_info(torch.add, torch.sub, neutral=0)
+add_info(torch.mul, torch.div, neutral=1)
+add_info(torch.add, torch.mul, torch.maximum, torch.minimum, commutes=True)
+add_info(torch.clamp_min, scalar="maximum")
+add_info(torch.clamp_max, scalar="minimum")
+add_info(torch.rsub, scalar="sub")
 
-_add(torch.sum, torch.amax, torch.amin, torch.any, torch.all, reduces=True)
-_add(
+add_info(torch.sum, torch.amax, torch.amin, torch.any, torch.all, reduces=True)
+add_info(
     *(ops.dynamic_slice, torch.Tensor.__getitem__, torch.Tensor.view, torch.broadcast_to),
     *(torch.narrow, torch.permute, torch.reshape, torch.select, torch.squeeze, torch.t),
     *(torch.unsqueeze, ops.first, ops.reduce_prod),
     view=True,
 )
-_add(ops.branch, ops.scan, ops.while_loop, control=True, host=True)
-_add(ops.kernel_call, host=True, free=True)
-_add(ops.decode, ops.encode, codes=True)
-_add(ops.all_reduce, ops.all_gather, ops.exchange, host=True, collective=True)
-_add(torch.stack, torch.reshape, torch.narrow, ops.unbind, free=True)
+add_info(ops.branch, ops.scan, ops.while_loop, control=True, host=True)
+add_info(ops.kernel_call, host=True, free=True)
+add_info(ops.decode, ops.encode, codes=True)
+add_info(ops.all_reduce, ops.all_gather, ops.exchange, host=True, collective=True)
+add_info(torch.stack, torch.reshape, torch.narrow, ops.unbind, free=True)
 
 # Nothing but what they return.
-_add(
+add_info(
     *(operator.getitem, torch.arange, torch.argmax, torch.argmin, torch.bmm, torch.cat, torch.dot),
     *(torch.flip, torch.full, torch.linalg.qr, torch.mm, torch.zeros),
     *(ops.cholesky, ops.cumlogsumexp, ops.cummax, ops.cummin, ops.cumprod, ops.cumsum),
@@ -161,9 +162,9 @@ _add(
     *(ops.iota_2x32, ops.pad, ops.reduce_xor, ops.scatter),
     *(ops.singular_values, ops.sort, ops.svd, ops.top_k, ops.triangular_solve, ops.wide_mm),
 )
-_add(
+add_info(
     *(torch.bmm, torch.linalg.qr, torch.mm, ops.cholesky, ops.dot_general, ops.eigh),
     *(ops.singular_values, ops.sort, ops.svd, ops.top_k, ops.triangular_solve, ops.wide_mm),
     heavy=True,
 )
-_add(torch.Tensor.new_full)
+add_info(torch.Tensor.new_full)

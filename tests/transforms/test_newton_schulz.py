@@ -22,7 +22,7 @@ SIDE = 20  # with `small_panels`, three panels of Hermitian matrices
 @pytest.fixture
 def small_panels(monkeypatch):
     """Panels and segments on matrices that are quick to multiply."""
-    monkeypatch.setattr(_gram_iteration, "_SMALL", 4)
+    monkeypatch.setattr(_gram_iteration, "_DIRECT", 4)
     monkeypatch.setattr(_gram_iteration, "_WHOLE", 4)
     monkeypatch.setattr(_gram_iteration, "_TILE", 2)
 

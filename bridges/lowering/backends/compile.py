@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,8 +22,11 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from chainrule.bridges.lowering.backends.body import body_of
+from chainrule.bridges.lowering.backends.early_copies import (
+    _copy_early,  # pyright: ignore[reportPrivateUsage]
+)
 from chainrule.bridges.lowering.backends.launches import Function, function_of
-from chainrule.bridges.lowering.nodes import inputs_of, is_array, results_of, return_, value_of
+from chainrule.bridges.lowering.nodes import inputs_of, results_of, return_, value_of
 from chainrule.bridges.lowering.passes.partition import Piece
 from chainrule.native import _kernel
 
@@ -108,8 +111,7 @@ def _through_inductor(
 ) -> Compiled:
     mode = "symbolic" if piece.flat else "fake"
     module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
-    results = _written(module.graph, piece)
-    return_(module.graph, results)
+    _write(module.graph, piece)
     values = [value_of(p) for p in inputs_of(module.graph)]
     # The bridge checks what it hands over; asserting it again costs a tenth of a small step. But since torch 2.14 it is
     # with the assertions that Inductor reads the length of a flat piece from its inputs.
@@ -147,44 +149,18 @@ def _keyed(module: fx.GraphModule, lengths: Any) -> fx.GraphModule:
     return bare
 
 
-def _written(graph: fx.Graph, piece: Piece) -> list[fx.Node]:
-    """Copies updates into the inputs of a traced piece, and returns its other results.
-
-    On a CPU an update that is also summed is copied as soon as nobody reads the old value any more, and what follows
-    reads the copy: Inductor makes one loop for both. Behind the sum it would make another, which reads all again.
-    """
+def _write(graph: fx.Graph, piece: Piece) -> None:
+    """Makes a traced piece copy updates into its inputs, and return its other results."""
     inputs, results = inputs_of(graph), results_of(graph)
     updates = dict(piece.updates)
-    early = _summed(graph) if lengths_for(piece) is ON_CPU else set[fx.Node]()
     for i, old in updates.items():
         target, new = inputs[piece.inputs.index(old)], results[i]
-        order = {node: k for k, node in enumerate(graph.nodes) if node.op != "output"}
-        before = {target, new, *_readers(target)} if new in early else order
-        last = max(before, key=lambda node: order.get(node, -1))
-        with graph.inserting_after(last):
+        with graph.inserting_before(graph.output_node()):
             copy = graph.call_function(torch.ops.aten.copy_.default, (target, new))
         copy.meta["val"] = value_of(target)
-        for user in [user for user in new.users if order.get(user, -1) > order[last]]:
-            user.replace_input_with(new, copy)
-    return [r for i, r in enumerate(results) if i not in updates]
-
-
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Whoever reads the memory of a traced node, directly or through views of it."""
-    for user in node.users:
-        yield user
-        if getattr(user.target, "is_view", False):
-            yield from _readers(user)
-
-
-def _summed(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes of a traced piece that something reduces to a scalar, directly or through others."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        sources = {s for s in node.all_input_nodes if is_array(value_of(s))}
-        if node in found or (node.op != "output" and not is_array(value_of(node))):
-            found |= sources
-    return found
+    return_(graph, [r for i, r in enumerate(results) if i not in updates])
+    if lengths_for(piece) is ON_CPU:
+        _copy_early(graph)
 
 
 @functools.cache

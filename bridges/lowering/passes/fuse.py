@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from chainrule.bridges.lowering.linear import Reader, Scalar, Scaled
 from chainrule.bridges.lowering.nodes import args_of, first_arg, is_scalar, mark_like, value_of
+from chainrule.bridges.lowering.op_info import info
 from chainrule.bridges.lowering.passes.simplify import drop_dead, merge_common
 from chainrule.bridges.lowering.step_program import StepProgram
 
@@ -36,6 +37,10 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.dtype == torch.float32
 
 
+def _is_heavy(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.op == "call_function" and info(x).heavy
+
+
 def _alike(x: fx.Node, y: fx.Node) -> bool:
     return value_of(x).shape == value_of(y).shape
 
@@ -47,8 +52,11 @@ class _Fuser:
         self.reader = Reader(self.opens, self.is_factor)
 
     def opens(self, x: fx.Node) -> bool:
+        """A sum with a product of matrices, such as a step of Newton-Schulz, stays one tensor."""
         casts = x.target is torch.Tensor.to
-        return _is_tensor(x) and len(x.users) == 1 and not casts and any(map(_is_tensor, x.args))
+        if not _is_tensor(x) or len(x.users) > 1 or casts or not any(map(_is_tensor, x.args)):
+            return False
+        return x.target is not torch.add or not any(map(_is_heavy, x.args))
 
     def is_factor(self, x: Any) -> bool:
         if isinstance(x, (int, float)):

@@ -180,6 +180,23 @@ def test_equal_groups_share_what_is_compiled(adam: Any) -> None:
     assert_close(*map(run_of, pair), parameters(((4, 6), (4, 6))))
 
 
+def test_a_tensor_is_summed_while_it_is_updated(adam: Any) -> None:
+    """The sum reads what was just written, which is one loop to Inductor, but for what reads the old value later."""
+    copied, summed = torch.ops.aten.copy_.default, torch.ops.aten.sum.dim_IntList
+
+    def body(m: torch.Tensor, g: torch.Tensor, total: torch.Tensor) -> list[torch.Tensor]:
+        m.add_(g)
+        total.copy_(torch.sum(m * m, 0))
+        return []
+
+    inputs = [torch.ones(97), torch.ones(97), torch.empty(2)[1]]
+    graph = sys.modules[adam.__module__]._traced(body, inputs, True).graph
+    order = [node.target for node in graph.nodes]
+    assert order.index(copied) < order.index(summed) and order.count(copied) == 2
+    (square,) = next(n for n in graph.nodes if n.target is summed).all_input_nodes[:1]
+    assert {n.target for n in square.all_input_nodes} == {copied}
+
+
 @pytest.mark.slow
 def test_a_step_compiled_as_a_whole_is_the_eager_one(
     adam: Any, monkeypatch: pytest.MonkeyPatch

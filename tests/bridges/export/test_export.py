@@ -29,6 +29,8 @@ REFUSED = {
 """By case how the message says why no file can hold it."""
 POWERS = {"optax.contrib.madgrad"}
 """torch's powers are other ones at the end of a tensor than in its vectors: parts would differ in the last bit."""
+MATRICES = ((96, 96), (448, 500), (400, 1700), (3, 100, 130), (2, 390, 391), (5,))
+"""On either side of where Newton-Schulz takes other products."""
 QUICK = {"stam", "optax.adamw"}
 
 
@@ -54,7 +56,10 @@ def test_a_file_goes_the_way_of_the_bridge(
     cls = exported(case.make(), tmp_path, parts=case.name not in POWERS)
     for shapes in (SHAPES, OTHER_SHAPES):
         check(case.make(), cls, shapes)
-    check(case.make(), load(tmp_path / "exported.py").Exported, ALIKE)
+    whole = load(tmp_path / "exported.py").Exported
+    check(case.make(), whole, ALIKE)
+    if "newton_schulz_steps" in (tmp_path / "exported.py").read_text():
+        check(case.make(), whole, MATRICES, steps=2)
 
 
 @pytest.mark.slow
