@@ -139,12 +139,12 @@ def _keyed(module: fx.GraphModule, lengths: Any) -> fx.GraphModule:
     """A traced piece that Inductor may look up in its cache on disk.
 
     The cache's key has no lengths of tensors of any length, and no instructions of the processor: what is compiled for
-    small tensors would be found for large ones, and code for long vectors by a processor that has none. Whatever else
-    tracing left in the module cannot be in a key.
+    small tensors would be found for large ones, and code for long vectors by a processor that has none. Nor has it what
+    `_loops_whole` changes. Whatever else tracing left in the module cannot be in a key.
     """
     bare = fx.GraphModule(module, module.graph)
     bare.meta["compiled for"] = (
-        f"{lengths}, {cpu_vec_isa.pick_vec_isa()}, {torch.get_num_threads()}"
+        f"{lengths}, {cpu_vec_isa.pick_vec_isa()}, {torch.get_num_threads()}, whole loops"
     )
     return bare
 
