@@ -52,6 +52,16 @@ def test_steps_of_chains_in_jax(cells):
         assert ratio == ("" if row is None else f"{row['ratio']:.2f}")
 
 
+def test_first_compiled_steps():
+    text = README[README.index("A first\ncompiled step") :].partition(";")[0]
+    found = kept("torch", "compilation")
+    names = [
+        f"{name}, gpt, {of}" for name in ("optax.adamw", "chains.stam") for of in ("cold", "warm")
+    ]
+    told = re.findall(r"(\d\.\d) s", text)
+    assert told == [f"{float(str(found[name]['ms'])) / 1000:.1f}" for name in names]
+
+
 def test_fused_steps_in_jax():
     text = README[README.index("`chainrule.fused(tx)`") :].partition("\n\n")[0]
     found = kept("jax", "fused-gpt")
