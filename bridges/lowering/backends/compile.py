@@ -1,12 +1,12 @@
 """One piece through Inductor."""
 
-import contextlib
 import functools
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -112,14 +112,17 @@ def _through_inductor(
     mode = "symbolic" if piece.flat else "fake"
     module = make_fx(body, select_decomp_table(), tracing_mode=mode)(*inputs)
     _write(module.graph, piece)
+    module.recompile()
     values = [value_of(p) for p in inputs_of(module.graph)]
     # The bridge checks what it hands over; asserting it again costs a tenth of a small step. But since torch 2.14 it is
     # with the assertions that Inductor reads the length of a flat piece from its inputs.
     asserts = piece.flat and torch.__version__ >= "2.14"
     options = {"size_asserts": asserts, "cpp.vec_isa_ok": _instructions_are_known()}
-    # In a context of tracing Inductor looks for what it made of the graph in its cache on disk.
-    with config.patch(options), _loops_whole(), tracing(TracingContext(detect_fake_mode(values))):
-        module = _keyed(module, (lengths_for(piece), large))
+    # In a context of tracing Inductor looks for what it made of the graph in its cache on disk; not tried on a GPU.
+    on_cpu = lengths_for(piece) is ON_CPU
+    looks_up = tracing(TracingContext(detect_fake_mode(values))) if on_cpu else nullcontext()
+    with config.patch(options), _loops_whole(), looks_up:
+        module = _keyed(module, (lengths_for(piece), large)) if on_cpu else module
         compiled: Any = compile_fx_inner(module, values)
         return compiled
 
@@ -131,7 +134,7 @@ def _loops_whole() -> Any:
     one, and leaves out the entries behind the last whole block (torch 2.13).
     """
     if not hasattr(CppScheduling, "try_loop_split"):
-        return contextlib.nullcontext()
+        return nullcontext()
     return mock.patch.object(CppScheduling, "try_loop_split", lambda self, nodes: nodes)
 
 
