@@ -30,9 +30,10 @@ help:
 demo: $(VENV)/.demo  ## three mechanisms at work, and every chain beside optax.adamw; table and demo.png
 	$(BIN)/chainrule demo
 
+# Doctests of what needs a trainer are left out where there is none: `make dev` installs them.
 test: $(VENV)/.test  ## tests and doctests, without the slow ones
-	$(PYTEST) --doctest-modules src tests $(KERAS:%=--ignore=%) -m "not slow and not clients and not keras" \
-	  -n $(WORKERS) $(COVERAGE)
+	$(PYTEST) --doctest-modules --doctest-ignore-import-errors src tests $(KERAS:%=--ignore=%) \
+	  -m "not slow and not clients and not keras" -n $(WORKERS) $(COVERAGE)
 
 coverage:  ## the same, and which lines they run (a sixth slower)
 	$(MAKE) test COVERAGE="--cov --cov-report=term"

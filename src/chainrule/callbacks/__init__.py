@@ -39,10 +39,10 @@ def __getattr__(name: str) -> Any:
     try:
         home = importlib.import_module(f"chainrule.callbacks.{_HOMES[name]}")
     except ModuleNotFoundError as error:
-        if error.name != _HOMES[name]:
+        if (error.name or "").partition(".")[0] != _HOMES[name]:
             raise
         raise ModuleNotFoundError(
-            f'chainrule.callbacks.{name} needs {error.name}; install it with: pip install "chainrule[clients]"',
+            f'chainrule.callbacks.{name} needs {_HOMES[name]}; install it with: pip install "chainrule[clients]"',
             name=error.name,
         ) from error
     return getattr(home, name)

@@ -70,6 +70,7 @@ def test_a_file_trains_where_neither_jax_nor_chainrule_can_be_imported(stam: Pat
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # because it needs both
 def test_ruff_and_pyright_find_nothing(stam: Path) -> None:
     check_style(stam)
 
