@@ -52,6 +52,13 @@ def test_steps_of_chains_in_jax(cells):
         assert ratio == ("" if row is None else f"{row['ratio']:.2f}")
 
 
+def test_muon_in_bfloat16():
+    text = README[README.index("`chains.muon` with bfloat16") :].partition(" A first")[0]
+    names = [f"chains.muon, bf16, {way}" for way in ("compiled", "eager")]
+    told = re.findall(r"\d\.\d\d", text)
+    assert told == [f"{kept('torch', 'muon')[name]['ratio']:.2f}" for name in names]
+
+
 def test_first_compiled_steps():
     text = README[README.index("A first\ncompiled step") :].partition(";")[0]
     found = kept("torch", "compilation")
