@@ -23,13 +23,6 @@ def magma(rate):
 SHAPES = [(3, 4), (4, 3), (5,), (2, 3, 2)]
 
 
-@pytest.fixture
-def compiled_anew(monkeypatch):
-    """As in a process that has compiled nothing yet."""
-    monkeypatch.setattr(compile, "COMPILED", {})
-    return compile.COMPILED
-
-
 def test_leaves_that_are_alike_are_one_call(monkeypatch, compiled_anew):
     """With tensors that are not contiguous, or have other memory, in between: as if each were called by itself."""
     made = []
