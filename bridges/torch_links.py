@@ -5,7 +5,7 @@ after:  parameters before and after a step, gradients, the optimizer's moments -
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import optax
 import torch
 from torch import Tensor
 
+from chainrule.bridges.checks import quick_reads
 from chainrule.bridges.group_tree import Options
 from chainrule.bridges.grouped_optimizer import GroupedOptimizer
 from chainrule.bridges.meant import Meant
@@ -76,33 +77,45 @@ class Links(TorchBridge):
 
     def params_of(self, steps: Steps) -> list[Tensor]:
         """The parameters with a gradient in the groups that take part."""
-        trees = [self._tree(index) for index, _ in steps]
-        return [p for tree in trees for p in tree.params if p.grad is not None]
+        with quick_reads():
+            trees = [self._tree(index) for index, _ in steps]
+            return [p for tree in trees for p in tree.params if p.grad is not None]
 
     def carry_out(
         self,
         steps: Steps,
-        given: Callable[[str, Tensor], Tensor],
-        into: Mapping[Tensor, Tensor] | None = None,
+        memory: Sequence[Tensor],
+        given: Callable[[str, list[Tensor], list[bool]], list[Tensor]],
     ) -> None:
         """Runs the steps.
 
         Args:
           steps: what `_ready` returned.
-          given: what the chain is given for a parameter by a name.
-          into: the memory to write in place of a parameter.
+          memory: for each of `params_of` what it was before the optimizer's step, if the chain changes that; else what
+            to write in its place.
+          given: what the chain is given by another name for parameters, of which those have a gradient; one tensor
+            for `"count"`.
         """
+        left = iter(memory)
         for index, step in steps:
             tree = self._tree(index)
-            for i, p in enumerate(tree.params):
-                if p.grad is None:  # its own memory may be among what the chain is given
-                    step.inputs[i] = p.detach().clone()
-                elif into:
-                    step.inputs[i] = into[p]
+            params = tree.params
+            with quick_reads():
+                there = [p.grad is not None for p in params]
+            own = [next(left) if has else p for p, has in zip(params, there, strict=True)]
+            if OLD not in tree.described.given:
+                step.inputs[: len(own)] = own
+            for i, has in enumerate(there):
+                if not has:  # its own memory may be among what the chain is given
+                    step.inputs[i] = params[i].detach().clone()
             for name in tree.described.given:
-                step.inputs.extend(
-                    given(name, p) for p in (tree.params[:1] if name == "count" else tree.params)
-                )
+                if name == OLD:
+                    found = own
+                elif name == PARAM or name not in tree.described.reads:
+                    found = params[:1] if name == "count" else params
+                else:
+                    found = given(name, params, there)
+                step.inputs.extend(found)
         self._finish(steps)
 
     def mirror(self, groups: list[dict[str, Any]]) -> None:
@@ -122,15 +135,13 @@ def named(group: Mapping[str, Any]) -> list[Any]:
     return list(group["params"] if names is None else zip(names, group["params"], strict=True))
 
 
-def buffers(params: Iterable[Tensor], known: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+def buffers(params: Sequence[Tensor], known: dict[Tensor, Tensor]) -> list[Tensor]:
     """Memory like each of the parameters; that in `known` is used again where it fits."""
+    found: list[Tensor] = []
     for p in params:
         kept = known.get(p)
-        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (
-            p.shape,
-            p.dtype,
-            p.device,
-        )
-        if not fits:
-            known[p] = torch.empty_like(p, requires_grad=False)
-    return known
+        kind = p.shape, p.dtype, p.device
+        if kept is None or (kept.shape, kept.dtype, kept.device) != kind:
+            kept = known[p] = torch.empty_like(p, requires_grad=False)
+        found.append(kept)
+    return found

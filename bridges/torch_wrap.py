@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chainrule.bridges import loading
 from chainrule.bridges.checks import autocast_off
+from chainrule.bridges.lowering.executor import write
 from chainrule.bridges.torch_links import OLD, PARAM, Links, buffers, changing, filtering
 from chainrule.bridges.torch_moments import moments_of, value_of
 from chainrule.bridges.wrapped import check_base, groups_of, of_base, part_of, prefixed
@@ -167,7 +168,7 @@ class TorchWrap(torch.optim.Optimizer):
             ready = {role: links._ready(loss) for role, links in self._links.items()}
             grads = self._filter(ready["before"]) if self.before else {}
             try:
-                old = self._kept(ready["after"]) if self.after else {}
+                old = self._kept(ready["after"]) if self.after else []
                 self.base.step()
             finally:
                 for p, grad in grads.items():
@@ -181,46 +182,42 @@ class TorchWrap(torch.optim.Optimizer):
         assert self.before is not None
         params = self.before.params_of(ready)
         memory = buffers(params, self._memory[0])
-        self.before.carry_out(ready, lambda _, p: p, memory)
+        self.before.carry_out(ready, memory, self._given)
         grads = {p: p.grad for p in params}
-        for p in params:
-            p.grad = memory[p]
+        for p, grad in zip(params, memory, strict=True):
+            p.grad = grad
         return grads
 
-    def _kept(self, ready: Any) -> dict[Tensor, Tensor]:
+    def _kept(self, ready: Any) -> list[Tensor]:
         """The parameters before the step of the base."""
         assert self.after is not None
         params = self.after.params_of(ready)
         memory = buffers(params, self._memory[1])
-        if params:
-            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage] -- torch has no public name for it
-                [memory[p] for p in params], params
-            )
-        return {p: memory[p] for p in params}
+        write(memory, params)
+        return memory
 
-    def _change(self, ready: Any, old: dict[Tensor, Tensor]) -> None:
+    def _change(self, ready: Any, old: list[Tensor]) -> None:
         assert self.after is not None
-
-        def given(name: str, p: Tensor) -> Tensor:
-            if name == OLD:
-                return old.get(p, p)
-            if name == "count":
-                return self._count(p)
-            if p not in old:  # without a gradient: what comes out of it is forgotten
-                return torch.zeros_like(p)
-            return self._moment(name, p)
-
         done = False
         try:
-            self.after.carry_out(ready, given)
+            self.after.carry_out(ready, old, self._given)
             done = True
         finally:
             if not done:
-                for p, value in old.items():
-                    p.copy_(value)
+                write(self.after.params_of(ready), old)
 
-    def _moment(self, name: str, p: Tensor) -> Tensor:
-        value = value_of(self.state.get(p, {}), self._moments[name])
+    def _given(self, name: str, params: list[Tensor], there: list[bool]) -> list[Tensor]:
+        """What the base keeps of parameters by the name of a moment; of those without a gradient it is not read."""
+        if name == "count":
+            return [self._count(params[0])]
+        state = self.state
+        return [
+            self._moment(name, p, state.get(p, {})) if has else torch.zeros_like(p)
+            for p, has in zip(params, there, strict=True)
+        ]
+
+    def _moment(self, name: str, p: Tensor, entry: Mapping[str, Any]) -> Tensor:
+        value = value_of(entry, self._moments[name])
         if not isinstance(value, Tensor) or value.shape != p.shape:
             shape = tuple(getattr(value, "shape", ()))
             found = "none" if value is None else f"one of shape {shape}"
@@ -229,10 +226,11 @@ class TorchWrap(torch.optim.Optimizer):
                 f"must have the parameter's shape {tuple(p.shape)}, got {found}; say where it is with `moments={{"
                 f"{name!r}: ...}}`, or None for nowhere"
             )
-        return value.to(p.dtype)
+        return value if value.dtype == p.dtype else value.to(p.dtype)
 
     def _count(self, p: Tensor) -> Tensor:
-        steps = [value_of(self.state.get(q, {}), self._moments["count"]) for q in self._beside(p)]
+        kept = (self.state.get(q, {}) for q in self._beside(p))
+        steps = (value_of(entry, self._moments["count"]) for entry in kept)
         found = next((step for step in steps if step is not None), 0)
         return torch.as_tensor(found, device=p.device).to(torch.int32).reshape(())
 

@@ -178,23 +178,24 @@ class ScalarProgram:
 def scalar_ops() -> list[str]:
     """The operations: torch's name and the type of the operands, f, i or b."""
 
-ELEMENT_PLACES: tuple[int, int, int]
-"""How many tensors, rooms and numbers a program of elements may have."""
+ELEMENT_PLACES: tuple[int, int, int, int]
+"""How many tensors, rooms, numbers and sums a program of elements may have."""
 
 ElementPlace: TypeAlias = tuple[int, int]
-"""0, a tensor; 1, a room for a tile; 2, a number; and which of them."""
+"""0, a tensor; 1, a room for a tile; 2, a number; 3, a sum; and which of them."""
 
 class ElementProgram:
     """Straight-line arithmetic element by element on float32 tensors (``include/chainrule/elements.hpp``).
 
     Args:
-        steps: (operation, result, operands), with the names of `element_ops`.
+        steps: (operation, result, operands), with the names of `element_ops`, or `"sum"`, of everything into a sum.
         rows: for each leaf its number of elements, its tensors among all, and the words that are its numbers.
         words: of a `ScalarProgram`, which are read at every run.
         tensors: how many there are.
+        sums: where each run writes the sums of each row, one row after the other.
 
     Raises:
-        ValueError: an unknown operation, or an index out of its range.
+        ValueError: an unknown operation, an index out of its range, or sums that are no whole number for each row.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class ElementProgram:
         rows: Sequence[tuple[int, Sequence[int], Sequence[int]]],
         words: NDArray[np.uint32],
         tensors: int,
+        sums: NDArray[np.float32] = ...,
     ) -> None: ...
     def run(self, pointers: Sequence[int], threads: int = 1) -> None:
         """Runs on the memory of the tensors, which the caller vouches for; results do not depend on `threads`.

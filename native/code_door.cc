@@ -146,6 +146,7 @@ class CodedLaunches {
     if (program.rows() != rows_.size()) {
       refuse("function", "a program of " + std::to_string(rows_.size()) + " rows", std::to_string(program.rows()));
     }
+    if (program.sums() > 0) refuse("function", "a program without sums", std::to_string(program.sums()));
     for (std::size_t i = 0; i < rows_.size(); ++i) {
       const auto is_float = [](const Place& place) {
         return place.kind == Place::scratch || (place.kind == Place::tensor && place.item == sizeof(float));

@@ -13,7 +13,7 @@ template <std::size_t... kKind>
 constexpr Kernels table_of(std::index_sequence<kKind...>) {
   return {CHAINRULE_TEXT(CHAINRULE_ISA), tier2, tier2_quantized, sign_step, partial_statistics,
           {partial_sums<static_cast<SumKind>(kKind)>...}, quantize, dequantize,
-          decode_values, encode_values, kElementTable};
+          decode_values, encode_values, kElementTable, elements::sum};
 }
 
 extern const Kernels table;

@@ -100,12 +100,10 @@ def cautious(
 
         def agreeing(u: jax.Array, g: jax.Array) -> jax.Array:
             if jnp.iscomplexobj(u):
-                a, b = (jnp.conj(u) * g).real, 1.0
-            else:
-                a, b = u, g
-            b = -b if negated else b
-            # Not a b > 0: a product of small numbers is zero.
-            agrees = ((a > 0) & (b > 0)) | ((a < 0) & (b < 0))
+                product = (jnp.conj(u) * g).real
+            else:  # of its sign: of small numbers the product is zero
+                product = jnp.where(u > 0, g, -g)
+            agrees = product < 0 if negated else product > 0
             return jnp.where(agrees | jnp.isnan(u), up(u), 0)
 
         def fraction(kept: jax.Array) -> jax.Array:

@@ -10,7 +10,9 @@ operation stands in `op_info.py`.
 3. `take_kernel_moves`: what the kernel does in place is taken out of the graph;
 4. the passes of a backend:
    - *scalars* (`backends/scalar_program.py`), where nothing but scalars is left beside the kernel: none;
-   - *eager* (`backends/foreach.py`): `scalarise` with the kernel, `fuse`, `rematerialise` on a CPU, `partition`;
+   - *eager* (`backends/foreach.py`): `fuse`, `rematerialise` on a CPU, `partition`;
+   - *eager with the kernel* (the same): `scalarise`, `fuse`, `cut_at_sums`, `rematerialise_elements`, `partition`,
+     `overwrite`;
    - *compiled* (`backends/inductor.py`): `scalarise`, `reciprocals`, `rematerialise_compiled`, `partition`,
      `overwrite`;
 5. the backend turns pieces into calls, and the `Executor` runs them.
@@ -29,6 +31,7 @@ from chainrule.bridges.lowering.backends.scalar_program import only_scalars, sca
 from chainrule.bridges.lowering.executor import Emitted, Executor, Registers
 from chainrule.bridges.lowering.passes.agree import agree_on_gradients
 from chainrule.bridges.lowering.passes.assign_owners import assign_owners, leave_to_owners
+from chainrule.bridges.lowering.passes.cut_at_sums import cut_at_sums
 from chainrule.bridges.lowering.passes.fuse import fuse
 from chainrule.bridges.lowering.passes.infer_values import infer_values
 from chainrule.bridges.lowering.passes.join_measures import join_measures
@@ -36,7 +39,11 @@ from chainrule.bridges.lowering.passes.merge_collectives import merge_collective
 from chainrule.bridges.lowering.passes.overwrite import overwrite
 from chainrule.bridges.lowering.passes.partition import copy_constants, partition
 from chainrule.bridges.lowering.passes.reciprocals import reciprocals
-from chainrule.bridges.lowering.passes.rematerialise import rematerialise, rematerialise_compiled
+from chainrule.bridges.lowering.passes.rematerialise import (
+    rematerialise,
+    rematerialise_compiled,
+    rematerialise_elements,
+)
 from chainrule.bridges.lowering.passes.scalarise import scalarise
 from chainrule.bridges.lowering.passes.shard import Sharding, shard
 from chainrule.bridges.lowering.passes.take_kernel_moves import take_kernel_moves
@@ -69,8 +76,10 @@ def back(program: StepProgram, compiled: bool) -> tuple[Sequence[Pass], Backend]
         return (*passes, partition, overwrite), inductor_calls
     # On a device a pass over memory costs less than a launch.
     carried = (rematerialise,) if program.on_cpu else ()
-    entries = (scalarise,) if in_kernel(program) else ()
-    return (*entries, fuse, copy_constants, *carried, partition), foreach_calls
+    if in_kernel(program):
+        passes = (scalarise, fuse, cut_at_sums, rematerialise_elements, partition, overwrite)
+        return passes, foreach_calls
+    return (fuse, copy_constants, *carried, partition), foreach_calls
 
 
 def run(passes: Sequence[Pass], program: StepProgram) -> StepProgram:

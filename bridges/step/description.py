@@ -68,6 +68,14 @@ class Description:
         """Whether the chain reads the loss if it is given one."""
         return self.trace(True).used()[-1 - len(jax.tree.leaves(self.given))]
 
+    @functools.cached_property
+    def reads(self) -> frozenset[str]:
+        """The names of `given` that the chain reads, with the loss or without."""
+        used = self.trace(True).used() if True in self._traces else self.trace(False).used()
+        names = [n for n, tree in self.given.items() for _ in jax.tree.leaves(tree)]
+        last = used[len(used) - len(names) :]
+        return frozenset(name for name, is_used in zip(names, last, strict=True) if is_used)
+
     def takes_value(self, has_loss: bool) -> bool:
         """Whether a step with or without a loss is the one that is traced with it; one does for both if it can."""
         return has_loss or (True in self._traces and not self.reads_value)

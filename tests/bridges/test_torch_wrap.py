@@ -407,6 +407,15 @@ def test_a_moment_that_the_base_does_not_keep_puts_the_parameters_back() -> None
     assert_same(params, parameters())
 
 
+def test_a_moment_that_no_link_reads_is_not_asked_for() -> None:
+    params = parameters()
+    base = torch.optim.AdamW(params.values(), RATE)
+    links = transforms.momentum_alignment_mask()
+    wrap = TorchWrap(base, after=links, moments={"nu": "not there"})
+    train(params, wrap)
+    assert wrap.metrics()["after"]["mask_rate"].isfinite()
+
+
 @pytest.mark.parametrize(
     "broken", ["before.ema", "after.alignment", "base groups", "another chain", "none"]
 )

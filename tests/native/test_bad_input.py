@@ -375,6 +375,13 @@ def test_a_program_between_codes_fits_its_rows(rows, message):
         _kernel.CodedLaunches(program, rows, [], 2)
 
 
+def test_a_program_between_codes_has_no_sums():
+    steps, sums = [("sum", (3, 0), [(0, 0)])], np.zeros(1, np.float32)
+    program = _kernel.ElementProgram(steps, [(8, [0], [])], np.zeros(1, np.uint32), 1, sums)
+    with pytest.raises(ValueError, match="function: must be a program without sums, got 1"):
+        _kernel.CodedLaunches(program, [(8, [TENSOR], [], [])], [], 2)
+
+
 def test_launches_between_codes_want_a_function_and_a_pointer_for_each_tensor():
     with pytest.raises(ValueError, match="function: must be the address of one, got null"):
         _kernel.CodedLaunches(0, [], [], 1)

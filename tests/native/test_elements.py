@@ -5,13 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
+import bounds
 from chainrule.native import _kernel
 
 pytestmark = pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
 
 AWKWARD = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 3e38, -1.5, 0.7], np.float32)
-TENSOR, ROOM, NUMBER = range(3)
+TENSOR, ROOM, NUMBER, SUM = range(4)
 f32 = np.float32
+NO_SUMS = np.zeros(0, f32)
 
 
 def mask(truths):
@@ -62,8 +64,8 @@ FORMULAS = {
 OF_TRUTHS = {"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"}
 
 
-def run(steps, rows, tensors, words=(0,), threads=1):
-    program = _kernel.ElementProgram(steps, rows, np.array(words, np.uint32), len(tensors))
+def run(steps, rows, tensors, words=(0,), threads=1, sums=NO_SUMS):
+    program = _kernel.ElementProgram(steps, rows, np.array(words, np.uint32), len(tensors), sums)
     program.run([x.ctypes.data for x in tensors], threads)
 
 
@@ -131,6 +133,33 @@ def test_a_program_over_leaves_of_all_sizes(threads):
         np.testing.assert_array_equal((m, v), (m0, v0))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_of_what_a_program_computes(threads):
+    """The sums of x y and of x == x, which is also true of what fills a tile; x becomes x y."""
+    rng = np.random.default_rng(0)
+    sizes = [0, 1, 15, 16, 511, 513, 65_536, 65_537, 200_000]
+    leaves = [[rng.normal(size=n).astype(f32) for _ in range(2)] for n in sizes]
+    products = [np.multiply(x, y, dtype=np.float64) for x, y in leaves]
+    steps = [
+        ("eq", (ROOM, 0), [(TENSOR, 0), (TENSOR, 0)]),
+        ("bitwise_and", (ROOM, 0), [(ROOM, 0), (NUMBER, 0)]),
+        ("sum", (SUM, 1), [(ROOM, 0)]),
+        ("mul", (TENSOR, 0), [(TENSOR, 0), (TENSOR, 1)]),
+        ("sum", (SUM, 0), [(TENSOR, 0)]),
+    ]
+    rows = [(n, [2 * i, 2 * i + 1], [0]) for i, n in enumerate(sizes)]
+    words, sums = np.array([1.0], f32).view(np.uint32), np.full((len(sizes), 2), np.nan, f32)
+    run(steps, rows, [x for leaf in leaves for x in leaf], words, threads, sums.reshape(-1))
+    assert sums[:, 1].tolist() == sizes
+    for found, wanted in zip(sums[:, 0], products, strict=True):
+        error = bounds.summed(wanted.size) * np.abs(wanted).sum()
+        assert abs(found - wanted.sum()) <= error
+    alone = np.empty(1, f32)
+    again = [np.multiply(*leaf) for leaf in ([y / y, x] for x, y in leaves[-1:])]
+    run([("sum", (SUM, 0), [(TENSOR, 0)])], [(sizes[-1], [0], [])], again, (0,), 2, alone)
+    assert alone[0] == sums[-1, 0]  # however many threads there are, and leaves beside it
+
+
 STEP = ("neg", (TENSOR, 0), [(TENSOR, 0)])
 
 
@@ -145,11 +174,23 @@ STEP = ("neg", (TENSOR, 0), [(TENSOR, 0)])
         ([STEP], [(1, [0], [1])], "rows: a word"),
         ([STEP], [(-1, [0], [])], "rows: a size"),
         ([STEP], [(1, [0], []), (1, [0, 0], [])], "of as many tensors"),
+        ([("sum", (SUM, 0), [])], [(1, [0], [])], "operands of sum: must be 1, got 0"),
+        ([("sum", (SUM, 0), [(NUMBER, 0)])], [(1, [0], [0])], "a kind of place"),
+        ([("sum", (TENSOR, 0), [(TENSOR, 0)])], [(1, [0], [])], "a kind of place"),
+        ([("neg", (SUM, 0), [(TENSOR, 0)])], [(1, [0], [])], "a kind of place"),
+        ([("neg", (TENSOR, 0), [(SUM, 0)])], [(1, [0], [])], "a kind of place"),
+        ([("sum", (SUM, 0), [(TENSOR, 0)])], [(1, [0], [])], "a place"),
     ],
 )
 def test_what_is_refused(steps, rows, message):
     with pytest.raises(ValueError, match=message):
         run(steps, rows, [np.zeros(1, f32)])
+
+
+@pytest.mark.parametrize(("count", "message"), [(3, "as many for each row"), (18, "sums of a row")])
+def test_sums_fit_the_rows(count, message):
+    with pytest.raises(ValueError, match=message):
+        run([STEP], [(1, [0], [])] * 2, [np.zeros(1, f32)], sums=np.zeros(count, f32))
 
 
 def test_runs_check_their_arguments():

@@ -142,11 +142,11 @@ class StageScalars:
         nodes = [node for node in piece.nodes if node not in self.taken]
         if len(nodes) in (0, len(piece.nodes)):
             return piece if nodes else None
-        inputs = read_by(nodes)
         outputs = tuple(node for node in piece.outputs if node not in self.taken)
         old_of = {piece.outputs[i]: old for i, old in piece.updates}
         updates = [(i, old_of[node]) for i, node in enumerate(outputs) if node in old_of]
-        return piece_of(nodes, inputs, outputs, [(i, old) for i, old in updates if old in inputs])
+        inputs = tuple(dict.fromkeys((*read_by(nodes), *(old for _, old in updates))))
+        return piece_of(nodes, inputs, outputs, updates)
 
     # ---- the program -------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from chainrule.bridges.lowering.step_program import StepProgram
 
 
 def overwrite(program: StepProgram) -> StepProgram:
-    """Before: pieces update inputs that they read. After, those that are compiled update also inputs of the step that
+    """Before: pieces update inputs that they read. After, all that are not apart update also inputs of the step that
     they do not read, and no other piece does at their stage or later; these are inputs of the piece then.
     """
     old_of = dict(program.updates)

@@ -106,7 +106,7 @@ def is_apart(node: Any) -> bool:
 def owners_and_ranks(graph: fx.Graph) -> dict[fx.Node, tuple[Any, int]]:
     """Each node's owner (a leaf, the shared scalars, or many leaves) and its rank.
 
-    A node's `meta["rank"]` is the least that it may have.
+    A node's `meta["rank"]` is the least that it may have; who reads one with `meta["ends"]` has a higher.
     """
     parent: dict[fx.Node, fx.Node] = {}
 
@@ -194,8 +194,10 @@ def _is_key(source: fx.Node, node: fx.Node) -> bool:
 
 
 def _is_read_again(source: fx.Node, node: fx.Node) -> bool:
-    """Whether a node decodes what the program has encoded: that is whole when its piece has ended."""
-    return node.target is ops.decode and source.target is operator.getitem
+    """Whether a node reads what is whole when its piece has ended: codes that it decodes, or what `ends` that."""
+    return source.meta.get("ends", False) or (
+        node.target is ops.decode and source.target is operator.getitem
+    )
 
 
 def _summed(node: fx.Node) -> fx.Node:

@@ -20,6 +20,10 @@ from chainrule.bridges.lowering.step_program import StepProgram
 
 _WRITE_AND_READ = 2
 """Passes that carrying a tensor costs; it is computed again from no more new tensors than that."""
+_FROM_THE_SYSTEM = 1 << 22
+"""From so many elements in all on, memory for what is carried comes from the system in every step."""
+_PAGES = 2
+"""Passes that as much memory costs then."""
 
 
 def rematerialise(program: StepProgram) -> StepProgram:
@@ -27,6 +31,16 @@ def rematerialise(program: StepProgram) -> StepProgram:
     memory, where that reads less; a copy has `meta["rank"]`, its stage.
     """
     _Rematerialise(program, in_one_loop=False).run()
+    return program
+
+
+def rematerialise_elements(program: StepProgram) -> StepProgram:
+    """`rematerialise` before the kernel's programs of elements, for which to compute again costs little: what is
+    carried costs its memory too.
+    """
+    sizes = [x.numel() for new, _ in program.updates if is_array(x := value_of(new))]
+    pages = _PAGES if sum(sizes) >= _FROM_THE_SYSTEM else 0
+    _Rematerialise(program, in_one_loop=False, carrying=_WRITE_AND_READ + pages).run()
     return program
 
 
@@ -39,8 +53,8 @@ def rematerialise_compiled(program: StepProgram) -> StepProgram:
 
 
 class _Rematerialise:
-    def __init__(self, program: StepProgram, in_one_loop: bool):
-        self.graph, self.in_one_loop = program.graph, in_one_loop
+    def __init__(self, program: StepProgram, in_one_loop: bool, carrying: int = _WRITE_AND_READ):
+        self.graph, self.in_one_loop, self.carrying = program.graph, in_one_loop, carrying
         self.output = self.graph.output_node()
         self.results, self.olds = map(list, zip(*program.updates, strict=True))
         self.where = owners_and_ranks(self.graph)
@@ -78,7 +92,7 @@ class _Rematerialise:
             if not carried or self.where[source][0] != owner or self.where[source][1] == stage:
                 continue
             found = self.sources(source, stage)
-            if found is not None and len(found - self.read(owner, stage)) <= _WRITE_AND_READ:
+            if found is not None and len(found - self.read(owner, stage)) <= self.carrying:
                 node.replace_input_with(source, self.remade(source, stage))
 
     def sink(self, i: int, node: fx.Node) -> None:

@@ -2,7 +2,7 @@
 //
 // An operation works on a tile, which stays in the first-level cache, so that a program reads and writes memory once.
 // Operations have torch's names and meaning, without fused multiply-adds; add_scaled is add with alpha, finite_or_zero
-// is nan_to_num to zeros. A truth value is a mask of 32 bits in a float's place.
+// is nan_to_num to zeros. A truth value is a mask of 32 bits in a float's place. A program may sum what it computes.
 #pragma once
 
 #include <cmath>
@@ -101,6 +101,26 @@ inline F bitwise_and(const F* x) { return (F)((W)x[0] & (W)x[1]); }
 inline F bitwise_or(const F* x) { return (F)((W)x[0] | (W)x[1]); }
 inline F bitwise_xor(const F* x) { return (F)((W)x[0] ^ (W)x[1]); }
 inline F bitwise_not(const F* x) { return (F) ~(W)x[0]; }
+
+// In double precision from one partial sum a lane on, which is of a quarter of a tile's vectors.
+inline double sum(const float* x, std::int64_t n) {
+  constexpr std::int64_t kParts = 4;
+  F parts[kParts] = {};
+  std::int64_t i = 0;
+  for (; i + kParts * kElementWidth <= n; i += kParts * kElementWidth) {
+    for (std::int64_t k = 0; k < kParts; ++k) {
+      F y;
+      std::memcpy(&y, x + i + k * kElementWidth, sizeof y);
+      parts[k] += y;
+    }
+  }
+  double total = 0;
+  for (const F& part : parts) {
+    for (int lane = 0; lane < kElementWidth; ++lane) total += static_cast<double>(part[lane]);
+  }
+  for (; i < n; ++i) total += static_cast<double>(x[i]);
+  return total;
+}
 
 }  // namespace elements
 

@@ -25,6 +25,7 @@ struct Kernels {
   void (*decode_values)(const Coding&, std::int64_t begin, std::int64_t n, float* x);
   void (*encode_values)(const Coding&, std::int64_t begin, std::int64_t n, const float* x);
   const ElementOp* element_ops;  // `kElementOps` of them, the same on every instruction set
+  double (*element_sum)(const float* x, std::int64_t n);
 };
 
 // All that were compiled and that this processor runs, the widest first; the last is the baseline.
