@@ -103,6 +103,23 @@ def ours(listed: str) -> list[Contender]:
     ]
 
 
+def scaled(_: str) -> list[Contender]:
+    """Chains that sum what they are about to apply, and scale it."""
+    made: dict[str, Any] = {
+        "optax.lamb": optax.lamb(RATE),
+        "chains.adam, cautious": chains.adam(RATE, caution="clamped_mean"),
+    }
+    ways = {"compiled": True, "eager": False}
+    return [
+        Contender("torch fused", partial(torch.optim.AdamW, lr=RATE, fused=True), "torch fused"),
+        *(
+            Contender(f"{name}, {way}", bridge(chain, compile=compile), "torch fused")
+            for way, compile in ways.items()
+            for name, chain in made.items()
+        ),
+    ]
+
+
 def muon() -> list[Contender]:
     return [
         Contender(
@@ -228,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tables: dict[str, Callable[[int, Path | None], None]] = {
         f"{title}-{listed}": partial(steps, f"{title}-{listed}", contenders, listed)
-        for title, contenders in (("adamw", adamw), ("chains", ours))
+        for title, contenders in (("adamw", adamw), ("chains", ours), ("scaled", scaled))
         for listed in ("gpt", "small")
     }
     tables["muon"] = lambda rounds, path: show_steps(

@@ -191,6 +191,10 @@ class Builder:
         if name in self.shared.elementwise:
             if not any(isinstance(x, fx.Node) for x in operands):
                 return [self._fold(eqn, operands)]
+            aval = eqn.outvars[0].aval
+            sources = list(map(scalar_source, operands))
+            if aval.shape and not is_key(aval.dtype) and not any(s is None for s in sources):
+                return [self._repeated(eqn, rule, sources)]
             operands = self._narrow(eqn, operands)
         out = rule(self, eqn, *operands)
         return out if isinstance(out, list | tuple) and not isinstance(out, Full) else [out]
@@ -209,10 +213,28 @@ class Builder:
         value = self.shared.folded[key]
         return Full(value, aval) if aval.shape else value
 
+    def _repeated(self, eqn: Equation, rule: Rule, scalars: Sequence[Value]) -> Value:
+        """An elementwise equation of scalars that are repeated everywhere, such as norms with their axes kept."""
+        (aval,) = (v.aval for v in eqn.outvars)
+        value: Any = rule(self, eqn, *scalars)
+        if not isinstance(value, fx.Node):
+            return Full(value, aval)
+        value.meta.setdefault("aval", aval.update(shape=()))
+        return self.repeat(value, aval.shape)
+
+    def repeat(self, x: fx.Node, shape: Sequence[int]) -> fx.Node:
+        """A scalar everywhere; who reads it may read the scalar."""
+        node = self.emit(torch.broadcast_to, x, tuple(shape))
+        node.meta["broadcast_of"] = x
+        return node
+
     def _narrow(self, eqn: Equation, operands: list[Value]) -> list[Value]:
         """Constants and broadcast scalars as scalars, if another operand has the full shape."""
         shape = eqn.outvars[0].aval.shape
-        sources = [_scalar_source(x) for x in operands]
+        sources = [
+            scalar_source(x) if v.aval.shape else None
+            for x, v in zip(operands, eqn.invars, strict=True)
+        ]
         full = [
             isinstance(x, fx.Node) and source is None and v.aval.shape == shape
             for x, source, v in zip(operands, sources, eqn.invars, strict=True)
@@ -228,11 +250,15 @@ class Builder:
         return [self.tensor(x) if isinstance(x, Full) else x for x in narrowed]
 
 
-def _scalar_source(x: Value) -> Value | None:
-    """The scalar that ``x`` repeats everywhere, if it is known to."""
+def scalar_source(x: Value) -> Value | None:
+    """The scalar that ``x`` is, or repeats everywhere; None if it is not known to."""
     if isinstance(x, Full):
         return x.value
-    return x.meta.get("broadcast_of") if isinstance(x, fx.Node) else None
+    if not isinstance(x, fx.Node):
+        return x
+    aval = x.meta.get("aval")
+    is_scalar = aval is not None and not aval.shape and not is_key(aval.dtype)
+    return x if is_scalar else x.meta.get("broadcast_of")
 
 
 def build(

@@ -747,7 +747,8 @@ def test_metrics_and_explain() -> None:
     assert passes[after:] == [
         *("infer_values", "join_measures", "take_kernel_moves"),
         *(("scalarise",) if _kernel is not None else ()),
-        *("fuse", "copy_constants", "rematerialise", "partition", "foreach_calls"),
+        *("fuse", "cut_at_sums", "rematerialise_elements", "partition", "overwrite"),
+        "foreach_calls",
     ]
     bridge.add_param_group({"params": [("extra", nn.Parameter(torch.ones(2)))]})
     assert len(bridge.metrics()) == 2

@@ -15,7 +15,14 @@ from torch import fx
 
 from chainrule.bridges.lowering import ops
 from chainrule.bridges.lowering.arrays import physical_shape, torch_dtype
-from chainrule.bridges.lowering.builder import Builder, Equation, Full, Rule, Value
+from chainrule.bridges.lowering.builder import (
+    Builder,
+    Equation,
+    Full,
+    Rule,
+    Value,
+    scalar_source,
+)
 from chainrule.native.dtypes import is_key
 
 
@@ -32,6 +39,9 @@ def broadcast_in_dim(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
     if old.shape == new.shape:
         return x
     shape = physical_shape(new)
+    source = scalar_source(x)
+    if isinstance(source, fx.Node):
+        return b.repeat(source, shape)
     axes = _physical(old, eqn.params["broadcast_dimensions"])
     if is_key(new.dtype):
         axes[len(old.shape) :] = range(len(new.shape), len(shape))
@@ -43,10 +53,7 @@ def broadcast_in_dim(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
     node = x if tuple(ones[lead:]) == physical_shape(old) else b.emit(torch.reshape, x, ones)
     if tuple(ones) == shape and node is not x:
         return node
-    node = b.emit(torch.broadcast_to, node, shape)
-    if not old.shape and not is_key(old.dtype):
-        node.meta["broadcast_of"] = x
-    return node
+    return b.emit(torch.broadcast_to, node, shape)
 
 
 def _reshape(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
@@ -57,6 +64,9 @@ def _reshape(b: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
         return x
     if not isinstance(x, fx.Node):
         return Full(x, new)
+    source = scalar_source(x)
+    if isinstance(source, fx.Node):
+        return b.repeat(source, new.shape) if new.shape else source
     return b.emit(torch.reshape, x, physical_shape(new))
 
 

@@ -41,6 +41,17 @@ def test_leaves_that_are_alike_are_one_call(monkeypatch, compiled_anew):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+def test_what_is_summed_and_then_scaled_takes_no_memory(monkeypatch, compiled_anew):
+    """It is computed in both loops; a buffer like the leaf would be for Python to make, call by call."""
+    found, real = [], compile.function_of
+    monkeypatch.setattr(
+        compile, "function_of", lambda *args: found.append(real(*args)) or found[-1]
+    )
+    trained(chains.adam(1e-2, caution="clamped_mean"))
+    assert None not in found
+
+
 def trained(chain):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]

@@ -81,6 +81,22 @@ def test_broadcast_constants_become_scalars() -> None:
     assert targets(broadcast) == [torch.mul]
 
 
+def test_scalars_with_the_axes_of_a_tensor_are_scalars() -> None:
+    """Norms that keep their axes, as optax's trust ratios: what is computed of them is computed once."""
+
+    def scaled(x: jax.Array) -> jax.Array:
+        norm = jnp.sqrt(jnp.sum(x * x, keepdims=True))
+        return jnp.where(norm > 1, x / norm, x) * jnp.reshape(norm, ())
+
+    lowered = lower(scaled, struct(3, 2))
+    shapes = {tuple(n.meta["aval"].shape) for n in lowered.graph.nodes if "aval" in n.meta}
+    assert shapes == {(), (3, 2)}
+    x = np.array([[1, 2], [-2, 4], [0, 0]], np.float32)  # of norm 5: exact
+    assert lowered(torch.tensor(x))[0].tolist() == x.tolist()
+    outputs = lower(lambda x: (jnp.sum(x, keepdims=True) * 2, x), struct(3, 2))(torch.ones(3, 2))
+    assert outputs[0].tolist() == [[12.0]]
+
+
 def test_common_subexpressions_and_dead_code() -> None:
     lowered = lower(lambda x: (jnp.sin(x) + 1.0, jnp.sin(x) * jnp.float32(1.0) - 0.0), struct(3))
     assert targets(lowered).count(torch.sin) == 1
