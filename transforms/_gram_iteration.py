@@ -30,9 +30,9 @@ from chainrule.transforms._polar_coefficients import Triple
 _MAX_ERROR = 2.0**-12  # that keeping one Gram matrix for several steps may add to a singular value
 # With 8 or 11 bits, to round X after every step costs more than what a Gram matrix loses over two.
 _SHORT = 2.0**-12
-_PANELS = 3  # of rows that a Hermitian matrix is held in
-_TILE = 64  # heights of panels are multiples of it, which suits vector registers and matrix units
-_WHOLE = 384  # up to this side a Hermitian matrix is one panel: the products cost less than what cuts and joins them
+PANELS = 3  # of rows that a Hermitian matrix is held in
+TILE = 64  # heights of panels are multiples of it, which suits vector registers and matrix units
+WHOLE = 384  # up to this side a Hermitian matrix is one panel: the products cost less than what cuts and joins them
 _DIRECT = 64  # up to this side each step forms its own Gram matrix: fewer calls count for more than fewer operations
 
 one_equation: ContextVar[Callable[[jax.Array, list[Triple], bool | str], jax.Array] | None]
@@ -61,29 +61,29 @@ def iterate(
         return bind(x, triples, gram)
     small, large = sorted(x.shape[-2:])
     done = 0
-    for length in _segments(small, large, triples, float(jnp.finfo(x.dtype).eps), gram):
+    for length in segments(small, large, triples, float(jnp.finfo(x.dtype).eps), gram):
         x = _segment(x, triples[done : done + length], "frobenius" if done else scaling)
         done += length
     return x
 
 
-def _segments(
+def segments(
     small: int, large: int, triples: list[Triple], eps: float, gram: bool | str
 ) -> tuple[int, ...]:
     """How many steps each Gram matrix serves, for the fewest floating-point operations.
 
     >>> steps = [(3.4445, -4.7750, 2.0315)] * 5
-    >>> _segments(768, 768, steps, 2**-23, "auto"), _segments(768, 3072, steps, 2**-23, "auto")
+    >>> segments(768, 768, steps, 2**-23, "auto"), segments(768, 3072, steps, 2**-23, "auto")
     ((1, 1, 1, 1, 1), (3, 2))
-    >>> _segments(320, 320, steps, 2**-23, "auto"), _segments(320, 1280, steps, 2**-23, "auto")
+    >>> segments(320, 320, steps, 2**-23, "auto"), segments(320, 1280, steps, 2**-23, "auto")
     ((1, 1, 1, 1, 1), (3, 2))
-    >>> _segments(768, 3072, steps, 2**-7, "auto")
+    >>> segments(768, 3072, steps, 2**-7, "auto")
     (2, 2, 1)
     """
     steps = len(triples)
     if gram != "auto" or small <= _DIRECT:
         return (steps,) if gram is True else (1,) * steps
-    panels = _PANELS if small > _WHOLE else 1
+    panels = PANELS if small > WHOLE else 1
     half = (panels + 1) / (2 * panels)  # the part of a Hermitian product that is computed
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for end in range(1, steps + 1):
@@ -103,7 +103,7 @@ def _segment(x: jax.Array, triples: list[Triple], scaling: str) -> jax.Array:
     """Several steps by way of the Gram matrix of the smaller side, held in panels of rows."""
     tall = x.shape[-2] > x.shape[-1]
     small = x.shape[-1] if tall else x.shape[-2]
-    height = -(-small // (_TILE * _PANELS)) * _TILE if small > _WHOLE else small
+    height = -(-small // (TILE * PANELS)) * TILE if small > WHOLE else small
     starts = list(range(0, small, height))
     source, axis = x, x.ndim - 1 if tall else x.ndim - 2
     if tall and float(jnp.finfo(x.dtype).eps) > _SHORT:
@@ -172,7 +172,7 @@ def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Ar
     """Product over one axis of each, with leading axes batched.
 
     `HIGHEST`: by default an accelerator may round float32 factors to fewer digits, for which a Gram
-    matrix could not be kept as long as `_segments` says. Half-precision factors have a float32 product,
+    matrix could not be kept as long as `segments` says. Half-precision factors have a float32 product,
     which is then rounded: so XLA:CPU takes it in the processor's bfloat16 units, twice as fast.
     """
     batch = tuple(range(a.ndim - 2))

@@ -8,12 +8,7 @@ from torch import Tensor
 
 from chainrule.bridges.lowering.op_info import add_info
 from chainrule.bridges.lowering.ops.numeric import dot_general
-from chainrule.transforms._gram_iteration import (
-    _PANELS,  # pyright: ignore[reportPrivateUsage]
-    _TILE,  # pyright: ignore[reportPrivateUsage]
-    _WHOLE,  # pyright: ignore[reportPrivateUsage]
-    _segments,  # pyright: ignore[reportPrivateUsage]
-)
+from chainrule.transforms._gram_iteration import PANELS, TILE, WHOLE, segments
 
 
 def newton_schulz_steps(
@@ -24,7 +19,7 @@ def newton_schulz_steps(
         return x
     small, large = sorted(x.shape[-2:])
     done = 0
-    for length in _segments(small, large, list(triples), torch.finfo(x.dtype).eps, gram):
+    for length in segments(small, large, list(triples), torch.finfo(x.dtype).eps, gram):
         x = _steps_of_one_gram_matrix(x, triples[done : done + length])
         done += length
     return x
@@ -32,7 +27,7 @@ def newton_schulz_steps(
 
 def _steps_of_one_gram_matrix(x: Tensor, triples: Sequence[tuple[float, float, float]]) -> Tensor:
     tall, small = x.shape[-2] > x.shape[-1], min(x.shape[-2:])
-    height = -(-small // (_TILE * _PANELS)) * _TILE if small > _WHOLE else small
+    height = -(-small // (TILE * PANELS)) * TILE if small > WHOLE else small
     panels = list(x.split(height, -1 if tall else -2))
     a = _symmetric(panels, panels, -2 if tall else -1)
     q: list[Tensor] = []

@@ -23,8 +23,8 @@ SIDE = 20  # with `small_panels`, three panels of Hermitian matrices
 def small_panels(monkeypatch):
     """Panels and segments on matrices that are quick to multiply."""
     monkeypatch.setattr(_gram_iteration, "_DIRECT", 4)
-    monkeypatch.setattr(_gram_iteration, "_WHOLE", 4)
-    monkeypatch.setattr(_gram_iteration, "_TILE", 2)
+    monkeypatch.setattr(_gram_iteration, "WHOLE", 4)
+    monkeypatch.setattr(_gram_iteration, "TILE", 2)
 
 
 def orthogonalize(x, **settings):
@@ -416,7 +416,7 @@ def test_half_precision_updates_are_iterated_in_float32(dtype):
 @pytest.mark.parametrize("eps", [2.0**-7, 2.0**-10], ids=["bfloat16", "float16"])
 def test_half_precision_keeps_a_gram_matrix_for_two_steps(eps):
     triples = [(3.4445, -4.7750, 2.0315)] * 5
-    assert _gram_iteration._segments(768, 3072, triples, eps, "auto") == (2, 2, 1)
+    assert _gram_iteration.segments(768, 3072, triples, eps, "auto") == (2, 2, 1)
 
 
 @pytest.mark.parametrize("decay", [0, 1, 2])
