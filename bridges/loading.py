@@ -100,6 +100,7 @@ def from_state_dict(
     label = dict(zip(tree.params, tree.labels, strict=True))
     shared = {slot.name for slot in tree.described.slots if slot.owner is None}
     homes = {home for home in tree.homes if home}
+    entries = _renamed(tree, entries)
     for p, entry in entries.items():
         for name in entry:
             if name not in shared and (p, name) not in homes:
@@ -122,6 +123,18 @@ def from_state_dict(
         entry = f"{where}: state entry `{name}` of parameter {label[p]}"
         copies.append((target, _fitting(entries[p][name], target, entry)))
     return copies
+
+
+def _renamed(
+    tree: GroupTree, entries: dict[Tensor, dict[str, Any]]
+) -> dict[Tensor, dict[str, Any]]:
+    """Saved state under the names of today: version 0.2 called what two parameters have by its path."""
+    pairs = zip(tree.described.slots, tree.homes, strict=True)
+    names = {(home[0], slot.path): home[1] for slot, home in pairs if home}
+    return {
+        p: {names.get((p, name), name): value for name, value in entry.items()}
+        for p, entry in entries.items()
+    }
 
 
 def _fitting(value: Any, target: Tensor, entry: str) -> Tensor:

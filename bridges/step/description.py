@@ -133,7 +133,7 @@ def describe(
       StateChanges: structure or shapes of state or parameters do not stay what they are.
 
     >>> step = describe(optax.sgd(0.1, momentum=0.9), {"w": Struct((3,), jnp.float32)})
-    >>> [tuple(slot) for slot in step.slots], step.targets
+    >>> [slot[:2] for slot in step.slots], step.targets
     ([(0, 'trace')], [0, 2])
     """
 

@@ -22,7 +22,10 @@ class Slot(NamedTuple):
     owner: int | None
     """Position of the parameter in the flattened tree; None: the leaf belongs to the group."""
     name: str
-    """Readable, and unique among the leaves with this owner and those of the group."""
+    """Readable, and unique among the leaves with this owner and those of the group; the other parameters of a list do
+    not count, so that a parameter's state is called the same in all lists."""
+    path: str = ""
+    """Where it is in the chain's state: what it was called up to version 0.2 where two parameters clashed."""
 
 
 def _parts(path: tuple[Any, ...]) -> tuple[str | int, ...]:
@@ -68,8 +71,8 @@ def slots(
 ) -> list[Slot]:
     """The home of every leaf of `state`, in the order of `jax.tree.leaves(state)`.
 
-    A leaf is named by its field (`"mu"`); where two parts of the state would have one name, all of them are named by
-    their path (`"0.mu"`, `"1.mu"`).
+    A leaf is named by its field (`"mu"`); where two of one parameter, or one of its and one of the group, would have
+    one name, both are named by their path (`"0.mu"`, `"1.mu"`).
 
     Args:
       state: the state of a chain, with any leaves.
@@ -80,7 +83,7 @@ def slots(
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones(2), "b": jnp.ones(1)}
-    >>> [tuple(slot) for slot in slots(optax.adam(0.1).init(params), params)]
+    >>> [slot[:2] for slot in slots(optax.adam(0.1).init(params), params)]
     [(None, 'count'), (0, 'mu'), (1, 'mu'), (0, 'nu'), (1, 'nu')]
     """
     keys = sorted(params) if isinstance(params, dict) else list(range(len(params)))
@@ -121,15 +124,17 @@ def slots(
         name = ".".join(str(part) for path in parts for part in path) or "state"
         return f"chain.{name}" if name in reserved else name
 
-    parts_of_state = {(owner is None, prefix, suffix) for owner, prefix, suffix in found}
-    uses = Counter(text(_short(prefix), suffix) for _, prefix, suffix in parts_of_state)
-    return [
-        Slot(
-            owner,
-            short if uses[short := text(_short(prefix), suffix)] == 1 else text(prefix, suffix),
-        )
-        for owner, prefix, suffix in found
-    ]
+    of_owner = Counter((owner, text(_short(prefix), suffix)) for owner, prefix, suffix in found)
+    owners_of = Counter(short for _, short in of_owner)
+
+    def slot(
+        owner: int | None, prefix: tuple[str | int, ...], suffix: tuple[str | int, ...]
+    ) -> Slot:
+        short, path = text(_short(prefix), suffix), text(prefix, suffix)
+        among_all = owners_of[short] > 1 if owner is None else of_owner[None, short] > 0
+        return Slot(owner, path if among_all or of_owner[owner, short] > 1 else short, path)
+
+    return [slot(*place) for place in found]
 
 
 def live_leaves(state_structure: Any) -> dict[str, int]:

@@ -70,6 +70,24 @@ def test_states_of_an_earlier_version_go_on(name: str, kind: str) -> None:
         assert (value - old["after"][key]).abs().le(bound).all(), key
 
 
+def test_moments_go_on_that_an_earlier_version_called_by_their_paths() -> None:
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+    bridge = TorchBridge(chains.muon(0.1), params)
+    for p in params:
+        p.grad = torch.arange(1.0, 1 + p.numel()).view_as(p)
+    bridge.step()
+    saved, wanted = copy.deepcopy(bridge.state_dict()), copy.deepcopy(bridge.state_dict())
+    for index, part in enumerate(("muon", "adam")):
+        entry = saved["state"][index]
+        entry[f"inner_state.0.inner_states.{part}.inner_state.0.mu"] = entry.pop("mu")
+    other = TorchBridge(chains.muon(0.1), [nn.Parameter(torch.ones_like(p)) for p in params])
+    other.load_state_dict(saved)
+    assert other.state_dict()["state"].keys() == wanted["state"].keys()
+    for index, entry in other.state_dict()["state"].items():
+        assert entry.keys() == wanted["state"][index].keys()
+        assert all(x.equal(wanted["state"][index][name]) for name, x in entry.items())
+
+
 def test_a_pickle_of_an_earlier_version_goes_on() -> None:
     saved, after = pickle.loads((FIXTURES / "pickle_da575c7.pkl").read_bytes())
     params, bridge = pickle.loads(saved)

@@ -83,14 +83,40 @@ def test_the_file_says_what_it_is(stam: Path) -> None:
     assert cls([torch.nn.Parameter(torch.ones(2))]).param_groups[0]["lr"] == 3e-4
 
 
-def test_states_go_to_the_bridge_and_back(stam: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+STAM, MUON = lambda: chains.stam(3e-4), lambda: chains.muon(3e-4)
+
+
+@pytest.fixture(scope="module")
+def muon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("muon") / "muon.py"
+    with pytest.warns(UserWarning, match="by name"):
+        return export(MUON(), "float32", path, "Muon")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "shapes"),
+    [
+        ("stam", STAM, SHAPES),
+        pytest.param("muon", MUON, SHAPES, marks=pytest.mark.slow),
+        pytest.param("muon", MUON, ((8, 4), (4, 6), (6, 6)), marks=pytest.mark.slow),
+        pytest.param("muon", MUON, ((5,), (3,)), marks=pytest.mark.slow),
+    ],
+    ids=["stam", "muon", "muon of matrices", "muon of vectors"],
+)
+def test_states_go_to_the_bridge_and_back(
+    name: str,
+    make: Any,
+    shapes: Any,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     without_kernel(monkeypatch)
-    cls, chain = load(stam).Stam, chains.stam(3e-4)
-    ours, bridge = cls(parameters()), TorchBridge(chain, parameters())
+    cls = getattr(load(request.getfixturevalue(name)), name.capitalize())
+    ours, bridge = cls(parameters(shapes)), TorchBridge(make(), parameters(shapes))
     for index in range(3):
         step(ours, index)
         step(bridge, index)
-    to_bridge = TorchBridge(chain, copy.deepcopy(ours.param_groups[0]["params"]))
+    to_bridge = TorchBridge(make(), copy.deepcopy(ours.param_groups[0]["params"]))
     to_bridge.load_state_dict(ours.state_dict())
     to_ours = cls(copy.deepcopy(bridge.param_groups[0]["params"]))
     to_ours.load_state_dict(bridge.state_dict())
