@@ -17,7 +17,7 @@ from chainrule.bridges.export.runtime_lists import _Entries, _Leaf
 
 
 _CASES = "".join(
-    f"      case {n}: ((void (*)({', '.join(['W'] * n)}))f)({', '.join(f'w[r[{k}]]' for k in range(n))}); break;\n"
+    f"    case {n}: ((void (*)({', '.join(['W'] * n)}))f)({', '.join(f'w[r[{k}]]' for k in range(n))}); break;\n"
     for n in range(1, 65)
 )
 _LOOP = f"""
@@ -25,16 +25,23 @@ _LOOP = f"""
 #include <cstring>
 using W = std::uintptr_t;
 extern "C" void copy(W to, W from, W bytes) {{ std::memcpy((void*)to, (const void*)from, bytes); }}
+static void call(W f, const W* w, const std::uint32_t* r, int arity) {{
+  switch (arity) {{
+{_CASES}  }}
+}}
 extern "C" void run(W f, const W* w, const std::uint32_t* rows, int count, int arity, int threads) {{
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int i = 0; i < count; ++i) {{
-    const std::uint32_t* r = rows + i * arity;
-    switch (arity) {{
-{_CASES}    }}
+  if (threads < 2) {{
+    for (int i = 0; i < count; ++i) call(f, w, rows + i * arity, arity);
+    return;
   }}
+#pragma omp parallel for num_threads(threads)
+  for (int i = 0; i < count; ++i) call(f, w, rows + i * arity, arity);
 }}
 """
-"""Calls of one function with words out of `w`: a pointer and an integer of 64 bits are passed alike."""
+"""Calls of one function with words out of `w`: a pointer and an integer of 64 bits are passed alike.
+
+A parallel loop of one thread would be no way out: what a function starts in it are threads anew each time.
+"""
 _SMALL = 1024
 """Up to so many elements a copy is one of the loop's, and what functions hand on has one place for all steps."""
 _LAYOUT = operator.attrgetter("shape", "dtype", "layout", "is_cpu")

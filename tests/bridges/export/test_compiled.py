@@ -1,6 +1,7 @@
 """Exported files with `compile=True`: the eager step within rounding, for every list of parameters."""
 
 import copy
+import ctypes
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import optax
 import pytest
 import torch
+from torch._inductor.codecache import CppCodeCache
 
 import bounds
 from chainrule import chains
@@ -195,6 +197,18 @@ def test_a_tensor_is_summed_while_it_is_updated(adam: Any) -> None:
     assert order.index(copied) < order.index(summed) and order.count(copied) == 2
     (square,) = next(n for n in graph.nodes if n.target is summed).all_input_nodes[:1]
     assert {n.target for n in square.all_input_nodes} == {copied}
+
+
+def test_functions_that_use_all_threads_are_in_no_parallel_loop(adam: Any) -> None:
+    """Inside one OpenMP would start new threads at each call."""
+    code = '#include <omp.h>\nextern "C" void level(int* x) { *x = omp_get_level(); }'
+    level, words = CppCodeCache.load(code).level, torch.full((1,), -1, dtype=torch.int32)
+    place, rows = ctypes.c_size_t(words.data_ptr()), ctypes.c_uint32(0)
+    address = ctypes.cast(level, ctypes.c_void_p)
+    run = sys.modules[adam.__module__]._loop().run
+    for threads, wanted in ((1, 0), (2, 1)):
+        run(address, ctypes.byref(place), ctypes.byref(rows), 1, 1, threads)
+        assert words.item() == wanted
 
 
 @pytest.mark.slow
