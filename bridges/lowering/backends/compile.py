@@ -119,7 +119,8 @@ def _through_inductor(
     asserts = piece.flat and torch.__version__ >= "2.14"
     options = {"size_asserts": asserts, "cpp.vec_isa_ok": _instructions_are_known()}
     on_cpu = lengths_for(piece) is ON_CPU
-    if on_cpu:  # what two loops read of several tensors is computed in both: memory for it costs more
+    if on_cpu:
+        # What two loops read of several tensors is computed in both: memory for it costs more.
         options |= {"realize_reads_threshold": 16}
     # In a context of tracing Inductor looks for what it made of the graph in its cache on disk; not tried on a GPU.
     looks_up = tracing(TracingContext(detect_fake_mode(values))) if on_cpu else nullcontext()
