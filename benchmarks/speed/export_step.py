@@ -40,6 +40,8 @@ CHAINS: dict[str, Callable[[], Any]] = {
     "stam": lambda: chains.stam(RATE),
     "casmo": lambda: chains.casmo(RATE),
     "magma": lambda: chains.magma(chains.adam(RATE)),
+    "cautious": lambda: chains.adam(RATE, caution="clamped_mean"),
+    "lamb": lambda: optax.lamb(RATE),
     "muon": lambda: chains.muon(RATE),
 }
 

@@ -116,6 +116,9 @@ def _through_inductor(
     from torch._inductor.compile_fx import compile_fx_inner
 
     inputs = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
+    if all(x.is_cpu for x in inputs if isinstance(x, Tensor)):
+        # What two loops read of several tensors is computed in both: memory for it costs more.
+        options = {**options, "realize_reads_threshold": 16}
     with config.patch(options):
         return compile_fx_inner(graph, inputs)  # pyright: ignore
 
