@@ -192,9 +192,9 @@ class Builder:
             if not any(isinstance(x, fx.Node) for x in operands):
                 return [self._fold(eqn, operands)]
             aval = eqn.outvars[0].aval
-            sources = list(map(scalar_source, operands))
-            if aval.shape and not is_key(aval.dtype) and not any(s is None for s in sources):
-                return [self._repeated(eqn, rule, sources)]
+            scalars = [s for s in map(scalar_source, operands) if s is not None]
+            if aval.shape and not is_key(aval.dtype) and len(scalars) == len(operands):
+                return [self._repeated(eqn, rule, scalars)]
             operands = self._narrow(eqn, operands)
         out = rule(self, eqn, *operands)
         return out if isinstance(out, list | tuple) and not isinstance(out, Full) else [out]
