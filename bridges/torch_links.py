@@ -108,10 +108,11 @@ class Links(TorchBridge):
             for i, has in enumerate(there):
                 if not has:  # its own memory may be among what the chain is given
                     step.inputs[i] = params[i].detach().clone()
+            reads = tree.described.reads()
             for name in tree.described.given:
                 if name == OLD:
                     found = own
-                elif name == PARAM or name not in tree.described.reads:
+                elif name == PARAM or name not in reads:
                     found = params[:1] if name == "count" else params
                 else:
                     found = given(name, params, there)

@@ -207,7 +207,7 @@ class TorchWrap(torch.optim.Optimizer):
                 write(self.after.params_of(ready), old)
 
     def _given(self, name: str, params: list[Tensor], there: list[bool]) -> list[Tensor]:
-        """What the base keeps of parameters by the name of a moment; of those without a gradient it is not read."""
+        """What the base keeps of parameters by the name of a moment; zeros for those without a gradient."""
         if name == "count":
             return [self._count(params[0])]
         state = self.state

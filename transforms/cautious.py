@@ -101,7 +101,7 @@ def cautious(
         def agreeing(u: jax.Array, g: jax.Array) -> jax.Array:
             if jnp.iscomplexobj(u):
                 product = (jnp.conj(u) * g).real
-            else:  # of its sign: of small numbers the product is zero
+            else:  # a number of the sign of u g, which itself is zero for small numbers
                 product = jnp.where(u > 0, g, -g)
             agrees = product < 0 if negated else product > 0
             return jnp.where(agrees | jnp.isnan(u), up(u), 0)

@@ -51,6 +51,7 @@ class Description:
     tiered: TieredState | None
     given: dict[str, Any]
     _traces: dict[bool, Trace]
+    _read: dict[bool, set[str]] = dataclasses.field(default_factory=dict[bool, set[str]])
 
     @property
     def targets(self) -> list[int]:
@@ -68,13 +69,15 @@ class Description:
         """Whether the chain reads the loss if it is given one."""
         return self.trace(True).used()[-1 - len(jax.tree.leaves(self.given))]
 
-    @functools.cached_property
-    def reads(self) -> frozenset[str]:
-        """The names of `given` that the chain reads, with the loss or without."""
-        used = self.trace(True).used() if True in self._traces else self.trace(False).used()
+    def reads(self) -> set[str]:
+        """The names of `given` that the steps read which were traced so far, with the loss or without."""
         names = [n for n, tree in self.given.items() for _ in jax.tree.leaves(tree)]
-        last = used[len(used) - len(names) :]
-        return frozenset(name for name, is_used in zip(names, last, strict=True) if is_used)
+        for value, step in self._traces.items():
+            if value not in self._read:
+                used = step.used()
+                pairs = zip(names, used[len(used) - len(names) :], strict=True)
+                self._read[value] = {name for name, is_used in pairs if is_used}
+        return set[str]().union(*self._read.values())
 
     def takes_value(self, has_loss: bool) -> bool:
         """Whether a step with or without a loss is the one that is traced with it; one does for both if it can."""

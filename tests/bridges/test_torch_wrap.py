@@ -407,6 +407,24 @@ def test_a_moment_that_the_base_does_not_keep_puts_the_parameters_back() -> None
     assert_same(params, parameters())
 
 
+def test_a_moment_that_only_a_step_with_a_loss_reads_is_given_then() -> None:
+    def update(updates: Any, state: Any, params: Any = None, **given: Any) -> Any:
+        del params
+        if "value" in given:
+            updates = jax.tree.map(lambda mu: given["value"] * mu, given["mu"])
+        return updates, state
+
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    weight.grad = torch.tensor([4.0, 8.0])
+    base = torch.optim.SGD([weight], 0.25, momentum=0.5)
+    links = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    wrap = TorchWrap(base, after=links)
+    wrap.step()
+    assert weight.tolist() == [0.0, -4.0]
+    wrap.step(lambda: torch.tensor(1.0))  # the momentum is 1.5 times the gradient
+    assert weight.tolist() == [6.0, 8.0]
+
+
 def test_a_moment_that_no_link_reads_is_not_asked_for() -> None:
     params = parameters()
     base = torch.optim.AdamW(params.values(), RATE)

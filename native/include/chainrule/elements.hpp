@@ -102,7 +102,7 @@ inline F bitwise_or(const F* x) { return (F)((W)x[0] | (W)x[1]); }
 inline F bitwise_xor(const F* x) { return (F)((W)x[0] ^ (W)x[1]); }
 inline F bitwise_not(const F* x) { return (F) ~(W)x[0]; }
 
-// In double precision from one partial sum a lane on, which is of a quarter of a tile's vectors.
+// Adds up `kParts` vectors in float32, and their lanes in double precision.
 inline double sum(const float* x, std::int64_t n) {
   constexpr std::int64_t kParts = 4;
   F parts[kParts] = {};

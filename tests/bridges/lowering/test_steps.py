@@ -23,6 +23,8 @@ from chainrule.bridges.lowering.pipeline import make_step, run
 from chainrule.bridges.lowering.step_program import StepProgram
 from chainrule.native import _kernel
 
+needs_kernel = pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+
 SHAPES = {"bias": (3,), "kernel": (4, 3), "scale": (), "twin": (4, 3)}
 CASES = {
     "adamw": lambda: optax.adamw(1e-2),
@@ -106,7 +108,7 @@ def test_numbers_in_the_program_are_told_apart():
     assert inputs[0].tolist() == [4.5] * 5 and inputs[2].tolist() == [inf, -inf, inf, -inf, inf]
 
 
-@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+@needs_kernel
 @pytest.mark.parametrize("name", ["stam", "magma", "cautious"])
 def test_the_calls_of_torch_are_as_many_for_any_number_of_leaves(name, monkeypatch):
     makes = {**CASES, **OTHERS}
@@ -123,7 +125,7 @@ def test_the_calls_of_torch_are_as_many_for_any_number_of_leaves(name, monkeypat
     assert made[0] == made[1]
 
 
-@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+@needs_kernel
 @pytest.mark.parametrize("large", [False, True])
 def test_what_is_large_is_not_carried_but_computed_again(large, monkeypatch):
     if large:
@@ -137,7 +139,7 @@ def test_what_is_large_is_not_carried_but_computed_again(large, monkeypatch):
     assert_same_steps(OTHERS["cautious"])
 
 
-@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+@needs_kernel
 def test_a_tensor_that_is_summed_and_scaled_is_two_programs():
     """Each reads what is in memory, and writes it; torch has no part in it but to hold the sums."""
     aval = jax.ShapeDtypeStruct((40, 3), jnp.float32)
@@ -163,7 +165,7 @@ def test_a_tensor_that_is_summed_and_scaled_is_two_programs():
     assert (np.abs(inputs[0].numpy() - wanted) <= error).all()
 
 
-@pytest.mark.skipif(_kernel is None, reason="needs the compiled kernel")
+@needs_kernel
 def test_results_go_into_what_they_replace_though_nobody_reads_that():
     aval = jax.ShapeDtypeStruct((4, 3), jnp.float32)
     step = make_step(lower(lambda a, b: (2 * b, b), aval, aval), (0, 1)).ready()
